@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What AMD SEV-SNP is, with no virtual machine in it.
+//!
+//! This crate turns files into launch plans, computes launch digests, reads attestation reports, and models what the
+//! SNP firmware, the RMP and KVM's SEV code do. It opens no device and depends on no KVM crate, so a policy author or a
+//! verifier can use it on any machine.
+
+pub mod digest;
+pub mod plan;
+pub mod policy;
+pub mod vmsa;

@@ -1,0 +1,2 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The service that gives a guest its TPM 2.0 and its guest-state file from outside the guest.
