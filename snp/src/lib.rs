@@ -5,6 +5,7 @@
 //! SNP firmware, the RMP and KVM's SEV code do. It opens no device and depends on no KVM crate, so a policy author or a
 //! verifier can use it on any machine.
 
+pub mod attest;
 pub mod digest;
 pub mod plan;
 pub mod policy;
