@@ -1,4 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The door for every chore of the project.
+//! The door for every chore of the project: `cargo xtask <chore>`. One file per chore.
 
-fn main() {}
+mod apt;
+mod guest;
+mod in_l1;
+mod setup;
+mod steps;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Chores of the cvmm project.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Chore {
+    /// Install and fetch what the other chores need: packages, guest kernels, guest programs.
+    Setup(setup::Args),
+    /// Run a command inside the outer guest (L1) of a nested run.
+    L1(in_l1::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Chore::parse() {
+        Chore::Setup(args) => setup::run(&args).map(|()| ExitCode::SUCCESS),
+        Chore::L1(args) => in_l1::run(&args),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
