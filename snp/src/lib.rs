@@ -7,6 +7,10 @@
 
 pub mod attest;
 pub mod digest;
+pub mod image;
+pub mod pages;
 pub mod plan;
 pub mod policy;
+pub mod vcpu_model;
+pub mod vmm_type;
 pub mod vmsa;

@@ -141,7 +141,7 @@ impl Record {
 }
 
 /// Why a plan cannot be measured or launched.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PlanError {
     /// A record does not consist of whole pages.
     #[error(

@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The special pages of a launch.
+
+pub mod hashes;
