@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The few operations that a guest-state store needs of a disk, so that tests can record and reorder them.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// A random-access file whose writes become durable at [`BlockFile::sync`] and in no particular order before it.
+pub trait BlockFile: Send {
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// Whether there is nothing in it.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+    /// Fills the buffer from an offset.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Writes all of the buffer at an offset.
+    fn write_at(&mut self, data: &[u8], offset: u64) -> io::Result<()>;
+    /// Returns when everything written before is durable.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// A file of the host, locked for this process while it is open.
+#[derive(Debug)]
+pub struct FsFile {
+    file: File,
+}
+
+impl FsFile {
+    /// Opens for reading and writing, and takes the exclusive lock: a second instance gets `WouldBlock`.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).open(path)?;
+        Self::locked(file)
+    }
+
+    /// Opens for reading only, with a shared lock.
+    pub fn open_read_only(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        file.try_lock_shared().map_err(lock_error)?;
+        Ok(Self { file })
+    }
+
+    /// Creates a file of a given length that must not exist yet; nobody but the owner may read it.
+    pub fn create(path: &Path, len: u64) -> io::Result<Self> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        file.set_len(len)?;
+        Self::locked(file)
+    }
+
+    fn locked(file: File) -> io::Result<Self> {
+        file.try_lock().map_err(lock_error)?;
+        Ok(Self { file })
+    }
+}
+
+fn lock_error(error: std::fs::TryLockError) -> io::Error {
+    match error {
+        std::fs::TryLockError::WouldBlock => io::Error::new(
+            io::ErrorKind::WouldBlock,
+            "another process has this file open (a running vtpm-svc?)",
+        ),
+        std::fs::TryLockError::Error(e) => e,
+    }
+}
+
+impl BlockFile for FsFile {
+    fn len(&self) -> io::Result<u64> {
+        // A block device has no length in its metadata, so ask where its end is.
+        use std::io::Seek;
+        (&self.file).seek(io::SeekFrom::End(0))
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn write_at(&mut self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+/// A file in memory: for images that are built or examined without touching a disk, and for tests.
+#[derive(Debug, Clone, Default)]
+pub struct MemFile(pub Vec<u8>);
+
+impl MemFile {
+    fn span(&self, len: usize, offset: u64) -> io::Result<std::ops::Range<usize>> {
+        let start = usize::try_from(offset).map_err(|_| io::ErrorKind::UnexpectedEof)?;
+        match start.checked_add(len) {
+            Some(end) if end <= self.0.len() => Ok(start..end),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
+
+impl BlockFile for MemFile {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.len() as u64)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let span = self.span(buffer.len(), offset)?;
+        buffer.copy_from_slice(&self.0[span]);
+        Ok(())
+    }
+
+    fn write_at(&mut self, data: &[u8], offset: u64) -> io::Result<()> {
+        let span = self.span(data.len(), offset)?;
+        self.0[span].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+//! AES-256-GCM as the guest-state format uses it, and the nonce and key rules that keep it secret.
+//!
+//! Four rules are enforced here so that no caller can break them: a key seals exactly one message ([`seal_once`] draws
+//! the key itself), every nonce is twelve fresh random bytes, neither a key nor a nonce is ever all zero, and a
+//! ciphertext is never all zero (readers of this format take that for a hole in the disk; for a file of one byte it
+//! would happen once in 256 writes). The one key that seals many messages is the datastore key ([`wrap`]): each
+//! commit wraps one 32-byte metadata key under a random 96-bit nonce, so it must be rotated long before 2^32 commits.
+
+use aes_gcm::Aes256Gcm;
+use aes_gcm::KeyInit;
+use aes_gcm::Nonce;
+use aes_gcm::Tag;
+use aes_gcm::aead::AeadInPlace;
+use rand_core::OsRng;
+use rand_core::RngCore;
+use zeroize::Zeroize;
+use zeroize::ZeroizeOnDrop;
+use zeroize::Zeroizing;
+
+use super::error::VmgsError;
+
+/// A 32-byte secret that is wiped when dropped and that no formatter prints.
+#[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
+pub struct Key([u8; 32]);
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key(secret)")
+    }
+}
+
+impl Key {
+    /// Draws a key from the operating system.
+    pub fn random() -> Result<Self, VmgsError> {
+        let mut bytes = [0; 32];
+        fill_random(&mut bytes)?;
+        Self::from_bytes(&bytes)
+    }
+
+    /// Takes over 32 bytes; all zero is not a key.
+    pub fn from_bytes(bytes: &[u8; 32]) -> Result<Self, VmgsError> {
+        if bytes.iter().all(|b| *b == 0) {
+            return Err(VmgsError::Invalid("a key of 32 zero bytes is no key".into()));
+        }
+        Ok(Self(*bytes))
+    }
+
+    /// Takes over exactly 32 bytes of a slice.
+    pub fn from_slice(bytes: &[u8]) -> Result<Self, VmgsError> {
+        let bytes: &[u8; 32] = bytes
+            .try_into()
+            .map_err(|_| VmgsError::Invalid(format!("a key has 32 bytes, {} were given", bytes.len())))?;
+        Self::from_bytes(bytes)
+    }
+
+    /// The secret itself.
+    pub fn expose(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+/// A nonce and a tag as they stand in a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Seal {
+    /// The nonce; opaque to readers.
+    pub nonce: [u8; 12],
+    /// The authentication tag.
+    pub tag: [u8; 16],
+}
+
+/// Fills a buffer with random bytes and refuses the impossible all-zero result.
+pub fn fill_random(buffer: &mut [u8]) -> Result<(), VmgsError> {
+    OsRng.try_fill_bytes(buffer).map_err(|_| VmgsError::NoEntropy)?;
+    if buffer.iter().all(|b| *b == 0) {
+        return Err(VmgsError::NoEntropy);
+    }
+    Ok(())
+}
+
+fn encrypt(key: &Key, plain: &[u8]) -> Result<(Seal, Vec<u8>), VmgsError> {
+    let mut seal = Seal::default();
+    fill_random(&mut seal.nonce)?;
+    let mut data = plain.to_vec();
+    let tag = Aes256Gcm::new((&key.0).into())
+        .encrypt_in_place_detached(Nonce::from_slice(&seal.nonce), b"", &mut data)
+        .map_err(|_| VmgsError::Invalid("message too long for AES-GCM".into()))?;
+    seal.tag.copy_from_slice(&tag);
+    Ok((seal, data))
+}
+
+/// Encrypts `plain` under a key that is drawn for this one message.
+pub fn seal_once(plain: &[u8]) -> Result<(Key, Seal, Vec<u8>), VmgsError> {
+    if plain.is_empty() {
+        return Err(VmgsError::Invalid("an encrypted file of no bytes could never be read back".into()));
+    }
+    loop {
+        let key = Key::random()?;
+        let (seal, data) = encrypt(&key, plain)?;
+        if data.iter().any(|b| *b != 0) {
+            return Ok((key, seal, data));
+        }
+    }
+}
+
+/// Wraps one key under another, with a fresh nonce.
+pub fn wrap(under: &Key, key: &Key) -> Result<(Seal, [u8; 32]), VmgsError> {
+    loop {
+        let (seal, data) = encrypt(under, &key.0)?;
+        let mut wrapped = [0; 32];
+        wrapped.copy_from_slice(&data);
+        if wrapped != [0; 32] {
+            return Ok((seal, wrapped));
+        }
+    }
+}
+
+/// Decrypts; `None` when authentication fails.
+pub fn open(key: &[u8; 32], seal: &Seal, data: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+    let mut plain = Zeroizing::new(data.to_vec());
+    Aes256Gcm::new(key.into())
+        .decrypt_in_place_detached(
+            Nonce::from_slice(&seal.nonce),
+            b"",
+            &mut plain,
+            Tag::from_slice(&seal.tag),
+        )
+        .ok()?;
+    Some(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// NIST's "The Galois/Counter Mode of Operation" (McGrew, Viega), test case 14: zero key, zero nonce, one zero block.
+    #[test]
+    fn opens_the_published_aes_256_vector() {
+        let ct = hex("cea7403d4d606b6e074ec5d3baf39d18");
+        let mut seal = Seal::default();
+        seal.tag.copy_from_slice(&hex("d0d1c8a799996bf0265b98b5d48ab919"));
+        assert_eq!(open(&[0; 32], &seal, &ct).expect("authentic").as_slice(), &[0; 16]);
+        seal.tag[0] ^= 1;
+        assert!(open(&[0; 32], &seal, &ct).is_none());
+    }
+
+    #[test]
+    fn a_one_byte_file_never_becomes_a_zero_byte() {
+        for _ in 0..4096 {
+            let (key, seal, ct) = seal_once(&[0x5a]).expect("seal");
+            assert_ne!(ct, [0]);
+            assert_ne!(seal.nonce, [0; 12]);
+            assert_eq!(open(key.expose(), &seal, &ct).expect("open").as_slice(), &[0x5a]);
+        }
+    }
+
+    #[test]
+    fn zero_keys_and_empty_messages_are_refused() {
+        assert!(Key::from_bytes(&[0; 32]).is_err());
+        assert!(Key::from_slice(&[1; 31]).is_err());
+        assert!(seal_once(&[]).is_err());
+    }
+
+    #[test]
+    fn a_key_does_not_print() {
+        assert_eq!(format!("{:?}", Key::from_bytes(&[0x41; 32]).expect("key")), "Key(secret)");
+    }
+
+    fn hex(s: &str) -> Vec<u8> {
+        (0..s.len()).step_by(2).map(|n| u8::from_str_radix(&s[n..n + 2], 16).expect("hex")).collect()
+    }
+}

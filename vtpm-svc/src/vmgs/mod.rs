@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The guest-state file ("VMGS"): a small encrypted file system of at most 62 files, in a fixed VHD.
+//!
+//! The format is version 3 of the one that OpenVMM reads and writes, so an image of ours opens there and the other way
+//! round. What is added stays inside that format: an [integrity root](root) as one more encrypted file, and an
+//! [anchor](anchor) outside of the image. What the format leaves open to attack or to power loss is closed by the way
+//! [`store`] writes and [`image`] reads. `docs/vmgs.md` has the user's view.
+
+pub mod anchor;
+pub mod block;
+pub mod crypto;
+pub mod error;
+pub mod format;
+pub mod image;
+pub mod root;
+pub mod store;
+pub mod vhd;
+
+pub use anchor::AnchorFolder;
+pub use block::FsFile;
+pub use crypto::Key;
+pub use error::VmgsError;
+pub use format::FileId;
+pub use store::Accept;
+pub use store::Change;
+pub use store::Vmgs;
+
+#[cfg(test)]
+mod crash_test;
+#[cfg(test)]
+mod hostile_test;

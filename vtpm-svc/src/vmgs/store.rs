@@ -1,0 +1,635 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The store: an open image, and the commit that changes it without ever being in danger.
+//!
+//! A commit writes new copies of the changed files, of both tables and of the root into blocks that *neither* live header
+//! names, flushes, writes one header sector into the slot that is not active, and flushes again. Only then does it
+//! return, so whoever waits for it may acknowledge. Until the header is whole on disk the old generation is untouched;
+//! after that the new one is complete. The blocks of the generation before are free only in the commit after next.
+//!
+//! A failed write or flush poisons the store: what reached the disk is unknown, so nothing may be acknowledged until the
+//! image has been opened again.
+
+use std::collections::BTreeSet;
+
+use zeroize::Zeroizing;
+
+use super::anchor::Anchor;
+use super::anchor::AnchorError;
+use super::anchor::AnchorSource;
+use super::block::BlockFile;
+use super::crypto;
+use super::crypto::Key;
+use super::error::VmgsError;
+use super::format::AUTHENTICATED;
+use super::format::BLOCK;
+use super::format::ENCRYPTED;
+use super::format::ENTRIES;
+use super::format::Entry;
+use super::format::ExtendedEntry;
+use super::format::ExtendedTable;
+use super::format::FIRST_BLOCK;
+use super::format::FileId;
+use super::format::FileTable;
+use super::format::Header;
+use super::format::KeySlot;
+use super::format::MAX_FILE;
+use super::format::SECTOR;
+use super::image;
+use super::image::Layout;
+use super::root::Listed;
+use super::root::Mark;
+use super::root::Root;
+use super::root::digest;
+use super::vhd;
+
+/// Smallest image that `create` makes.
+pub const MIN_SIZE: u64 = 1 << 20;
+/// Largest image that `create` makes.
+pub const MAX_SIZE: u64 = 64 << 20;
+
+/// One change of a commit.
+#[derive(Debug, Clone, Copy)]
+pub enum Change<'a> {
+    /// Writes a file, encrypted if the image is.
+    Put(FileId, &'a [u8]),
+    /// Removes a file.
+    Delete(FileId),
+    /// Sets flag bits of the root.
+    Flag(u32),
+}
+
+/// What an operator may accept explicitly when an image is opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Accept {
+    /// An image that is older than, or unknown to, the anchor.
+    pub rollback: bool,
+    /// Files that were added, changed, removed or left in plain text by another tool; also an image with no root.
+    pub foreign: bool,
+}
+
+/// Something that was odd but not refused; to be shown or logged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Warning {
+    /// The other header slot is damaged; the next commit replaces it.
+    DamagedSlot(String),
+    /// The image was opened without an anchor.
+    NoAnchor,
+    /// A rollback was accepted.
+    RollbackAccepted {
+        /// Generation of the image.
+        have: u64,
+        /// What the anchor expected.
+        want: String,
+    },
+    /// Foreign changes were accepted; the next commit re-roots the image.
+    Adopted(String),
+}
+
+impl std::fmt::Display for Warning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::DamagedSlot(why) => write!(f, "the inactive header slot {why}; the next write replaces it"),
+            Self::NoAnchor => {
+                f.write_str("opened without an anchor: an older copy cannot be told from the newest")
+            }
+            Self::RollbackAccepted { have, want } => {
+                write!(f, "ROLLBACK ACCEPTED: the image is at generation {have}, the anchor expected {want}")
+            }
+            Self::Adopted(what) => write!(f, "ADOPTED: {what}"),
+        }
+    }
+}
+
+/// An open image.
+pub struct Vmgs<F> {
+    file: F,
+    capacity: u32,
+    header: Header,
+    active: usize,
+    table: FileTable,
+    extended: ExtendedTable,
+    /// Blocks named by the header slot that is not active.
+    other: BTreeSet<u32>,
+    key: Option<Key>,
+    root: Root,
+    anchor: Option<Box<dyn Anchor>>,
+    warnings: Vec<Warning>,
+    poisoned: bool,
+}
+
+impl<F: BlockFile> Vmgs<F> {
+    /// Makes an image in `file`, whose length must be that of the payload and a footer.
+    ///
+    /// Without a key the image is plain text, which only makes sense for exchange with other tools.
+    pub fn create(
+        mut file: F,
+        key: Option<Key>,
+        vm: [u8; 16],
+        anchors: Option<&dyn AnchorSource>,
+    ) -> Result<Self, VmgsError> {
+        let len = file.len().map_err(VmgsError::io("asking for the file's length"))?;
+        let payload = len.saturating_sub(vhd::FOOTER as u64);
+        if !(MIN_SIZE..=MAX_SIZE).contains(&payload) || payload % BLOCK as u64 != 0 {
+            return Err(VmgsError::Invalid(format!(
+                "size {payload} is not a multiple of 4096 between 1 MiB and 64 MiB"
+            )));
+        }
+        let mut image = [0; 16];
+        crypto::fill_random(&mut image)?;
+        let write = VmgsError::io("writing a new image");
+        let footer = vhd::build(payload, image);
+        file.write_at(&[0; 2 * SECTOR], 0).and_then(|()| file.write_at(&footer, payload)).map_err(write)?;
+        let mut store = Self {
+            file,
+            capacity: (payload / BLOCK as u64) as u32,
+            header: Header {
+                sequence: 0,
+                table_block: FIRST_BLOCK,
+                encrypted: key.is_some(),
+                markers: 0,
+                keys: [KeySlot::default(); 2],
+            },
+            active: 1,
+            table: FileTable([Entry::default(); ENTRIES]),
+            extended: ExtendedTable::default(),
+            other: BTreeSet::new(),
+            key,
+            root: Root::new(image, vm),
+            anchor: anchors.map(|a| a.lease(&image)).transpose()?,
+            warnings: Vec::new(),
+            poisoned: false,
+        };
+        store.commit(&[])?;
+        Ok(store)
+    }
+
+    /// Opens an image, or refuses it without having written anything.
+    pub fn open(
+        file: F,
+        key: Option<Key>,
+        anchors: Option<&dyn AnchorSource>,
+        accept: Accept,
+    ) -> Result<Self, VmgsError> {
+        let layout = Layout::read(&file)?;
+        let extended = image::unlock(&file, &layout, key.as_ref())?;
+        let mut warnings = Vec::new();
+        if let Err(fault) = &layout.headers.slots[1 - layout.headers.active]
+            && !(layout.header.sequence == 1 && *fault == super::format::HeaderFault::Zero)
+        {
+            warnings.push(Warning::DamagedSlot(fault.to_string()));
+        }
+        let root = proven_root(&file, &layout, &extended, accept, &mut warnings)?;
+        let mut anchor = anchors.map(|a| a.lease(&root.image)).transpose()?;
+        match &mut anchor {
+            Some(anchor) => judge(anchor.as_mut(), &root, accept, &mut warnings)?,
+            None => {
+                if layout.headers.may_be_older() && !accept.rollback {
+                    return Err(VmgsError::StaleGeneration {
+                        have: root.generation,
+                        want:
+                            "a newer one, perhaps: the other header is damaged and there is no anchor to ask"
+                                .into(),
+                    });
+                }
+                warnings.push(Warning::NoAnchor);
+            }
+        }
+        Ok(Self {
+            file,
+            capacity: layout.capacity,
+            active: layout.headers.active,
+            header: layout.header,
+            table: layout.table,
+            extended,
+            other: layout.other,
+            key,
+            root,
+            anchor,
+            warnings,
+            poisoned: false,
+        })
+    }
+
+    /// What was odd at open.
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
+    }
+
+    /// The integrity root.
+    pub fn root(&self) -> &Root {
+        &self.root
+    }
+
+    /// Whether files are encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.header.encrypted
+    }
+
+    /// Blocks in the payload.
+    pub fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    /// The files and their sizes in bytes; whether each is encrypted.
+    pub fn list(&self) -> Vec<(FileId, u64, bool)> {
+        self.table.files().map(|(id, e)| (id, e.valid, self.extended.entry(id).encrypted())).collect()
+    }
+
+    /// Reads a file and compares it with the root.
+    pub fn read(&self, id: FileId) -> Result<Zeroizing<Vec<u8>>, VmgsError> {
+        let data = image::read_file(&self.file, &self.table, &self.extended, id)?;
+        match self.root.files.get(&id) {
+            Some(listed) if listed.digest == digest(&data) => Ok(data),
+            _ => Err(VmgsError::ForeignWrite(super::error::FileList(vec![id]))),
+        }
+    }
+
+    /// Reads a file that need not exist.
+    pub fn read_optional(&self, id: FileId) -> Result<Option<Zeroizing<Vec<u8>>>, VmgsError> {
+        match self.read(id) {
+            Ok(data) => Ok(Some(data)),
+            Err(VmgsError::NotFound(_)) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Applies all changes at once; when it returns they are durable.
+    pub fn commit(&mut self, changes: &[Change<'_>]) -> Result<Mark, VmgsError> {
+        self.write_generation(changes, None)
+    }
+
+    /// Replaces the datastore key, and with it every key in the image.
+    ///
+    /// Both header slots then carry only the new key, the blocks of older generations are overwritten, and the old key
+    /// has been tried on what is left and has failed. The caller must have stored the new key safely *before*.
+    pub fn rekey(&mut self, new: Key) -> Result<Mark, VmgsError> {
+        let old_key = self.key.clone();
+        let old_header = self.header.clone();
+        let mark = self.write_generation(&[], Some(new))?;
+        // The second header names the same tables, so that the slot with the old wrap disappears.
+        let (next, slot) = self.next_header(self.header.table_block, self.header.keys);
+        self.write_header(&next, slot)?;
+        self.header = next;
+        self.active = slot;
+        self.other = image::named_blocks(&self.header, &self.table);
+        self.scrub()?;
+        if let Some(old) = old_key {
+            self.prove_dead(&old, &old_header)?;
+        }
+        Ok(mark)
+    }
+
+    /// Ends the lease in good order.
+    pub fn close(mut self) -> Result<F, VmgsError> {
+        if let Some(anchor) = &mut self.anchor
+            && !self.poisoned
+        {
+            anchor.release()?;
+        }
+        Ok(self.file)
+    }
+
+    fn write_generation(&mut self, changes: &[Change<'_>], new_key: Option<Key>) -> Result<Mark, VmgsError> {
+        if self.poisoned {
+            return Err(VmgsError::Poisoned);
+        }
+        let encrypted = self.header.encrypted || new_key.is_some();
+        let (mut table, mut extended, mut root) =
+            (self.table.clone(), self.extended.clone(), self.root.clone());
+        let mut space =
+            Space::new(self.capacity, [&image::named_blocks(&self.header, &self.table), &self.other]);
+        if self.header.sequence == 0 {
+            space = Space::new(self.capacity, [&BTreeSet::new(), &BTreeSet::new()]);
+        }
+        let mut writes: Vec<(u32, Vec<u8>)> = Vec::new();
+        let mut put = |id: FileId, data: &[u8], table: &mut FileTable, extended: &mut ExtendedTable| {
+            let (entry, truth, bytes) = place(&mut space, data, encrypted, self.capacity)?;
+            table.0[id.index()] = entry;
+            *extended.entry_mut(id) = truth;
+            writes.push((entry.block, bytes));
+            Ok::<_, VmgsError>(Listed {
+                attributes: extended.entry(id).attributes,
+                valid: entry.valid,
+                digest: digest(data),
+            })
+        };
+        if new_key.is_some() {
+            for (id, _) in self.table.files().filter(|(id, _)| *id != FileId::ROOT) {
+                let data = self.read(id)?;
+                let listed = put(id, &data, &mut table, &mut extended)?;
+                root.files.insert(id, listed);
+            }
+        }
+        for change in changes {
+            match change {
+                Change::Put(id, data) => {
+                    check_put(*id, data, encrypted)?;
+                    let listed = put(*id, data, &mut table, &mut extended)?;
+                    root.files.insert(*id, listed);
+                }
+                Change::Delete(id) => {
+                    table.0[id.index()] = Entry::default();
+                    *extended.entry_mut(*id) = ExtendedEntry::default();
+                    root.files.remove(id);
+                }
+                Change::Flag(bits) => root.flags |= bits,
+            }
+        }
+        // A lost file that was adopted leaves no trace in the new table either.
+        for id in FileId::files().filter(|id| !table.entry(*id).exists()) {
+            *extended.entry_mut(id) = ExtendedEntry::default();
+        }
+        root.previous = if root.generation == 0 { [0; 32] } else { self.root.mark().digest };
+        root.generation += 1;
+        put(FileId::ROOT, &root.to_bytes(), &mut table, &mut extended)?;
+        let key = new_key.or_else(|| self.key.clone());
+        let (keys, tables) = seal_tables(&mut space, &mut table, &extended, key.as_ref(), self.capacity)?;
+        writes.extend(tables);
+
+        let mark = root.mark();
+        if let Some(anchor) = &mut self.anchor {
+            anchor.announce(mark)?;
+        }
+        self.write_all(&writes)?;
+        let was_encrypted = std::mem::replace(&mut self.header.encrypted, encrypted);
+        let (next, slot) = self.next_header(table.entry(FileId::FILE_TABLE).block, keys);
+        if let Err(e) = self.write_header(&next, slot) {
+            self.header.encrypted = was_encrypted;
+            return Err(e);
+        }
+        self.other = match self.header.sequence {
+            0 => BTreeSet::new(),
+            _ => image::named_blocks(&self.header, &self.table),
+        };
+        (self.header, self.active) = (next, slot);
+        (self.table, self.extended, self.root, self.key) = (table, extended, root, key);
+        if let Some(anchor) = &mut self.anchor {
+            anchor.confirm(mark)?;
+        }
+        Ok(mark)
+    }
+
+    fn next_header(&self, table_block: u32, keys: [KeySlot; 2]) -> (Header, usize) {
+        let sequence = self.header.sequence.wrapping_add(1);
+        // Bit 0 of the markers asks the next opener to clear it, which a commit does.
+        let header = Header {
+            sequence,
+            table_block,
+            encrypted: self.header.encrypted,
+            markers: self.header.markers & !1,
+            keys,
+        };
+        (header, 1 - self.active)
+    }
+
+    fn write_all(&mut self, writes: &[(u32, Vec<u8>)]) -> Result<(), VmgsError> {
+        for (block, data) in writes {
+            let at = u64::from(*block) * BLOCK as u64;
+            self.guard(|f| f.write_at(data, at), "writing a file of the image")?;
+        }
+        self.guard(BlockFile::sync, "flushing the image")
+    }
+
+    fn write_header(&mut self, header: &Header, slot: usize) -> Result<(), VmgsError> {
+        let sector = header.to_sector();
+        self.guard(|f| f.write_at(&sector, (slot * SECTOR) as u64), "writing a header")?;
+        self.guard(BlockFile::sync, "flushing a header")
+    }
+
+    /// Runs one disk operation; a failure poisons the store for good.
+    fn guard(
+        &mut self,
+        run: impl FnOnce(&mut F) -> std::io::Result<()>,
+        what: &'static str,
+    ) -> Result<(), VmgsError> {
+        let result = run(&mut self.file);
+        if result.is_err() {
+            self.poisoned = true;
+        }
+        result.map_err(VmgsError::io(what))
+    }
+
+    /// Overwrites every block that no header names.
+    fn scrub(&mut self) -> Result<(), VmgsError> {
+        let live = image::named_blocks(&self.header, &self.table);
+        for block in (FIRST_BLOCK..self.capacity).filter(|b| !live.contains(b)) {
+            if image::read_block(&self.file, block)?.iter().any(|b| *b != 0) {
+                self.guard(|f| f.write_at(&[0; BLOCK], u64::from(block) * BLOCK as u64), "scrubbing")?;
+            }
+        }
+        self.guard(BlockFile::sync, "flushing the scrubbed blocks")
+    }
+
+    /// Tries the old key on everything that is on disk.
+    fn prove_dead(&self, old: &Key, old_header: &Header) -> Result<(), VmgsError> {
+        let layout = Layout::read(&self.file)?;
+        for header in layout.headers.slots.iter().flatten() {
+            for slot in &header.keys {
+                if crypto::open(old.expose(), &slot.seal, &slot.wrapped).is_some() {
+                    return Err(VmgsError::OldKeyStillOpens("a header"));
+                }
+            }
+        }
+        // The metadata key that the old header wraps must not open the current table either.
+        let entry = layout.table.entry(FileId::EXTENDED);
+        let block = image::read_block(&self.file, entry.block)?;
+        for slot in old_header.keys.iter().filter(|slot| !slot.is_empty()) {
+            let Some(metadata) = crypto::open(old.expose(), &slot.seal, &slot.wrapped) else { continue };
+            let mut metadata_key = Zeroizing::new([0; 32]);
+            metadata_key.copy_from_slice(&metadata);
+            if crypto::open(&metadata_key, &entry.seal, &block).is_some() {
+                return Err(VmgsError::OldKeyStillOpens("the extended file table"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_put(id: FileId, data: &[u8], encrypted: bool) -> Result<(), VmgsError> {
+    if id == FileId::ROOT || id == FileId::FILE_TABLE || id == FileId::EXTENDED {
+        return Err(VmgsError::Invalid(format!("{id} is written by the store itself")));
+    }
+    if data.len() as u64 > MAX_FILE {
+        return Err(VmgsError::TooLarge(id, data.len() as u64));
+    }
+    if data.is_empty() && encrypted {
+        return Err(VmgsError::Invalid(format!(
+            "{id}: an encrypted file of no bytes could never be read back; delete it"
+        )));
+    }
+    Ok(())
+}
+
+/// Root and files are consistent, or the operator has accepted that they are not.
+fn proven_root<F: BlockFile>(
+    file: &F,
+    layout: &Layout,
+    extended: &ExtendedTable,
+    accept: Accept,
+    warnings: &mut Vec<Warning>,
+) -> Result<Root, VmgsError> {
+    image::check_files(layout, extended, false).or_else(|e| adopt_or(e, accept, warnings))?;
+    let mut root = match image::read_root(file, layout, extended) {
+        Ok(root) => root,
+        Err(e @ (VmgsError::RootMissing | VmgsError::RootMismatch(_))) => {
+            adopt_or(e, accept, warnings)?;
+            let (mut image, mut vm) = ([0; 16], [0; 16]);
+            crypto::fill_random(&mut image)?;
+            crypto::fill_random(&mut vm)?;
+            Root::new(image, vm)
+        }
+        Err(e) => return Err(e),
+    };
+    let differences = image::compare(file, layout, extended, &root)?;
+    let (missing, adoptable) = (differences.missing.clone(), {
+        let mut ids = differences.unexpected.clone();
+        ids.extend(&differences.changed);
+        ids
+    });
+    if let Err(e) = differences.refuse() {
+        adopt_or(e, accept, warnings)?;
+        for id in missing {
+            root.files.remove(&id);
+        }
+        for id in adoptable {
+            let data = image::read_file(file, &layout.table, extended, id)?;
+            let listed = Listed {
+                attributes: extended.entry(id).attributes,
+                valid: data.len() as u64,
+                digest: digest(&data),
+            };
+            root.files.insert(id, listed);
+        }
+    }
+    Ok(root)
+}
+
+fn adopt_or(error: VmgsError, accept: Accept, warnings: &mut Vec<Warning>) -> Result<(), VmgsError> {
+    if !accept.foreign {
+        return Err(error);
+    }
+    warnings.push(Warning::Adopted(error.to_string()));
+    Ok(())
+}
+
+/// Asks the anchor whether this image is the newest, and burns every other.
+fn judge(
+    anchor: &mut dyn Anchor,
+    root: &Root,
+    accept: Accept,
+    warnings: &mut Vec<Warning>,
+) -> Result<(), VmgsError> {
+    let mark = root.mark();
+    let expectation = anchor.expectation()?;
+    let adopted = warnings.iter().any(|w| matches!(w, Warning::Adopted(_)));
+    match expectation {
+        Some(e) if e.accepts(&mark) => {}
+        // An adopted image is not the one that was written last, by definition; its generation must still be.
+        Some(e) if adopted && root.generation == e.confirmed.generation => {}
+        Some(e) if accept.rollback => {
+            warnings.push(Warning::RollbackAccepted { have: mark.generation, want: e.in_words() });
+        }
+        Some(e) => return Err(VmgsError::StaleGeneration { have: mark.generation, want: e.in_words() }),
+        None if accept.rollback || (adopted && root.generation == 0) => {
+            warnings.push(Warning::RollbackAccepted {
+                have: mark.generation,
+                want: "nothing (no record)".into(),
+            });
+        }
+        None => {
+            return Err(AnchorError::Unknown {
+                image: super::root::uuid_text(&root.image),
+                folder: "the anchor folder".into(),
+            }
+            .into());
+        }
+    }
+    anchor.confirm(mark)?;
+    Ok(())
+}
+
+/// Finds a place for a file and seals it.
+fn place(
+    space: &mut Space,
+    data: &[u8],
+    encrypted: bool,
+    capacity: u32,
+) -> Result<(Entry, ExtendedEntry, Vec<u8>), VmgsError> {
+    let blocks = (data.len().div_ceil(BLOCK) as u32).max(1);
+    let block = space.take(blocks).ok_or(VmgsError::NoSpace { need: blocks, capacity })?;
+    let mut entry = Entry { block, blocks, valid: data.len() as u64, ..Entry::default() };
+    let mut truth = ExtendedEntry::default();
+    let bytes = if encrypted {
+        let (key, seal, bytes) = crypto::seal_once(data)?;
+        entry.seal = seal;
+        entry.attributes = ENCRYPTED | AUTHENTICATED;
+        truth.attributes = entry.attributes;
+        truth.key.copy_from_slice(key.expose());
+        bytes
+    } else {
+        data.to_vec()
+    };
+    Ok((entry, truth, bytes))
+}
+
+type Sealed = ([KeySlot; 2], Vec<(u32, Vec<u8>)>);
+
+/// Places both tables; encrypts the extended one under a metadata key that is drawn here and wrapped at once.
+fn seal_tables(
+    space: &mut Space,
+    table: &mut FileTable,
+    extended: &ExtendedTable,
+    key: Option<&Key>,
+    capacity: u32,
+) -> Result<Sealed, VmgsError> {
+    let no_space = || VmgsError::NoSpace { need: 1, capacity };
+    let table_block = space.take(1).ok_or_else(no_space)?;
+    let extended_block = space.take(1).ok_or_else(no_space)?;
+    let whole = Entry { blocks: 1, valid: BLOCK as u64, ..Entry::default() };
+    table.0[FileId::FILE_TABLE.index()] = Entry { block: table_block, ..whole };
+    let mut keys = [KeySlot::default(); 2];
+    let mut entry = Entry { block: extended_block, ..whole };
+    let bytes = match key {
+        Some(datastore) => {
+            let (metadata, seal, bytes) = crypto::seal_once(&extended.to_block())?;
+            entry.seal = seal;
+            entry.attributes = ENCRYPTED | AUTHENTICATED;
+            let (seal, wrapped) = crypto::wrap(datastore, &metadata)?;
+            keys[0] = KeySlot { seal, wrapped };
+            bytes
+        }
+        None => vec![0; BLOCK],
+    };
+    table.0[FileId::EXTENDED.index()] = entry;
+    Ok((keys, vec![(extended_block, bytes), (table_block, table.to_block().to_vec())]))
+}
+
+/// The blocks that a commit may use.
+struct Space {
+    /// Free extents: first block and length.
+    holes: Vec<(u32, u32)>,
+}
+
+impl Space {
+    fn new(capacity: u32, live: [&BTreeSet<u32>; 2]) -> Self {
+        let mut holes = Vec::new();
+        let mut start = FIRST_BLOCK;
+        let busy: BTreeSet<u32> = live[0].union(live[1]).copied().collect();
+        for block in busy.into_iter().chain([capacity]) {
+            if block > start {
+                holes.push((start, block - start));
+            }
+            start = start.max(block.saturating_add(1));
+        }
+        Self { holes }
+    }
+
+    /// Takes the smallest hole that fits, the first one of equals.
+    fn take(&mut self, blocks: u32) -> Option<u32> {
+        let hole = self.holes.iter_mut().filter(|(_, len)| *len >= blocks).min_by_key(|(_, len)| *len)?;
+        let block = hole.0;
+        hole.0 += blocks;
+        hole.1 -= blocks;
+        Some(block)
+    }
+}
