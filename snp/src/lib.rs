@@ -7,6 +7,7 @@
 
 pub mod attest;
 pub mod digest;
+pub mod ghcb;
 pub mod image;
 pub mod pages;
 pub mod plan;
