@@ -9,6 +9,7 @@ pub mod attest;
 pub mod digest;
 pub mod ghcb;
 pub mod image;
+pub mod model;
 pub mod pages;
 pub mod plan;
 pub mod policy;

@@ -6,6 +6,8 @@
 //! volume 2, revision 3.42, table B-4 (the SEV-ES save area). What KVM changes in the registers it is given (SVME in EFER,
 //! MCE in CR4) is part of the state here: values are those that end up in the page.
 
+pub mod decode;
+
 use crate::plan::PAGE_SIZE;
 
 /// A segment in VMCB form.

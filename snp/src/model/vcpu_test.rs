@@ -1,0 +1,764 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The GHCB protocol as a guest sees it: one test per rule, and arbitrary bytes for all of it.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::ghcb::exit;
+use crate::ghcb::psc::Entry;
+use crate::model::cpuid::CpuidRegisters;
+use crate::model::faults::Faults;
+use crate::model::faults::Trigger;
+use crate::model::memory::View;
+use crate::model::memory::testing::TestMemory;
+use crate::model::rmp::Finding;
+use crate::model::rmp::TwoMib;
+use crate::model::vm::ApAction;
+use crate::model::vm::VmConfig;
+use crate::vmsa::VmsaState;
+
+const RAM: u64 = 0x40_0000;
+const GHCB: u64 = 0x5000;
+const BUFFER: u64 = GHCB + 0x800;
+
+struct Setup {
+    vm: VmModel,
+    mem: TestMemory,
+    vcpu: VcpuModel,
+}
+
+impl Setup {
+    fn new() -> Self {
+        Setup::with(Faults::default())
+    }
+
+    fn with(faults: Faults) -> Self {
+        let ram = std::iter::once(0..RAM).collect();
+        let config = VmConfig { c_bit: 39, ram, two_mib: TwoMib::Accept, faults };
+        let vm = VmModel::new(config);
+        vm.set_hypercall_exits(true);
+        vm.add_vcpu(0);
+        vm.add_vcpu(1);
+        vm.pages.set_private(0, RAM / PAGE, true);
+        vm.pages.set_private(GHCB, 1, false);
+        let mut vcpu = VcpuModel::new(&vm, vec![]);
+        vcpu.write_ghcb_msr(GHCB | 0x012);
+        let mem = TestMemory::new(RAM as usize);
+        assert_eq!(vcpu.vmgexit(&vm, &mem), Outcome::Resume);
+        vcpu.write_ghcb_msr(GHCB);
+        Setup { vm, mem, vcpu }
+    }
+
+    fn msr(&mut self, value: u64) -> (Outcome, u64) {
+        self.vcpu.write_ghcb_msr(value);
+        let outcome = self.vcpu.vmgexit(&self.vm, &self.mem);
+        (outcome, self.vcpu.read_ghcb_msr())
+    }
+
+    /// A VMGEXIT with these fields marked valid, and no others.
+    fn nae(&mut self, code: u64, info1: u64, info2: u64, fields: &[(Field, u64)]) -> Outcome {
+        let mut page = self.mem.bytes::<4096>(GHCB, View::Shared);
+        page::set_valid(&mut page, page::Valid::default());
+        let fixed = [(Field::ExitCode, code), (Field::ExitInfo1, info1), (Field::ExitInfo2, info2)];
+        for (field, value) in fixed.iter().chain(fields) {
+            page::set(&mut page, *field, *value);
+        }
+        self.mem.write(GHCB, View::Shared, &page).unwrap();
+        self.vcpu.write_ghcb_msr(GHCB);
+        self.vcpu.vmgexit(&self.vm, &self.mem)
+    }
+
+    fn reply(&mut self, reply: Reply) -> Outcome {
+        self.vcpu.complete(&self.vm, &self.mem, reply)
+    }
+
+    /// A field of the answer; `None` if it is not marked valid.
+    fn field(&self, field: Field) -> Option<u64> {
+        page::get_if_valid(&self.mem.bytes(GHCB, View::Shared), field)
+    }
+
+    fn infos(&self) -> (Option<u64>, Option<u64>) {
+        (self.field(Field::ExitInfo1), self.field(Field::ExitInfo2))
+    }
+
+    fn psc_buffer(&self, current: u16, end: u16, entries: &[Entry]) {
+        let mut bytes = psc::Header { current, end }.encode().to_vec();
+        entries.iter().for_each(|e| bytes.extend(e.encode().to_le_bytes()));
+        self.mem.write(BUFFER, View::Shared, &bytes).unwrap();
+    }
+
+    fn psc(&mut self) -> Outcome {
+        self.nae(exit::PAGE_STATE_CHANGE, 0, 0, &[(Field::Scratch, BUFFER)])
+    }
+
+    fn psc_state(&self, entries: usize) -> (u64, Vec<u16>) {
+        let current = self.mem.u64(BUFFER, View::Shared) & 0xffff;
+        let done =
+            (0..entries).map(|i| Entry::decode(self.mem.u64(BUFFER + 8 + i as u64 * 8, View::Shared)).done);
+        (current, done.collect())
+    }
+}
+
+fn entry(frame: u64, operation: PageOperation, huge: bool) -> Entry {
+    Entry { done: 0, frame, operation, huge }
+}
+
+const fn range(gpa: u64, pages: u64, attributes: u64) -> Outcome {
+    Outcome::MapGpaRange(MapGpaRange { gpa, pages, attributes })
+}
+
+fn malformed(why: Malformed) -> (Option<u64>, Option<u64>) {
+    (Some(2), Some(why as u64))
+}
+
+// --- MSR protocol
+
+#[test]
+fn after_reset_the_msr_holds_sev_info_with_versions_1_to_2() {
+    let s = Setup::new();
+    assert_eq!(VcpuModel::new(&s.vm, vec![]).read_ghcb_msr(), 0x0002_0001_2700_0001);
+}
+
+#[test]
+fn msr_requests_get_the_answers_of_kvm() {
+    let mut s = Setup::new();
+    assert_eq!(s.msr(0x002), (Outcome::Resume, 0x0002_0001_2700_0001));
+    assert_eq!(s.msr(0x080), (Outcome::Resume, 0x3081));
+    assert_eq!(s.msr(0x010), (Outcome::Resume, !0xfff | 0x011));
+    assert_eq!(s.msr(0x3a0_0012), (Outcome::Resume, 0x3a0_0013));
+}
+
+#[test]
+fn an_unknown_msr_request_leaves_the_value_as_it_is() {
+    let mut s = Setup::new();
+    assert_eq!(s.msr(0x1234_5678_9abc_d7ff), (Outcome::Resume, 0x1234_5678_9abc_d7ff));
+}
+
+#[test]
+fn an_msr_page_state_change_becomes_one_hypercall_exit() {
+    let mut s = Setup::new();
+    // Value seen from Linux: to shared.
+    let (outcome, _) = s.msr(0x0020_0000_0020_0014);
+    assert_eq!(outcome, range(0x20_0000, 1, 0));
+    assert_eq!(s.reply(Reply::MapGpaRange { ret: 0 }), Outcome::Resume);
+    assert_eq!(s.vcpu.read_ghcb_msr(), 0x15);
+    let (outcome, _) = s.msr(0x0010_0000_0020_0014);
+    assert_eq!(outcome, range(0x20_0000, 1, MAP_GPA_ENCRYPTED));
+    assert_eq!(s.reply(Reply::MapGpaRange { ret: 22 }), Outcome::Resume);
+    assert_eq!(s.vcpu.read_ghcb_msr(), 1 << 63 | 0x15);
+}
+
+#[test]
+fn other_operations_and_a_missing_hypercall_exit_are_errors_of_the_msr_protocol() {
+    let mut s = Setup::new();
+    assert_eq!(s.msr(0x0030_0000_0020_0014), (Outcome::Resume, 1 << 63 | 0x15));
+    s.vm.set_hypercall_exits(false);
+    assert_eq!(s.msr(0x0020_0000_0020_0014), (Outcome::Resume, 1 << 63 | 0x15));
+}
+
+#[test]
+fn a_termination_request_ends_the_guest_with_the_msrs_value() {
+    let mut s = Setup::new();
+    assert_eq!(s.msr(0x4_1100).0, Outcome::Terminate { data0: 0x4_1100 });
+}
+
+#[test]
+fn cpuid_by_msr_answers_one_register() {
+    let mut s = Setup::new();
+    let registers = CpuidRegisters { eax: 1, ebx: 2, ecx: 3, edx: 0xdead_beef };
+    s.vcpu.set_cpuid(vec![CpuidEntry { function: 0x8000_001f, registers, ..CpuidEntry::default() }]);
+    let (_, value) = s.msr(0x8000_001f_c000_0004);
+    assert_eq!(value, 0xdead_beef_c000_0005);
+    assert_eq!(s.msr(0x4000_0004).1, 0x4000_0005);
+}
+
+#[test]
+fn a_held_vcpu_resumes_with_a_result_only_by_sipi() {
+    let mut s = Setup::new();
+    assert_eq!(s.msr(0x006), (Outcome::ResetHold, 0x007));
+    assert_eq!(s.reply(Reply::Wake), Outcome::Resume);
+    assert_eq!(s.vcpu.read_ghcb_msr(), 0x1007);
+}
+
+// --- Envelope of the GHCB page
+
+#[test]
+fn an_unregistered_ghcb_is_not_answered_but_fails_the_run() {
+    let mut s = Setup::new();
+    s.vm.pages.set_private(0x9000, 1, false);
+    assert_eq!(s.msr(0x9000).0, Outcome::RunFails(Errno::EINVAL));
+}
+
+#[test]
+fn a_ghcb_that_is_private_or_outside_ram_gets_no_answer() {
+    let mut s = Setup::new();
+    for gpa in [0x9000, RAM, 0xffff_ffff_ffff_f000] {
+        s.msr(gpa | 0x012);
+        assert_eq!(s.msr(gpa).0, Outcome::Resume, "{gpa:#x}");
+    }
+    assert_eq!(s.vm.pages.findings().len(), 3);
+    assert_eq!(s.msr(0).0, Outcome::Resume);
+}
+
+#[test]
+fn a_usage_other_than_zero_is_refused() {
+    let mut s = Setup::new();
+    s.mem.write(GHCB + 0xffc, View::Shared, &[1]).unwrap();
+    assert_eq!(s.nae(exit::HYPERVISOR_FEATURES, 0, 0, &[]), Outcome::Resume);
+    assert_eq!(s.infos(), malformed(Malformed::InvalidUsage));
+}
+
+#[test]
+fn each_missing_valid_bit_is_refused() {
+    let missing = [
+        (exit::svm::CPUID, 0, vec![Field::Rax]),
+        (exit::svm::CPUID, 0, vec![Field::Rcx]),
+        (exit::svm::RDPMC, 0, vec![]),
+        (exit::svm::WRITE_DR7, 0, vec![]),
+        (exit::svm::IOIO, 0x3f8_0010, vec![]),
+        (exit::svm::IOIO, 0x3f8_0015, vec![Field::Rax]),
+        (exit::svm::MSR, 0, vec![]),
+        (exit::svm::MSR, 1, vec![Field::Rcx, Field::Rax]),
+        (exit::svm::VMMCALL, 0, vec![Field::Rax]),
+        (exit::svm::MONITOR, 0, vec![Field::Rax, Field::Rcx]),
+        (exit::svm::MWAIT, 0, vec![Field::Rax]),
+        (exit::MMIO_READ, 0, vec![]),
+        (exit::PAGE_STATE_CHANGE, 0, vec![]),
+        (exit::AP_CREATION, 1, vec![]),
+    ];
+    for (code, info1, fields) in missing {
+        let mut s = Setup::new();
+        let fields: Vec<(Field, u64)> = fields.into_iter().map(|f| (f, 1)).collect();
+        assert_eq!(s.nae(code, info1, 0, &fields), Outcome::Resume);
+        assert_eq!(s.infos(), malformed(Malformed::MissingInput), "{code:#x}");
+    }
+    let mut s = Setup::new();
+    assert_eq!(s.nae(exit::svm::CPUID, 0, 0, &[(Field::Rax, 0xd), (Field::Rcx, 0)]), Outcome::Resume);
+    assert_eq!(s.infos(), malformed(Malformed::MissingInput), "leaf 0xd needs XCR0");
+}
+
+#[test]
+fn exit_code_and_infos_must_be_valid_themselves() {
+    let mut s = Setup::new();
+    for missing in [Field::ExitCode, Field::ExitInfo1, Field::ExitInfo2] {
+        let mut page = [0; 4096];
+        for field in [Field::ExitCode, Field::ExitInfo1, Field::ExitInfo2] {
+            if field != missing {
+                page::set(&mut page, field, 0);
+            }
+        }
+        page[0x390..0x398].copy_from_slice(&exit::HYPERVISOR_FEATURES.to_le_bytes());
+        s.mem.write(GHCB, View::Shared, &page).unwrap();
+        assert_eq!(s.msr(GHCB).0, Outcome::Resume);
+        assert_eq!(s.infos(), malformed(Malformed::MissingInput), "{missing:?}");
+    }
+}
+
+#[test]
+fn an_unknown_event_is_refused() {
+    let mut s = Setup::new();
+    // HLT (0x78) is no GHCB event either.
+    for code in [0x78, 0x8000_0006, 0x1_8000_0010, u64::MAX] {
+        s.nae(code, 0, 0, &[]);
+        assert_eq!(s.infos(), malformed(Malformed::InvalidEvent), "{code:#x}");
+    }
+}
+
+#[test]
+fn an_answer_marks_only_what_the_hypervisor_wrote() {
+    let mut s = Setup::new();
+    s.nae(exit::HYPERVISOR_FEATURES, 0, 0, &[(Field::Rax, 7), (Field::Xcr0, 1)]);
+    assert_eq!(s.infos(), (Some(0), Some(3)));
+    assert_eq!(s.field(Field::Rax), Some(7), "KVM returns RAX to RDX always");
+    assert_eq!((s.field(Field::ExitCode), s.field(Field::Xcr0)), (None, None));
+}
+
+#[test]
+fn an_unsupported_event_fails_the_run_and_a_termination_ends_the_guest() {
+    let mut s = Setup::new();
+    assert_eq!(s.nae(exit::UNSUPPORTED_EVENT, 0, 0, &[]), Outcome::RunFails(Errno::EINVAL));
+    assert_eq!(s.nae(exit::TERMINATION, 0, 0, &[]), Outcome::Terminate { data0: GHCB });
+}
+
+// --- Page-state changes by page
+
+#[test]
+fn adjacent_entries_of_one_kind_are_merged_into_one_exit() {
+    use PageOperation::Private;
+    use PageOperation::Shared;
+    let mut s = Setup::new();
+    let entries = [
+        entry(0x10, Shared, false),
+        entry(0x11, Shared, false),
+        entry(0x12, Private, false),
+        entry(0x200, Shared, true),
+        entry(0x14, Shared, false),
+    ];
+    s.psc_buffer(0, 4, &entries);
+    assert_eq!(s.psc(), range(0x1_0000, 2, 0));
+    let ok = || Reply::MapGpaRange { ret: 0 };
+    assert_eq!(s.reply(ok()), range(0x1_2000, 1, MAP_GPA_ENCRYPTED));
+    assert_eq!(s.reply(ok()), range(0x20_0000, 512, MAP_GPA_SIZE_2M));
+    assert_eq!(s.reply(ok()), range(0x1_4000, 1, 0));
+    assert_eq!(s.reply(ok()), Outcome::Resume);
+    assert_eq!(s.infos(), (Some(0), Some(0)));
+    assert_eq!(s.psc_state(5), (5, vec![1, 1, 1, 512, 1]));
+}
+
+#[test]
+fn entries_of_2m_are_merged_with_each_other() {
+    let mut s = Setup::new();
+    let entries = [entry(0x200, PageOperation::Shared, true), entry(0x400, PageOperation::Shared, true)];
+    s.psc_buffer(0, 1, &entries);
+    assert_eq!(s.psc(), range(0x20_0000, 1024, MAP_GPA_SIZE_2M));
+}
+
+#[test]
+fn a_partly_done_2m_entry_is_finished_alone() {
+    let mut s = Setup::new();
+    let first = Entry { done: 510, ..entry(0x200, PageOperation::Shared, true) };
+    s.psc_buffer(0, 1, &[first, entry(0x400, PageOperation::Shared, true)]);
+    assert_eq!(s.psc(), range(0x3f_e000, 2, MAP_GPA_SIZE_2M));
+    assert_eq!(s.reply(Reply::MapGpaRange { ret: 0 }), range(0x40_0000, 512, MAP_GPA_SIZE_2M));
+}
+
+#[test]
+fn a_refused_range_is_an_error_and_earlier_progress_stays_visible() {
+    let mut s = Setup::new();
+    s.psc_buffer(
+        0,
+        1,
+        &[entry(0x10, PageOperation::Shared, false), entry(0x20, PageOperation::Shared, false)],
+    );
+    assert_eq!(s.psc(), range(0x1_0000, 1, 0));
+    assert_eq!(s.reply(Reply::MapGpaRange { ret: 0 }), range(0x2_0000, 1, 0));
+    assert_eq!(s.reply(Reply::MapGpaRange { ret: 22 }), Outcome::Resume);
+    assert_eq!(s.infos(), (Some(0), Some(0x100 << 32)));
+    assert_eq!(s.psc_state(2), (1, vec![1, 0]));
+}
+
+#[test]
+fn a_cursor_out_of_bounds_is_an_invalid_header() {
+    let mut s = Setup::new();
+    s.psc_buffer(0, 253, &[]);
+    assert_eq!(s.psc(), Outcome::Resume);
+    assert_eq!(s.infos(), (Some(0), Some(1 << 32 | 1)));
+    // A buffer that begins later has less room: here for one entry.
+    let scratch = GHCB + 0xff0 - 16;
+    s.mem.write(scratch, View::Shared, &psc::Header { current: 0, end: 1 }.encode()).unwrap();
+    s.nae(exit::PAGE_STATE_CHANGE, 0, 0, &[(Field::Scratch, scratch)]);
+    assert_eq!(s.infos(), (Some(0), Some(1 << 32 | 1)));
+}
+
+#[test]
+fn a_cursor_behind_the_end_is_success_with_nothing_done() {
+    let mut s = Setup::new();
+    s.psc_buffer(5, 1, &[entry(0x10, PageOperation::Shared, false)]);
+    assert_eq!(s.psc(), Outcome::Resume);
+    assert_eq!(s.infos(), (Some(0), Some(0)));
+    assert_eq!(s.psc_state(1), (5, vec![0]));
+}
+
+#[test]
+fn an_impossible_entry_is_an_invalid_entry() {
+    let shared = PageOperation::Shared;
+    for bad in [Entry { done: 2, ..entry(0x10, shared, false) }, entry(0x201, shared, true)] {
+        let mut s = Setup::new();
+        s.psc_buffer(0, 0, &[bad]);
+        assert_eq!(s.psc(), Outcome::Resume);
+        assert_eq!(s.infos(), (Some(0), Some(1 << 32 | 2)));
+    }
+}
+
+#[test]
+fn other_operations_in_a_buffer_are_taken_as_done() {
+    let mut s = Setup::new();
+    s.psc_buffer(0, 0, &[entry(0x10, PageOperation::Other(3), false)]);
+    assert_eq!(s.psc(), Outcome::Resume);
+    assert_eq!(s.infos(), (Some(0), Some(0)));
+    assert_eq!(s.psc_state(1), (1, vec![1]));
+}
+
+#[test]
+fn a_psc_buffer_outside_of_the_shared_buffer_is_a_bad_scratch_area() {
+    for scratch in [0, GHCB, GHCB + 0x7f8, GHCB + 0xfec, GHCB + 0x1000, 0x9000, u64::MAX] {
+        let mut s = Setup::new();
+        s.nae(exit::PAGE_STATE_CHANGE, 0, 0, &[(Field::Scratch, scratch)]);
+        assert_eq!(s.infos(), malformed(Malformed::InvalidScratchArea), "{scratch:#x}");
+    }
+}
+
+#[test]
+fn a_change_of_the_ghcb_itself_to_private_leaves_nobody_to_answer() {
+    let mut s = Setup::new();
+    s.psc_buffer(0, 0, &[entry(GHCB >> 12, PageOperation::Private, false)]);
+    assert_eq!(s.psc(), range(GHCB, 1, MAP_GPA_ENCRYPTED));
+    s.vm.pages.set_private(GHCB, 1, true);
+    assert_eq!(s.reply(Reply::MapGpaRange { ret: 0 }), Outcome::Resume);
+    assert!(s.vm.pages.findings().iter().any(|f| matches!(f, Finding::BufferNotShared { .. })));
+}
+
+// --- AP creation
+
+const VMSA: u64 = 0x1_3000;
+
+fn ap_create(s: &mut Setup, apic: u64, request: u64, vmsa: u64, features: u64) -> Outcome {
+    s.nae(exit::AP_CREATION, apic << 32 | request, vmsa, &[(Field::Rax, features)])
+}
+
+#[test]
+fn an_ap_is_created_from_a_page_marked_as_vmsa() {
+    let mut s = Setup::new();
+    let outcome = ap_create(&mut s, 1, 1, VMSA, 1);
+    assert_eq!(
+        outcome,
+        Outcome::ApCreate(ApCreation { apic_id: 1, action: ApAction::Run { vmsa_gpa: VMSA } })
+    );
+    assert_eq!(s.infos(), (Some(0), Some(0)));
+    assert!(s.vm.load_vmsa(&s.mem, VMSA).unwrap_err().to_string().contains("must be private, validated"));
+    s.vm.pvalidate(VMSA, true, 0, 1);
+    s.vm.rmpadjust(VMSA, true, 0, 0x1_0001);
+    let state = VmsaState { rip: 0x1234, ..VmsaState::reset() };
+    s.mem.write(VMSA, View::Private, &state.encode()).unwrap();
+    assert_eq!(s.vm.load_vmsa(&s.mem, VMSA), Ok(state));
+}
+
+#[test]
+fn a_vmsa_at_a_shared_page_or_outside_ram_cannot_be_loaded() {
+    let s = Setup::new();
+    assert!(s.vm.load_vmsa(&s.mem, GHCB).unwrap_err().to_string().contains("shared"));
+    assert!(s.vm.load_vmsa(&s.mem, RAM).unwrap_err().to_string().contains("not in guest RAM"));
+}
+
+#[test]
+fn a_vmsa_with_other_features_cannot_be_loaded() {
+    let s = Setup::new();
+    s.vm.pvalidate(VMSA, true, 0, 1);
+    s.vm.rmpadjust(VMSA, true, 0, 0x1_0001);
+    let state = VmsaState { sev_features: 0x21, ..VmsaState::reset() };
+    s.mem.write(VMSA, View::Private, &state.encode()).unwrap();
+    assert!(s.vm.load_vmsa(&s.mem, VMSA).unwrap_err().to_string().contains("0x21"));
+}
+
+#[test]
+fn a_wrong_ap_creation_is_an_invalid_input_and_stops_the_target() {
+    let stop = Outcome::ApCreate(ApCreation { apic_id: 1, action: ApAction::Stop });
+    // (APIC id, request, VMSA, features, outcome)
+    let cases = [
+        (9, 1, VMSA, 1, Outcome::Resume),
+        (1, 1, VMSA + 1, 1, stop.clone()),
+        (1, 1, 0x20_0000, 1, stop.clone()),
+        (1, 1, VMSA, 1 << 3, stop.clone()),
+        (1, 3, VMSA, 1, stop.clone()),
+        (1, 0x1_0001, VMSA, 1, stop),
+        (1, 0, 0x20_0000, 1, Outcome::Resume),
+    ];
+    for (apic, request, vmsa, features, outcome) in cases {
+        let mut s = Setup::new();
+        assert_eq!(
+            ap_create(&mut s, apic, request, vmsa, features),
+            outcome,
+            "{apic} {request:#x} {vmsa:#x}"
+        );
+        assert_eq!(s.infos(), malformed(Malformed::InvalidInput), "{apic} {request:#x} {vmsa:#x}");
+    }
+}
+
+#[test]
+fn destroy_needs_no_features_and_stops_the_target() {
+    let mut s = Setup::new();
+    let outcome = s.nae(exit::AP_CREATION, 1 << 32 | 2, 0, &[]);
+    assert_eq!(outcome, Outcome::ApCreate(ApCreation { apic_id: 1, action: ApAction::Stop }));
+    assert_eq!(s.infos(), (Some(0), Some(0)));
+}
+
+#[test]
+fn a_new_vmsa_voids_what_the_vcpu_waited_for() {
+    let mut s = Setup::new();
+    assert_eq!(s.nae(exit::AP_RESET_HOLD, 0, 0, &[]), Outcome::ResetHold);
+    s.vcpu.start_from_vmsa();
+    assert_eq!(s.reply(Reply::Wake), Outcome::RunFails(Errno::EINVAL));
+    assert_eq!(s.vcpu.read_ghcb_msr(), GHCB, "KVM keeps the GHCB MSR");
+}
+
+// --- Instructions in the guest's name
+
+#[test]
+fn port_input_keeps_the_upper_part_of_rax_for_small_sizes() {
+    let mut s = Setup::new();
+    let outcome = s.nae(exit::svm::IOIO, 0x3f8_0011, 0, &[(Field::Rax, 0x1122_3344_5566_7788)]);
+    assert_eq!(outcome, Outcome::Io { port: 0x3f8, size: 1, direction: Direction::In, data: vec![0] });
+    assert_eq!(s.reply(Reply::Io(vec![0xab])), Outcome::Resume);
+    assert_eq!(s.field(Field::Rax), Some(0x1122_3344_5566_77ab));
+    s.nae(exit::svm::IOIO, 0xcfc_0041, 0, &[(Field::Rax, u64::MAX)]);
+    s.reply(Reply::Io(vec![1, 2, 3, 4]));
+    assert_eq!(s.field(Field::Rax), Some(0x0403_0201));
+}
+
+#[test]
+fn port_output_and_string_output_carry_the_data() {
+    let mut s = Setup::new();
+    let outcome = s.nae(exit::svm::IOIO, 0x80_0020, 0, &[(Field::Rax, 0x1234)]);
+    assert_eq!(
+        outcome,
+        Outcome::Io { port: 0x80, size: 2, direction: Direction::Out, data: vec![0x34, 0x12] }
+    );
+    assert_eq!(s.reply(Reply::Io(vec![])), Outcome::Resume);
+    s.mem.write(BUFFER, View::Shared, b"hello").unwrap();
+    let outcome = s.nae(exit::svm::IOIO, 0x3f8_0014, 5, &[(Field::Scratch, BUFFER)]);
+    assert_eq!(
+        outcome,
+        Outcome::Io { port: 0x3f8, size: 1, direction: Direction::Out, data: b"hello".to_vec() }
+    );
+    assert_eq!(s.reply(Reply::Io(vec![])), Outcome::Resume);
+}
+
+#[test]
+fn string_input_lands_in_the_scratch_area_piece_by_piece() {
+    let mut s = Setup::new();
+    s.vm.pages.set_private(0x10_0000, 2, false);
+    let outcome = s.nae(exit::svm::IOIO, 0x1f0_0025, 2500, &[(Field::Scratch, 0x10_0000)]);
+    assert_eq!(outcome, Outcome::Io { port: 0x1f0, size: 2, direction: Direction::In, data: vec![0; 4096] });
+    let outcome = s.reply(Reply::Io(vec![7; 4096]));
+    assert_eq!(outcome, Outcome::Io { port: 0x1f0, size: 2, direction: Direction::In, data: vec![0; 904] });
+    assert_eq!(s.reply(Reply::Io(vec![8; 904])), Outcome::Resume);
+    assert_eq!(s.mem.bytes::<2>(0x10_0fff, View::Shared), [7, 8]);
+}
+
+#[test]
+fn a_scratch_area_must_be_shared_ram_of_at_most_64_kib() {
+    for (scratch, count) in
+        [(0x10_0000u64, 1), (RAM - 1, 2), (BUFFER, 2033), (GHCB + 8, 1), (0x6000, 0x1_0001)]
+    {
+        let mut s = Setup::new();
+        s.vm.pages.set_private(0x6000, 64, false);
+        s.nae(exit::svm::IOIO, 0x3f8_0014, count, &[(Field::Scratch, scratch)]);
+        assert_eq!(s.infos(), malformed(Malformed::InvalidScratchArea), "{scratch:#x} {count}");
+    }
+}
+
+#[test]
+fn mmio_of_one_to_eight_bytes_goes_through_the_scratch_area() {
+    let mut s = Setup::new();
+    let outcome = s.nae(exit::MMIO_READ, 0xfee0_0020, 4, &[(Field::Scratch, BUFFER)]);
+    assert_eq!(outcome, Outcome::Mmio { gpa: 0xfee0_0020, len: 4, direction: Direction::In, data: [0; 8] });
+    assert_eq!(s.reply(Reply::Mmio([1, 2, 3, 4, 9, 9, 9, 9])), Outcome::Resume);
+    assert_eq!(s.mem.bytes::<5>(BUFFER, View::Shared), [1, 2, 3, 4, 0]);
+    let outcome = s.nae(exit::MMIO_WRITE, 0xfee0_0020, 2, &[(Field::Scratch, BUFFER)]);
+    assert_eq!(
+        outcome,
+        Outcome::Mmio { gpa: 0xfee0_0020, len: 2, direction: Direction::Out, data: [1, 2, 0, 0, 0, 0, 0, 0] }
+    );
+    for len in [0, 9, u64::MAX] {
+        s.nae(exit::MMIO_READ, 0xfee0_0020, len, &[(Field::Scratch, BUFFER)]);
+        assert_eq!(s.infos(), malformed(Malformed::InvalidInput));
+    }
+}
+
+#[test]
+fn a_refused_msr_injects_gp_into_the_guest() {
+    let mut s = Setup::new();
+    assert_eq!(s.nae(exit::svm::MSR, 0, 0, &[(Field::Rcx, 0x10)]), Outcome::ReadMsr { index: 0x10 });
+    assert_eq!(s.reply(Reply::ReadMsr(Some(0x1_0000_0002))), Outcome::Resume);
+    assert_eq!((s.field(Field::Rax), s.field(Field::Rdx)), (Some(2), Some(1)));
+    let fields = [(Field::Rcx, 0x10), (Field::Rax, 5), (Field::Rdx, 6)];
+    assert_eq!(s.nae(exit::svm::MSR, 1, 0, &fields), Outcome::WriteMsr { index: 0x10, value: 6 << 32 | 5 });
+    assert_eq!(s.reply(Reply::WriteMsr(false)), Outcome::Resume);
+    // Vector 13, type 3 (exception), valid.
+    assert_eq!(s.infos(), (Some(1), Some(0x8000_030d)));
+}
+
+#[test]
+fn cpuid_tsc_and_dr7_are_answered_in_registers() {
+    let mut s = Setup::new();
+    let registers = CpuidRegisters { eax: 1, ebx: 2, ecx: 3, edx: 4 };
+    s.vcpu.set_cpuid(vec![CpuidEntry { function: 7, index: 0, index_matters: true, registers }]);
+    s.nae(exit::svm::CPUID, 0, 0, &[(Field::Rax, 7), (Field::Rcx, 0)]);
+    assert_eq!(s.field(Field::Rdx), Some(4));
+    assert_eq!(s.nae(exit::svm::RDTSCP, 0, 0, &[]), Outcome::Tsc);
+    s.reply(Reply::Tsc { tsc: 0x5_0000_0006, aux: 7 });
+    assert_eq!((s.field(Field::Rax), s.field(Field::Rdx), s.field(Field::Rcx)), (Some(6), Some(5), Some(7)));
+    s.nae(exit::svm::WRITE_DR7, 0, 0, &[(Field::Rax, 0x401)]);
+    s.nae(exit::svm::READ_DR7, 0, 0, &[]);
+    assert_eq!(s.field(Field::Rax), Some(0x401));
+}
+
+#[test]
+fn an_unknown_hypercall_gets_minus_kvm_enosys() {
+    let mut s = Setup::new();
+    s.nae(exit::svm::VMMCALL, 0, 0, &[(Field::Rax, 12), (Field::Cpl, 0)]);
+    assert_eq!(s.field(Field::Rax), Some((-1000i64) as u64));
+}
+
+// --- Guest requests: the envelope. Messages are tested with the firmware.
+
+#[test]
+fn request_pages_must_be_aligned_and_different() {
+    for (request, response) in [(0x8001, 0x9000), (0x8000, 0x9001), (0x8000, 0x8000)] {
+        let mut s = Setup::new();
+        s.nae(exit::GUEST_REQUEST, request, response, &[]);
+        assert_eq!(s.infos(), malformed(Malformed::MissingInput));
+    }
+}
+
+#[test]
+fn a_request_page_outside_ram_fails_the_run() {
+    let mut s = Setup::new();
+    assert_eq!(s.nae(exit::GUEST_REQUEST, RAM, 0x9000, &[]), Outcome::RunFails(Errno::EIO));
+}
+
+#[test]
+fn an_extended_report_request_needs_its_certificate_registers() {
+    let mut s = Setup::new();
+    s.vm.pages.set_private(0x8000, 2, false);
+    s.mem.write(0x8034, View::Shared, &[5]).unwrap();
+    s.nae(exit::EXTENDED_GUEST_REQUEST, 0x8000, 0x9000, &[(Field::Rax, 0x6000)]);
+    assert_eq!(s.infos(), malformed(Malformed::InvalidInput));
+    s.nae(exit::EXTENDED_GUEST_REQUEST, 0x8000, 0x9000, &[(Field::Rax, 0x6001), (Field::Rbx, 1)]);
+    assert_eq!(s.infos(), malformed(Malformed::InvalidInput));
+}
+
+#[test]
+fn certificates_are_asked_for_and_too_few_pages_are_reported() {
+    let mut s = Setup::new();
+    s.vm.set_certs_enabled();
+    s.vm.pages.set_private(0x8000, 2, false);
+    s.mem.write(0x8034, View::Shared, &[5]).unwrap();
+    let fields = [(Field::Rax, 0x6000), (Field::Rbx, 1)];
+    let ask = |s: &mut Setup| s.nae(exit::EXTENDED_GUEST_REQUEST, 0x8000, 0x9000, &fields);
+    assert_eq!(ask(&mut s), Outcome::ReqCerts { gpa: 0x6000, npages: 1 });
+    assert_eq!(s.reply(Reply::Certs { ret: 28, npages: 3 }), Outcome::Resume);
+    assert_eq!((s.field(Field::Rbx), s.infos()), (Some(3), (Some(0), Some(1 << 32))));
+    for (errno, info2) in [(11, 2 << 32), (5, 1 << 63)] {
+        ask(&mut s);
+        assert_eq!(s.reply(Reply::Certs { ret: errno, npages: 0 }), Outcome::Resume);
+        assert_eq!(s.infos(), (Some(0), Some(info2)));
+    }
+    ask(&mut s);
+    assert_eq!(s.reply(Reply::Certs { ret: 1, npages: 0 }), Outcome::RunFails(Errno::EINVAL));
+}
+
+// --- Faults
+
+#[test]
+fn injected_faults_show_as_the_guest_would_see_them() {
+    let faults = Faults {
+        ghcb_versions: Some((3, 4)),
+        no_snp_features: true,
+        psc_error: Trigger::times(1),
+        refuse_registration: Trigger::after(1, 1),
+        pvalidate_no_change: Trigger::times(1),
+        drop_ap_creation: Trigger::always(),
+        ..Faults::default()
+    };
+    let mut s = Setup::with(faults);
+    assert_eq!(s.msr(2).1, 0x0004_0003_2700_0001);
+    assert_eq!(s.msr(0x80).1, 0x81);
+    assert_eq!(s.msr(0x9012).1, 0x8013);
+    assert_eq!(s.msr(0x0020_0000_0020_0014), (Outcome::Resume, 1 << 63 | 0x15));
+    let done = crate::model::rmp::InstructionResult::Done { eax: 0, carry: true };
+    assert_eq!(s.vm.pvalidate(0x3000, true, 0, 1), done);
+    assert_eq!(ap_create(&mut s, 1, 1, VMSA, 1), Outcome::Resume);
+}
+
+// --- Arbitrary bytes
+
+fn arbitrary_reply() -> impl Strategy<Value = Reply> {
+    prop_oneof![
+        any::<u64>().prop_map(|r| Reply::MapGpaRange { ret: r & 1 }),
+        (0i32..30, any::<u64>()).prop_map(|(ret, npages)| Reply::Certs { ret, npages }),
+        Just(Reply::Wake),
+        any::<Option<u64>>().prop_map(Reply::ReadMsr),
+        any::<bool>().prop_map(Reply::WriteMsr),
+        proptest::collection::vec(any::<u8>(), 0..10).prop_map(Reply::Io),
+        any::<[u8; 8]>().prop_map(Reply::Mmio),
+        any::<(u64, u32)>().prop_map(|(tsc, aux)| Reply::Tsc { tsc, aux }),
+    ]
+}
+
+/// What a guest that knows the protocol could write, and what it could not.
+fn arbitrary_exit() -> impl Strategy<Value = (u64, u64, u64, Vec<(usize, u64)>)> {
+    let codes = vec![
+        0x27,
+        0x37,
+        0x6e,
+        0x6f,
+        0x72,
+        0x76,
+        0x7b,
+        0x7c,
+        0x81,
+        0x87,
+        0x89,
+        0x8a,
+        0x8b,
+        0x8000_0001,
+        0x8000_0002,
+        0x8000_0003,
+        0x8000_0004,
+        0x8000_0005,
+        0x8000_0010,
+        0x8000_0011,
+        0x8000_0012,
+        0x8000_0013,
+        0x8000_fffd,
+        0x8000_fffe,
+        0x8000_ffff,
+    ];
+    let code = prop_oneof![4 => proptest::sample::select(codes), 1 => any::<u64>()];
+    let word = prop_oneof![
+        any::<u64>(),
+        0u64..0x10,
+        (0u64..0x2_0000).prop_map(|frame| frame << 12),
+        (0u64..0x1000).prop_map(|offset| GHCB + offset),
+    ];
+    let words = proptest::collection::vec((0usize..512, word.clone()), 0..40);
+    (code, word.clone(), word, words)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn no_guest_bytes_panic_or_reach_private_memory(
+        exits in proptest::collection::vec((arbitrary_exit(), arbitrary_reply(), any::<u64>()), 1..8)
+    ) {
+        let mut s = Setup::new();
+        s.vm.pages.set_private(0x8000, 4, false);
+        for ((code, info1, info2, words), reply, msr) in exits {
+            let mut page = [0u8; 4096];
+            for (at, word) in words {
+                page[at * 8..at * 8 + 8].copy_from_slice(&word.to_le_bytes());
+            }
+            page::set_valid(&mut page, page::Valid(u128::MAX >> (msr % 3)));
+            page[0xffc..].fill(0);
+            page[0x390..0x398].copy_from_slice(&code.to_le_bytes());
+            page[0x398..0x3a0].copy_from_slice(&info1.to_le_bytes());
+            page[0x3a0..0x3a8].copy_from_slice(&info2.to_le_bytes());
+            s.mem.write(GHCB, View::Shared, &page).unwrap();
+            s.vcpu.write_ghcb_msr(GHCB);
+            let mut outcome = s.vcpu.vmgexit(&s.vm, &s.mem);
+            let mut rounds = 0;
+            while let Outcome::MapGpaRange(range) = outcome {
+                prop_assert!(range.pages > 0 && range.gpa % PAGE == 0 && range.attributes & !0x11 == 0);
+                rounds += 1;
+                prop_assert!(rounds <= psc::MAX_ENTRIES, "the buffer has no more entries");
+                outcome = s.vcpu.complete(&s.vm, &s.mem, Reply::MapGpaRange { ret: 0 });
+            }
+            let _ = s.vcpu.complete(&s.vm, &s.mem, reply.clone());
+            s.vcpu.write_ghcb_msr(msr);
+            let _ = s.vcpu.vmgexit(&s.vm, &s.mem);
+            let _ = s.vcpu.complete(&s.vm, &s.mem, reply);
+            // The model asks for the page's state before each access, so none of them failed or took the private view.
+            prop_assert_eq!(s.mem.wrong_accesses(), 0);
+        }
+    }
+}
+
+#[test]
+fn the_shared_state_can_be_used_by_all_vcpu_threads() {
+    fn shared<T: Send + Sync>() {}
+    fn movable<T: Send>() {}
+    shared::<VmModel>();
+    movable::<VcpuModel>();
+}

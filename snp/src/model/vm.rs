@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What all vCPUs of one guest share: page states, features, which vCPUs exist.
+//!
+//! Stands for KVM's `struct kvm_sev_info` and for `sev_snp_ap_creation` of Linux 6.12. No lock of this type is held while
+//! a vCPU waits for anything.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+
+use crate::ghcb::exit::ap_creation;
+use crate::ghcb::exit::features;
+use crate::model::faults::Faults;
+use crate::model::firmware::status::FwStatus;
+use crate::model::memory::GuestMemory;
+use crate::model::memory::View;
+use crate::model::rmp::FAIL_PERMISSION;
+use crate::model::rmp::FAIL_SIZE_MISMATCH;
+use crate::model::rmp::InstructionResult;
+use crate::model::rmp::PAGE;
+use crate::model::rmp::PAGES_2M;
+use crate::model::rmp::PageStates;
+use crate::model::rmp::SUCCESS;
+use crate::model::rmp::TwoMib;
+use crate::vmsa::SEV_FEATURE_SNP_ACTIVE;
+use crate::vmsa::VmsaState;
+use crate::vmsa::decode::VmsaRefusal;
+
+/// Bits of `sev_features` that select how interrupts are injected: restricted and alternate injection.
+const INJECTION_MODES: u64 = 1 << 3 | 1 << 4;
+/// Lowest GHCB protocol version that KVM offers.
+const GHCB_VERSION_MIN: u16 = 1;
+/// Highest GHCB protocol version that KVM offers.
+pub const GHCB_VERSION_MAX: u16 = 2;
+
+/// What a guest's model is made from.
+#[derive(Debug)]
+pub struct VmConfig {
+    /// Position of the C-bit.
+    pub c_bit: u8,
+    /// Guest RAM, in guest-physical addresses without C-bit.
+    pub ram: Vec<Range<u64>>,
+    /// Answer to `PVALIDATE` of 2 MiB.
+    pub two_mib: TwoMib,
+    /// Faults to inject.
+    pub faults: Faults,
+}
+
+/// What becomes of a vCPU after an AP creation event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApAction {
+    /// Stop it if it runs, load its state from the VMSA at this address by [`VmModel::load_vmsa`], and run it.
+    Run {
+        /// Address of the VMSA.
+        vmsa_gpa: u64,
+    },
+    /// Do the same, but only when the vCPU gets an INIT.
+    RunOnInit {
+        /// Address of the VMSA.
+        vmsa_gpa: u64,
+    },
+    /// Stop it and let it wait for the next creation.
+    Stop,
+}
+
+/// An AP creation event that concerns an existing vCPU. The guest that asked for it is answered already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ApCreation {
+    /// The vCPU: its id is its APIC id.
+    pub apic_id: u32,
+    /// What to do with it.
+    pub action: ApAction,
+}
+
+/// Why a vCPU cannot start from a VMSA page. Hardware answers `VMEXIT_INVALID`; KVM fails the vCPU's `KVM_RUN`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VmsaLoadError {
+    /// Not RAM.
+    #[error("VMSA at {gpa:#x}: not in guest RAM")]
+    OutsideRam {
+        /// Address of the VMSA.
+        gpa: u64,
+    },
+    /// Private, validated and marked as VMSA is what the page has to be.
+    #[error("VMSA at {gpa:#x}: the page is {state}, but must be private, validated and marked by RMPADJUST")]
+    PageState {
+        /// Address of the VMSA.
+        gpa: u64,
+        /// What the page is.
+        state: String,
+    },
+    /// The vCPU's features are not the guest's.
+    #[error("VMSA at {gpa:#x}: SEV features {found:#x}, but this guest has {expected:#x}")]
+    Features {
+        /// Address of the VMSA.
+        gpa: u64,
+        /// In the page.
+        found: u64,
+        /// The guest's.
+        expected: u64,
+    },
+    /// The registers cannot be loaded.
+    #[error("VMSA at {gpa:#x}: {refusal}")]
+    State {
+        /// Address of the VMSA.
+        gpa: u64,
+        /// Which field, and why.
+        refusal: VmsaRefusal,
+    },
+}
+
+/// One guest, as KVM, RMP and firmware see it. Shared by all vCPU threads.
+#[derive(Debug)]
+pub struct VmModel {
+    /// Page states.
+    pub pages: PageStates,
+    /// Faults to inject.
+    pub faults: Faults,
+    c_bit: u8,
+    sev_features: AtomicU64,
+    hypercall_exits: AtomicBool,
+    certs_enabled: AtomicBool,
+    jump_table: AtomicU64,
+    vcpus: Mutex<BTreeSet<u32>>,
+}
+
+impl VmModel {
+    /// A guest with all pages shared and no vCPU.
+    pub fn new(config: VmConfig) -> Self {
+        VmModel {
+            pages: PageStates::new(&config.ram, config.two_mib),
+            faults: config.faults,
+            c_bit: config.c_bit,
+            sev_features: AtomicU64::new(SEV_FEATURE_SNP_ACTIVE),
+            hypercall_exits: AtomicBool::new(false),
+            certs_enabled: AtomicBool::new(false),
+            jump_table: AtomicU64::new(0),
+            vcpus: Mutex::default(),
+        }
+    }
+
+    /// Position of the C-bit.
+    pub fn c_bit(&self) -> u8 {
+        self.c_bit
+    }
+
+    /// Whether `KVM_CAP_EXIT_HYPERCALL` was enabled with bit 12 (`KVM_HC_MAP_GPA_RANGE`).
+    pub fn set_hypercall_exits(&self, enabled: bool) {
+        self.hypercall_exits.store(enabled, Relaxed);
+    }
+
+    pub(crate) fn hypercall_exits(&self) -> bool {
+        self.hypercall_exits.load(Relaxed)
+    }
+
+    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS`: extended guest requests become exits.
+    pub fn set_certs_enabled(&self) {
+        self.certs_enabled.store(true, Relaxed);
+    }
+
+    pub(crate) fn certs_enabled(&self) -> bool {
+        self.certs_enabled.load(Relaxed)
+    }
+
+    pub(crate) fn set_jump_table(&self, address: u64) {
+        self.jump_table.store(address, Relaxed);
+    }
+
+    pub(crate) fn jump_table(&self) -> u64 {
+        self.jump_table.load(Relaxed)
+    }
+
+    /// SEV features of the guest's vCPUs, bit 0 (SNP) included.
+    pub fn sev_features(&self) -> u64 {
+        self.sev_features.load(Relaxed)
+    }
+
+    /// Features asked for by `KVM_SEV_INIT2`; SNP is added, as KVM does.
+    pub fn set_sev_features(&self, features: u64) {
+        self.sev_features.store(features | SEV_FEATURE_SNP_ACTIVE, Relaxed);
+    }
+
+    /// Value of the SEV_STATUS MSR: SEV, SEV-ES, and the features from bit 2 on. The guest cannot write it.
+    pub fn sev_status(&self) -> u64 {
+        self.sev_features() << 2 | 3
+    }
+
+    /// Lowest and highest GHCB protocol version on offer.
+    pub(crate) fn ghcb_versions(&self) -> (u16, u16) {
+        self.faults.ghcb_versions.unwrap_or((GHCB_VERSION_MIN, GHCB_VERSION_MAX))
+    }
+
+    /// Hypervisor features on offer: `GHCB_HV_FT_SUPPORTED` of KVM.
+    pub(crate) fn hypervisor_features(&self) -> u64 {
+        if self.faults.no_snp_features { 0 } else { features::SNP | features::AP_CREATION }
+    }
+
+    /// Tells the model of a vCPU, whose id is its APIC id.
+    pub fn add_vcpu(&self, id: u32) {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+    }
+
+    fn has_vcpu(&self, id: u32) -> bool {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
+    }
+
+    /// `SNP_GUEST_REQUEST`: the firmware's answer to a guest message. Without a launched guest there is no context for it.
+    pub(crate) fn guest_message(
+        &self,
+        _message: &[u8; PAGE as usize],
+    ) -> Result<Box<[u8; PAGE as usize]>, FwStatus> {
+        Err(FwStatus::INVALID_GUEST_STATE)
+    }
+
+    /// The `PVALIDATE` instruction at `gpa`; see [`PageStates::pvalidate`].
+    pub fn pvalidate(&self, gpa: u64, c_bit: bool, rcx: u64, rdx: u64) -> InstructionResult {
+        if self.faults.pvalidate_no_change.fire() {
+            return InstructionResult::Done { eax: SUCCESS, carry: true };
+        }
+        if self.faults.pvalidate_size_mismatch.fire() {
+            return InstructionResult::Done { eax: FAIL_SIZE_MISMATCH, carry: false };
+        }
+        self.pages.pvalidate(gpa, c_bit, rcx, rdx)
+    }
+
+    /// The `RMPADJUST` instruction at `gpa`; see [`PageStates::rmpadjust`].
+    pub fn rmpadjust(&self, gpa: u64, c_bit: bool, rcx: u64, rdx: u64) -> InstructionResult {
+        if self.faults.rmpadjust_permission.fire() {
+            return InstructionResult::Done { eax: FAIL_PERMISSION, carry: false };
+        }
+        self.pages.rmpadjust(gpa, c_bit, rcx, rdx)
+    }
+
+    /// An AP creation event (`sev_snp_ap_creation`): what to do with a vCPU, and whether the guest asked rightly. KVM stops
+    /// the target of a wrong request too.
+    pub(crate) fn ap_creation(
+        &self,
+        request: u32,
+        apic_id: u32,
+        vmsa_gpa: u64,
+        sev_features: u64,
+    ) -> (Option<ApCreation>, bool) {
+        if !self.has_vcpu(apic_id) {
+            return (None, false);
+        }
+        let stop = Some(ApCreation { apic_id, action: ApAction::Stop });
+        let modes_differ = (sev_features ^ self.sev_features()) & INJECTION_MODES != 0;
+        if request < ap_creation::DESTROY && modes_differ {
+            return (stop, false);
+        }
+        let action = match request {
+            ap_creation::DESTROY => return (stop, true),
+            ap_creation::CREATE => ApAction::Run { vmsa_gpa },
+            ap_creation::CREATE_ON_INIT => ApAction::RunOnInit { vmsa_gpa },
+            _ => return (stop, false),
+        };
+        // An unaligned page; and one where a 2 MiB page would collide with the VMSA's RMP entry (an erratum of the CPU).
+        if !vmsa_gpa.is_multiple_of(PAGE) || vmsa_gpa.is_multiple_of(PAGE * PAGES_2M) {
+            // CREATE_ON_INIT does not kick the target.
+            return ((request != ap_creation::CREATE_ON_INIT).then_some(stop).flatten(), false);
+        }
+        if self.faults.drop_ap_creation.fire() {
+            return (None, true);
+        }
+        (Some(ApCreation { apic_id, action }), true)
+    }
+
+    /// Reads the registers with which a vCPU starts after an AP creation. The page's state is checked now, when the VMSA is
+    /// used, as hardware does at VMRUN.
+    pub fn load_vmsa(&self, mem: &dyn GuestMemory, gpa: u64) -> Result<VmsaState, VmsaLoadError> {
+        let state = self.pages.state(gpa).ok_or(VmsaLoadError::OutsideRam { gpa })?;
+        if !(state.usable() && state.vmsa()) {
+            return Err(VmsaLoadError::PageState { gpa, state: format!("{state:?}") });
+        }
+        let mut page = [0; PAGE as usize];
+        mem.read(gpa, View::Private, &mut page).map_err(|_| VmsaLoadError::OutsideRam { gpa })?;
+        let vmsa = VmsaState::decode(&page).map_err(|refusal| VmsaLoadError::State { gpa, refusal })?;
+        let (found, expected) = (vmsa.sev_features, self.sev_features());
+        if found != expected {
+            return Err(VmsaLoadError::Features { gpa, found, expected });
+        }
+        Ok(vmsa)
+    }
+}
