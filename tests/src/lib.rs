@@ -11,4 +11,5 @@ pub mod kernels;
 pub mod machine;
 pub mod modules;
 pub mod nested;
+pub mod probe;
 pub mod workspace;

@@ -17,6 +17,8 @@ use clap::Parser;
 enum Chore {
     /// Install and fetch what the other chores need: packages, guest kernels, guest programs.
     Setup(setup::Args),
+    /// Say whether guests run on this host's KVM or nested, and why.
+    Probe,
     /// Run a command inside the outer guest (L1) of a nested run.
     L1(in_l1::Args),
 }
@@ -24,6 +26,10 @@ enum Chore {
 fn main() -> ExitCode {
     let result = match Chore::parse() {
         Chore::Setup(args) => setup::run(&args).map(|()| ExitCode::SUCCESS),
+        Chore::Probe => cvmm_tests::probe::decide().map(|decision| {
+            println!("{decision}");
+            ExitCode::SUCCESS
+        }),
         Chore::L1(args) => in_l1::run(&args),
     };
     result.unwrap_or_else(|error| {
