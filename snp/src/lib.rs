@@ -8,6 +8,7 @@
 pub mod attest;
 pub mod digest;
 pub mod ghcb;
+pub mod identity;
 pub mod image;
 pub mod model;
 pub mod pages;

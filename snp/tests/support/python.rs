@@ -17,7 +17,9 @@ use std::process::Stdio;
 /// Reads `key=value` fields separated by tabs, answers with a digest in hex or `error: ...`.
 const SERVER: &str = r#"
 import sys
-from sevsnpmeasure import guest, vcpu_types
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+from sevsnpmeasure import guest, id_block, vcpu_types
 from sevsnpmeasure.sev_mode import SevMode
 from sevsnpmeasure.vmm_types import VMMType
 vmm = {"qemu": VMMType.QEMU, "ec2": VMMType.ec2, "gce": VMMType.gce}
@@ -25,6 +27,24 @@ print("ready", flush=True)
 for line in sys.stdin:
     case = dict(field.split("=", 1) for field in line.rstrip("\n").split("\t"))
     try:
+        if "idkey" in case:
+            # Block and auth page in base64, then the keys' digests in base64.
+            out = id_block.snp_calc_id_block(bytes.fromhex(case["digest"]), case["idkey"], case["authorkey"])
+            print(out.replace("\n", ",").replace(": ", "="), flush=True)
+            continue
+        if "verify" in case:
+            # An independent reading of our auth page: who signed what?
+            page, block = bytes.fromhex(case["verify"]), bytes.fromhex(case["block"])
+            def key(at):
+                x, y = (int.from_bytes(page[at + 4 + i * 72:at + 76 + i * 72], "little") for i in (0, 1))
+                return ec.EllipticCurvePublicNumbers(x, y, ec.SECP384R1()).public_key()
+            def check(key, at, message):
+                r, s = (int.from_bytes(page[at + i * 72:at + 72 + i * 72], "little") for i in (0, 1))
+                key.verify(utils.encode_dss_signature(r, s), message, ec.ECDSA(hashes.SHA384()))
+            check(key(576), 64, block)
+            check(key(2176), 1664, page[576:1604])
+            print("verified", flush=True)
+            continue
         mode = SevMode.SEV_SNP_SVSM if "svsm" in case else SevMode.SEV_SNP
         cpu = case["cpu"]
         sig = int(cpu, 0) if cpu.startswith("0x") else vcpu_types.CPU_SIGS[cpu]
@@ -83,7 +103,7 @@ impl SevSnpMeasure {
         line.trim_end().to_owned()
     }
 
-    /// Digest in hex, or what went wrong.
+    /// Digest in hex (or another line that the server's script promises), or what went wrong.
     pub fn measure(&mut self, case: &[(&str, String)]) -> Result<String, String> {
         let fields: Vec<String> = case.iter().map(|(key, value)| format!("{key}={value}")).collect();
         writeln!(self.input, "{}", fields.join("\t")).unwrap();
