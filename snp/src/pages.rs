@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The special pages of a launch.
 
+pub mod cpuid;
 pub mod hashes;
+pub mod secrets;

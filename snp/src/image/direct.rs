@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Direct boot: a Linux kernel, an initrd and a command line, started with no firmware in between.
+//!
+//! Produces the whole launch: memory contents, registers of every vCPU, and the addresses that the monitor has to know. One
+//! function for plain and SNP guests, so that both boot the same way. In an SNP guest everything that the host could have
+//! chosen otherwise is a measured page.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::acpi;
+use super::bootparams;
+use super::bootparams::BootInfo;
+use super::entry;
+use super::entry::Entry;
+use super::entry::Mode;
+use super::kernel::Kernel;
+use super::kernel::KernelError;
+use super::layout;
+use crate::pages::cpuid::CpuidError;
+use crate::pages::cpuid::CpuidTable;
+use crate::plan::Bytes;
+use crate::plan::LaunchPlan;
+use crate::plan::PAGE_SIZE;
+use crate::plan::PageType;
+use crate::plan::PlanError;
+use crate::plan::Record;
+
+/// Most vCPUs of an image: their ids are xAPIC ids, of which 255 is the broadcast address.
+pub const VCPUS_MAX: u32 = 255;
+/// Plain guests' memory ends here at the latest.
+const PLAIN_ADDRESS_LIMIT: u64 = 1 << 46;
+/// Offset of a bzImage's 64-bit entry point from its load address.
+const ENTRY_64: u64 = 0x200;
+
+/// Who makes an SNP guest's RAM usable before the kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Validation {
+    /// The launch does: all RAM is in the plan, as ZERO pages where nothing else is. Costs one firmware command for each 4 KiB.
+    AllByLaunch,
+}
+
+/// What makes a guest an SNP guest.
+#[derive(Clone, Debug)]
+pub struct Snp<'a> {
+    /// Position of the C-bit, from the platform.
+    pub c_bit: u8,
+    /// Leaves for the CPUID page. Its contents are not measured: `None` leaves them out, for a plan that only gets measured.
+    pub cpuid: Option<&'a CpuidTable>,
+    /// Who validates RAM.
+    pub validation: Validation,
+}
+
+/// The kind of guest.
+#[derive(Clone, Debug)]
+pub enum Guest<'a> {
+    /// No memory encryption; nothing is measured.
+    Plain,
+    /// SEV-SNP.
+    Snp(Snp<'a>),
+}
+
+/// What to boot.
+#[derive(Clone, Debug)]
+pub struct DirectBoot<'a> {
+    /// The kernel.
+    pub kernel: &'a Kernel,
+    /// The initrd's bytes, if any.
+    pub initrd: Option<Arc<Vec<u8>>>,
+    /// Kernel command line.
+    pub cmdline: &'a str,
+    /// Guest memory in bytes, a multiple of 4 KiB.
+    pub memory: u64,
+    /// Number of vCPUs, 1 to [`VCPUS_MAX`].
+    pub vcpus: u32,
+    /// Plain or SNP.
+    pub guest: Guest<'a>,
+}
+
+/// A guest ready to be measured or launched.
+#[derive(Clone, Debug)]
+pub struct DirectImage {
+    /// What enters the guest.
+    pub plan: LaunchPlan,
+    /// Guest memory, ascending: one range, or two with the device gap in between.
+    pub ram: Vec<Range<u64>>,
+    /// How vCPU 0 starts.
+    pub entry: Entry,
+}
+
+/// Why there is no image. Messages begin with the option that has to change.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ImageError {
+    /// The kernel file is no good.
+    #[error("--kernel: {0}")]
+    Kernel(#[from] KernelError),
+    /// Memory size that is not possible.
+    #[error(
+        "--memory: {found} bytes; give a multiple of 4 KiB from {min_mib} MiB to {max_mib} MiB",
+        min_mib = layout::MEMORY_MIN >> 20,
+        max_mib = .max >> 20
+    )]
+    Memory {
+        /// What was asked for.
+        found: u64,
+        /// Largest possible size.
+        max: u64,
+    },
+    /// vCPU count that is not possible.
+    #[error("--cpus: {0}; give 1 to {VCPUS_MAX}")]
+    Vcpus(u32),
+    /// The command line does not fit.
+    #[error("--cmdline: {found} bytes, but this kernel takes at most {max}; shorten it")]
+    CmdlineLength {
+        /// Its length in bytes.
+        found: usize,
+        /// Longest possible.
+        max: u32,
+    },
+    /// The kernel would stop reading at a zero byte.
+    #[error("--cmdline: contains a zero byte at offset {0}; remove it")]
+    CmdlineNul(usize),
+    /// The kernel does not fit.
+    #[error(
+        "--memory: the kernel works in addresses {start:#x} to {end:#x}, but RAM below the device gap ends at {top:#x}; \
+         give more memory"
+    )]
+    KernelFit {
+        /// First address.
+        start: u64,
+        /// Address after the last.
+        end: u64,
+        /// Top of low RAM.
+        top: u64,
+    },
+    /// The initrd does not fit between the kernel and the end of low RAM.
+    #[error(
+        "--initrd: {len} bytes do not fit between the kernel's end {start:#x} and {end:#x}; \
+         give a smaller initrd or more --memory"
+    )]
+    InitrdFit {
+        /// Its length in bytes.
+        len: u64,
+        /// Lowest possible address.
+        start: u64,
+        /// Address after the highest possible one.
+        end: u64,
+    },
+    /// An empty initrd is a mistake.
+    #[error("--initrd: the file is empty; leave the option out or give an initrd")]
+    InitrdEmpty,
+    /// C-bit that no table entry or plan can have.
+    #[error("C-bit {c_bit}: the CPUID table says {table:?}; expected the same position, from 33 to 51")]
+    CBit {
+        /// As given by the platform.
+        c_bit: u8,
+        /// As in the table.
+        table: Option<u8>,
+    },
+    /// The CPUID page cannot be made.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    /// The result is not a plan.
+    #[error("internal layout error: {0}")]
+    Plan(#[from] PlanError),
+}
+
+impl DirectBoot<'_> {
+    /// Lays out the guest.
+    pub fn image(&self) -> Result<DirectImage, ImageError> {
+        let mode = self.check()?;
+        let ram = layout::ram_ranges(self.memory);
+        let initrd = self.place_initrd()?;
+        let entry = self.entry();
+        let snp = match &self.guest {
+            Guest::Plain => None,
+            Guest::Snp(snp) => Some(snp),
+        };
+
+        let info = BootInfo {
+            kernel: self.kernel,
+            initrd: initrd.clone(),
+            memory: self.memory,
+            cc_blob: snp.is_some(),
+        };
+        let normal = |gpa: u64, contents: Vec<u8>, name: &'static str| {
+            Record::new(gpa, PageType::Normal, contents, name)
+        };
+        let mut records = vec![match entry {
+            Entry::Long(_) => normal(layout::BOOT_PARAMS, bootparams::boot_params(&info), "boot_params"),
+            Entry::Pvh(_) => normal(layout::BOOT_PARAMS, bootparams::pvh_start_info(&info), "PVH start info"),
+        }];
+        records.push(normal(layout::GDT, entry::gdt_page(entry), "descriptor table"));
+        if let Entry::Long(_) = entry {
+            let c_mask = snp.map_or(0, |s| 1 << s.c_bit);
+            records.push(normal(layout::PAGE_TABLES, entry::page_tables(c_mask), "page tables"));
+        }
+        let mut cmdline = self.cmdline.as_bytes().to_vec();
+        cmdline.push(0);
+        records.push(normal(layout::CMDLINE, cmdline, "command line"));
+        if let Some(snp) = snp {
+            let page = snp.cpuid.map(CpuidTable::page).transpose()?;
+            let page = page.map_or_else(Vec::new, |page| page.to_vec());
+            records.push(normal(layout::CC_BLOB, bootparams::cc_blob(), "confidential-computing blob"));
+            records.push(Record::new(layout::CPUID, PageType::Cpuid, page, "CPUID page"));
+            records.push(Record::empty(layout::SECRETS, PAGE_SIZE, PageType::Secrets, "secrets page"));
+            records.push(normal(layout::SETUP_DATA, bootparams::setup_data(), "setup_data"));
+        }
+        records.push(normal(layout::ACPI, acpi::tables(self.vcpus), "ACPI tables"));
+        for (gpa, bytes) in self.kernel.runs() {
+            records.push(Record::new(gpa, PageType::Normal, bytes, "kernel"));
+        }
+        if let Some(bytes) = &self.initrd
+            && let Some(window) = Bytes::window(bytes, 0..bytes.len())
+        {
+            records.push(Record::new(initrd.start, PageType::Normal, window, "initrd"));
+        }
+        match snp.map(|s| s.validation) {
+            Some(Validation::AllByLaunch) => {
+                let gaps = gaps(&ram, &records);
+                records
+                    .extend(gaps.into_iter().map(|gap| {
+                        Record::empty(gap.start, gap.end - gap.start, PageType::Zero, "free RAM")
+                    }));
+            }
+            None => {}
+        }
+
+        let plan = LaunchPlan { records, vcpus: entry::vcpus(self.vcpus, entry, mode) };
+        plan.check()?;
+        Ok(DirectImage { plan, ram, entry })
+    }
+
+    /// Checks all that does not depend on the layout.
+    fn check(&self) -> Result<Mode, ImageError> {
+        let (mode, address_limit) = match &self.guest {
+            Guest::Plain => (Mode::Plain, PLAIN_ADDRESS_LIMIT),
+            Guest::Snp(Snp { c_bit, cpuid, .. }) => {
+                let table = cpuid.and_then(CpuidTable::c_bit);
+                if !(33..=51).contains(c_bit) || (cpuid.is_some() && table != Some(*c_bit)) {
+                    return Err(ImageError::CBit { c_bit: *c_bit, table });
+                }
+                (Mode::Snp { c_mask: 1 << c_bit }, 1 << c_bit)
+            }
+        };
+        if !(1..=VCPUS_MAX).contains(&self.vcpus) {
+            return Err(ImageError::Vcpus(self.vcpus));
+        }
+        let max = address_limit - (layout::HOLE_END - layout::HOLE_START);
+        let found = self.memory;
+        if !(layout::MEMORY_MIN..=max).contains(&found) || !found.is_multiple_of(PAGE_SIZE) {
+            return Err(ImageError::Memory { found, max });
+        }
+        let max = self.kernel.cmdline_max().min(layout::CMDLINE_LIMIT);
+        if self.cmdline.len() > max as usize {
+            return Err(ImageError::CmdlineLength { found: self.cmdline.len(), max });
+        }
+        if let Some(offset) = self.cmdline.find('\0') {
+            return Err(ImageError::CmdlineNul(offset));
+        }
+        let (top, kernel) = (self.low_top(), self.kernel.memory());
+        if kernel.end > top {
+            return Err(ImageError::KernelFit { start: kernel.start, end: kernel.end, top });
+        }
+        Ok(mode)
+    }
+
+    fn low_top(&self) -> u64 {
+        self.memory.min(layout::HOLE_START)
+    }
+
+    /// As high as possible in low RAM; empty if there is no initrd.
+    fn place_initrd(&self) -> Result<Range<u64>, ImageError> {
+        let Some(bytes) = &self.initrd else { return Ok(0..0) };
+        let len = bytes.len() as u64;
+        if len == 0 {
+            return Err(ImageError::InitrdEmpty);
+        }
+        let floor = self.kernel.memory().end.next_multiple_of(PAGE_SIZE);
+        let end = self.low_top().min(self.kernel.initrd_addr_max().saturating_add(1)) & !(PAGE_SIZE - 1);
+        match end.checked_sub(len).map(|start| start & !(PAGE_SIZE - 1)) {
+            Some(start) if start >= floor => Ok(start..start + len),
+            _ => Err(ImageError::InitrdFit { len, start: floor, end }),
+        }
+    }
+
+    fn entry(&self) -> Entry {
+        match (self.kernel, &self.guest) {
+            (Kernel::BzImage(k), _) => Entry::Long(k.pref_address + ENTRY_64),
+            (Kernel::Elf(k), Guest::Plain) => k.pvh_entry.map_or(Entry::Long(k.entry), Entry::Pvh),
+            (Kernel::Elf(k), Guest::Snp(_)) => Entry::Long(k.entry),
+        }
+    }
+}
+
+/// The parts of `ram` that no record covers, ascending.
+fn gaps(ram: &[Range<u64>], records: &[Record]) -> Vec<Range<u64>> {
+    let mut covered: Vec<Range<u64>> = records.iter().map(|r| r.gpa..r.end()).collect();
+    covered.sort_by_key(|r| r.start);
+    let mut gaps = Vec::new();
+    for range in ram {
+        let mut at = range.start;
+        for used in covered.iter().filter(|u| u.start < range.end && u.end > range.start) {
+            if used.start > at {
+                gaps.push(at..used.start);
+            }
+            at = at.max(used.end);
+        }
+        if at < range.end {
+            gaps.push(at..range.end);
+        }
+    }
+    gaps
+}
