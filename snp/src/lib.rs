@@ -14,6 +14,7 @@ pub mod model;
 pub mod pages;
 pub mod plan;
 pub mod policy;
+pub mod stage0;
 pub mod vcpu_model;
 pub mod vmm_type;
 pub mod vmsa;
