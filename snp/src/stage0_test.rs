@@ -1,6 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Tests of the rules that stage0 enforces, on the code that runs in the guest.
 
+#![allow(clippy::single_range_in_vec_init, reason = "a list of one range is what is meant")]
+
+use inputs::EXCLUDED;
+use inputs::ITEM_COUNT;
+use inputs::ITEM_LEN;
+use inputs::ITEMS;
+use inputs::Inputs;
+use inputs::Kind;
+use inputs::RAM;
+use inputs::STAGING;
+use inputs::Span;
+use layout::LARGE;
+use layout::PAGE;
+use proptest::prelude::*;
+use reason::Reason;
+
 use super::*;
 
 #[test]
@@ -8,5 +24,174 @@ fn the_small_sha384_agrees_with_the_sha2_crate_around_every_block_boundary() {
     let data: Vec<u8> = (0..1024u32).map(|i| (i.wrapping_mul(2654435761) >> 24) as u8).collect();
     for len in 0..data.len() {
         assert_eq!(sha384::sha384(&data[..len]), item_hash(&data[..len]), "{len} bytes");
+    }
+}
+
+const TOP: u64 = 64 << 20;
+const KERNEL: u64 = 16 << 20;
+
+/// Inputs of a small guest that pass every check.
+fn good() -> InputsPage {
+    let item = |kind, source, target, len| Item { kind, source, target, len, mem_len: len, hash: [0; 48] };
+    InputsPage {
+        entry: KERNEL + 0x200,
+        boot_params: 0x7000,
+        ram: vec![0..TOP, 4 << 30..5 << 30],
+        excluded: vec![layout::CPUID..layout::SECRETS + PAGE, layout::INPUTS..layout::IMAGE_END],
+        staging: vec![layout::GHCB..layout::GHCB + PAGE, 4 * LARGE..6 * LARGE],
+        accept: None,
+        items: vec![
+            item(Kind::Kernel, 4 * LARGE, KERNEL, 0x10_0000),
+            item(Kind::BootData, 5 * LARGE, 0x7000, 0x1000),
+        ],
+    }
+}
+
+fn check(page: &InputsPage) -> Result<(), Reason> {
+    Inputs(&page.encode().unwrap()).check(layout::IMAGE_END)
+}
+
+#[test]
+fn each_rule_of_the_inputs_has_its_own_refusal() {
+    assert_eq!(check(&good()), Ok(()));
+    type Change = fn(&mut InputsPage);
+    let cases: &[(&str, Change, Reason)] = &[
+        ("no RAM", |p| p.ram.clear(), Reason::RamTable),
+        ("RAM that does not start at zero", |p| p.ram[0].start = PAGE, Reason::RamTable),
+        ("RAM in half pages", |p| p.ram[0].end += 0x800, Reason::RamTable),
+        ("RAM out of order", |p| p.ram.swap(0, 1), Reason::RamTable),
+        ("overlapping RAM", |p| p.ram[1].start = TOP - PAGE, Reason::RamTable),
+        ("RAM beyond the address space", |p| p.ram[1].end = 1 << 47, Reason::RamTable),
+        ("RAM that wraps", |p| p.ram[1].end = PAGE, Reason::RamTable),
+        ("launch pages outside of RAM", |p| p.excluded.push(TOP..TOP + PAGE), Reason::ExcludedTable),
+        ("stage0 half covered", |p| p.excluded[1].end = layout::IMAGE + PAGE, Reason::ExcludedTable),
+        ("CPUID page not covered", |p| p.excluded[0].start += PAGE, Reason::ExcludedTable),
+        (
+            "launch page in scratch memory",
+            |p| p.excluded.insert(0, layout::WORK..layout::WORK + PAGE),
+            Reason::ExcludedTable,
+        ),
+        ("GHCB page not first", |p| p.staging.rotate_left(1), Reason::StagingTable),
+        ("staging in small pages", |p| p.staging[1].end += PAGE, Reason::StagingTable),
+        ("staging outside of RAM", |p| p.staging[1] = TOP..TOP + LARGE, Reason::StagingTable),
+        ("staging above 4 GiB", |p| p.staging.push(4 << 30..(4 << 30) + LARGE), Reason::StagingTable),
+        (
+            "launch page in staging memory",
+            |p| p.excluded.push(5 * LARGE..5 * LARGE + PAGE),
+            Reason::StagingTable,
+        ),
+        ("empty item", |p| p.items[0].len = 0, Reason::ItemTable),
+        ("item longer than its memory", |p| p.items[0].mem_len = 1, Reason::ItemTable),
+        (
+            "item that wraps",
+            |p| (p.items[0].len, p.items[0].mem_len) = (u64::MAX, u64::MAX),
+            Reason::ItemTable,
+        ),
+        ("item from private memory", |p| p.items[0].source = 7 * LARGE, Reason::ItemSource),
+        (
+            "item from the GHCB page",
+            |p| (p.items[1].source, p.items[1].len) = (layout::GHCB, 8),
+            Reason::ItemSource,
+        ),
+        ("item onto staging memory", |p| p.items[0].target = 5 * LARGE, Reason::ItemTarget),
+        ("item onto stage0", |p| p.items[1].target = layout::INPUTS, Reason::ItemTarget),
+        ("item onto the page tables", |p| p.items[1].target = layout::WORK, Reason::ItemTarget),
+        ("item onto the EFI tables", |p| p.items[1].target = layout::EFI_TABLES, Reason::ItemTarget),
+        ("item onto another", |p| p.items[1].target = KERNEL + 0x1000, Reason::ItemTarget),
+        ("item outside of RAM", |p| p.items[1].target = TOP, Reason::ItemTarget),
+        ("entry outside of the kernel", |p| p.entry = KERNEL + 0x10_0000, Reason::EntryPoint),
+        ("entry in other data", |p| p.entry = 0x7000, Reason::EntryPoint),
+        ("boot_params in the kernel", |p| p.boot_params = KERNEL, Reason::ItemTable),
+        ("accept list without low memory", |p| p.accept = Some(vec![LARGE..TOP]), Reason::AcceptTable),
+        ("accept list without staging", |p| p.accept = Some(vec![0..2 * LARGE]), Reason::AcceptTable),
+        ("accept list outside of RAM", |p| p.accept = Some(vec![0..TOP + LARGE]), Reason::AcceptTable),
+        ("item that is not accepted", |p| p.accept = Some(vec![0..6 * LARGE]), Reason::ItemTarget),
+    ];
+    for (name, change, reason) in cases {
+        let mut page = good();
+        change(&mut page);
+        assert_eq!(check(&page), Err(*reason), "{name}");
+    }
+    let mut bytes = good().encode().unwrap();
+    bytes[ITEMS] = 99;
+    assert_eq!(Inputs(&bytes).check(layout::IMAGE_END), Err(Reason::ItemTable), "unknown kind");
+    for (at, value) in [(0, 0), (24, 2), (RAM.count, 5), (EXCLUDED.count, 5), (ITEM_COUNT, 17), (40, 1)] {
+        let mut bytes = good().encode().unwrap();
+        bytes[at] = value;
+        assert_eq!(Inputs(&bytes).check(layout::IMAGE_END), Err(Reason::InputsHeader), "byte {at}");
+    }
+}
+
+#[test]
+fn lists_that_do_not_fit_the_page_are_named() {
+    let page = InputsPage { ram: vec![0..PAGE; 5], ..good() };
+    assert_eq!(page.encode(), Err(TooMany { what: "RAM ranges", room: 4, needed: 5 }));
+    assert!(ITEMS + inputs::ITEMS_MAX * ITEM_LEN <= PAGE as usize);
+}
+
+#[test]
+fn reasons_have_distinct_codes_and_the_msr_value_of_the_ghcb_specification() {
+    let mut codes: Vec<u8> = Reason::ALL.iter().map(|reason| *reason as u8).collect();
+    codes.dedup();
+    assert_eq!(codes.len(), Reason::ALL.len());
+    // Set 3 in bits 15:12, code 0x20 in bits 23:16, request 0x100.
+    assert_eq!(Reason::HashKernel.msr(), 0x0020_3100);
+}
+
+/// The pages that stage0 validates one way or another, by the obvious way: a set of addresses.
+fn pages(spans: impl IntoIterator<Item = Span>) -> std::collections::BTreeSet<u64> {
+    spans.into_iter().flat_map(|span| (span.start..span.end).step_by(PAGE as usize)).collect()
+}
+
+proptest! {
+    #[test]
+    fn hostile_input_pages_are_refused_or_used_without_a_panic(
+        edits in prop::collection::vec((0..PAGE as usize, any::<u8>()), 0..200),
+        from_good in any::<bool>(),
+    ) {
+        let mut bytes = if from_good { good().encode().unwrap() } else { vec![0; PAGE as usize] };
+        for (at, value) in edits {
+            bytes[at] = value;
+        }
+        let inputs = Inputs(&bytes);
+        let _ = inputs.check(layout::IMAGE_END);
+        let _ = inputs.items().count();
+        for span in inputs.spans(RAM) {
+            let mut at = span.start;
+            for _ in 0..100 {
+                let Some(piece) = inputs.next_piece(span, at) else { break };
+                prop_assert!(at <= piece.start && piece.start < piece.end && piece.end <= span.end);
+                at = piece.end;
+            }
+        }
+        let _ = e820::check(&bytes, inputs);
+    }
+
+    #[test]
+    fn pieces_holes_and_nothing_else_make_up_ram(
+        staging in 1u64..12, staging_len in 1u64..8, extra in prop::option::of(0x100u64..0x200), odd in 0u64..5,
+    ) {
+        let mut page = good();
+        page.ram = vec![0..TOP + odd * PAGE];
+        page.staging[1] = staging * LARGE..(staging + staging_len) * LARGE;
+        if let Some(extra) = extra {
+            page.excluded.push(extra * PAGE..(extra + 1) * PAGE);
+        }
+        let bytes = page.encode().unwrap();
+        let inputs = Inputs(&bytes);
+        prop_assume!(!matches!(inputs.check(layout::IMAGE_END), Err(Reason::StagingTable | Reason::ExcludedTable)));
+        let ram = inputs.spans(RAM).next().unwrap();
+        let (mut found, mut at) = (std::collections::BTreeSet::new(), 0);
+        while let Some(piece) = inputs.next_piece(ram, at) {
+            for gpa in pages([piece]) {
+                prop_assert!(found.insert(gpa), "{:#x} twice", gpa);
+            }
+            at = piece.end;
+        }
+        let work = Span { start: layout::WORK, end: layout::WORK_END };
+        let holes = pages(inputs.spans(EXCLUDED).chain(inputs.spans(STAGING)).chain([work]));
+        prop_assert!(found.is_disjoint(&holes));
+        let all: std::collections::BTreeSet<u64> = found.union(&holes).copied().collect();
+        prop_assert_eq!(all, pages([ram]));
     }
 }
