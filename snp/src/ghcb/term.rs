@@ -8,9 +8,11 @@
 use std::fmt;
 
 use super::msr::Request;
+use crate::stage0::reason::REASON_SET;
+use crate::stage0::reason::Reason;
 
 /// Reason code set of our own measured shim, stage0.
-pub const STAGE0_SET: u8 = 3;
+pub const STAGE0_SET: u8 = REASON_SET;
 
 /// What `KVM_SYSTEM_EVENT_SEV_TERM` says in its one data word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,9 +82,9 @@ fn linux(code: u8) -> Option<&'static str> {
     })
 }
 
-/// stage0's reasons, set [`STAGE0_SET`].
-fn stage0(_code: u8) -> Option<&'static str> {
-    None
+/// stage0's reasons, set [`STAGE0_SET`], from the shim's own source.
+fn stage0(code: u8) -> Option<&'static str> {
+    Reason::ALL.iter().find(|reason| **reason as u8 == code).map(|reason| reason.words())
 }
 
 impl fmt::Display for SevTerm {
@@ -118,6 +120,16 @@ mod tests {
     fn an_empty_cpuid_page_is_named() {
         let words = SevTerm::decode(0x4_1100).to_string();
         assert!(words.contains("1:4") && words.contains("CPUID page"), "{words}");
+    }
+
+    /// Set 3, code 0x20, request 0x100 in the positions that the GHCB specification gives them.
+    #[test]
+    fn a_refusal_of_stage0_is_told_in_words() {
+        let words = SevTerm::decode(0x20_3100).to_string();
+        assert!(
+            words.contains("stage0") && words.contains("kernel is not the one that was measured"),
+            "{words}"
+        );
     }
 
     #[test]
