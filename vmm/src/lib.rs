@@ -1,2 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The monitor.
+//! The monitor: from a user's request to a guest that has ended, and why.
+//!
+//! The walk of the main job: [`config`] → `snp::image` makes a plan → `snp::digest` → [`platform`] and [`launch`] create the
+//! VM from the plan → [`vcpu`] threads run it, and each exit goes to one dispatcher → [`outcome`] says how it ended.
+
+pub mod cli;
+pub mod config;
+pub mod conversion;
+pub mod cpuid;
+pub mod launch;
+pub mod machine;
+pub mod memory;
+pub mod monitor;
+pub mod outcome;
+pub mod platform;
+pub mod registers;
+pub mod terminal;
+pub mod vcpu;

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line: `cvmm --kernel …` runs a guest, subcommands do everything else.
+
+mod measure;
+mod run;
+
+use std::io;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::Subcommand;
+
+use crate::outcome::EXIT_CODES;
+use crate::outcome::EXIT_MONITOR_ERROR;
+use crate::outcome::EXIT_USAGE;
+
+const EXAMPLES: &str = "\
+Examples:
+  Boot a kernel as a plain guest:
+    cvmm --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0' --memory 1G --cpus 2
+  The same kernel as an SEV-SNP guest of this host:
+    cvmm --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0' --snp
+  The same without SNP hardware, on the emulated platform (functional only, protects nothing):
+    cvmm --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0' --snp --platform emulated
+  The launch digest of that guest, without a VM:
+    cvmm measure --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0'";
+
+/// A virtual machine monitor for confidential guests: boots Linux directly as an AMD SEV-SNP guest on KVM.
+#[derive(Parser)]
+#[command(
+    name = "cvmm",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    arg_required_else_help = true,
+    after_long_help = format!("{EXIT_CODES}\n\n{EXAMPLES}")
+)]
+struct Cli {
+    #[command(flatten)]
+    run: Option<run::Args>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compute the launch digest of a guest, without a VM
+    Measure(measure::Args),
+}
+
+/// Why a command failed, and with which exit code.
+pub enum Failure {
+    /// The request is not valid.
+    Usage(String),
+    /// The monitor failed.
+    Monitor(String),
+}
+
+impl Failure {
+    /// From an error about the request.
+    pub fn usage(error: impl std::fmt::Display) -> Failure {
+        Failure::Usage(error.to_string())
+    }
+
+    /// From an error of the monitor or the host.
+    pub fn monitor(error: impl std::fmt::Display) -> Failure {
+        Failure::Monitor(error.to_string())
+    }
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Some(Command::Measure(args)) => measure::main(&args),
+        None => match &cli.run {
+            Some(args) => run::main(args),
+            None => Err(Failure::usage("--kernel is missing: say what to boot")),
+        },
+    };
+    let (message, code) = match result {
+        Ok(code) => return ExitCode::from(code),
+        Err(Failure::Usage(message)) => (message, EXIT_USAGE),
+        Err(Failure::Monitor(message)) => (message, EXIT_MONITOR_ERROR),
+    };
+    // The terminal is back in its usual mode by now. A closed standard error is no reason to fail differently.
+    let _ = writeln!(io::stderr(), "cvmm: error: {message}");
+    ExitCode::from(code)
+}

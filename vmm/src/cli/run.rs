@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cvmm --kernel …`: runs a guest.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use snp::digest::launch_digest;
+use snp::image::direct::DirectBoot;
+use snp::image::direct::Guest as ImageGuest;
+use snp::image::direct::Snp;
+use snp::image::direct::Validation;
+use snp::pages::cpuid::CpuidTable;
+use snp::policy::GuestPolicy;
+
+use super::Failure;
+use crate::config;
+use crate::config::BootFiles;
+use crate::config::ConfigError;
+use crate::cpuid;
+use crate::launch::LaunchOptions;
+use crate::monitor;
+use crate::monitor::Guest;
+use crate::platform::Platform;
+use crate::platform::emulated::Backing;
+use crate::platform::emulated::EmulatedOptions;
+use crate::platform::emulated::EmulatedPlatform;
+use crate::platform::kvm::KvmPlatform;
+
+/// Most vCPUs of a guest that is run.
+pub const VCPUS_MAX: u32 = 16;
+
+/// What is booted; the same options for running and for measuring.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ImageArgs {
+    /// Kernel: a bzImage, or an ELF vmlinux
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    pub cmdline: String,
+    /// Guest memory; units K, M, G, T
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = config::parse_size)]
+    pub memory: u64,
+    /// Number of vCPUs, 1 to 16
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(VCPUS_MAX)))]
+    pub cpus: u32,
+}
+
+/// Where an SNP guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlatformKind {
+    /// This host's KVM and SNP firmware
+    Kvm,
+    /// A software model of them on ordinary KVM: functional only, protects nothing
+    Emulated,
+}
+
+/// Options of a run.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    image: ImageArgs,
+    /// Launch an SEV-SNP guest
+    #[arg(long)]
+    snp: bool,
+    /// Where an SNP guest runs
+    #[arg(long, value_enum, default_value = "kvm", requires = "snp")]
+    platform: PlatformKind,
+    /// SNP guest policy, 64 bits
+    #[arg(long, value_name = "BITS", default_value = "0x30000", requires = "snp")]
+    policy: GuestPolicy,
+    /// 32 bytes for the host-data field of the guest's reports, in hexadecimal
+    #[arg(long, value_name = "HEX", value_parser = config::parse_hex32, requires = "snp")]
+    host_data: Option<[u8; 32]>,
+    /// Emulated platform: one memory for both views of a page, or one for each
+    #[arg(long, value_enum, default_value = "single", requires = "snp")]
+    backing: Backing,
+    /// Emulated platform: stop at the first access through the wrong view (needs split backing)
+    #[arg(long, requires = "snp")]
+    strict: bool,
+}
+
+impl ImageArgs {
+    /// Reads the files.
+    pub fn read(&self) -> Result<BootFiles, ConfigError> {
+        BootFiles::read(&self.kernel, self.initrd.as_deref())
+    }
+
+    /// The boot that these options describe.
+    pub fn boot<'a>(&'a self, files: &'a BootFiles, guest: ImageGuest<'a>) -> DirectBoot<'a> {
+        DirectBoot {
+            kernel: &files.kernel,
+            initrd: files.initrd.clone(),
+            cmdline: &self.cmdline,
+            memory: self.memory,
+            vcpus: self.cpus,
+            guest,
+        }
+    }
+}
+
+/// Runs the guest; the result is the process's exit code.
+pub fn main(args: &Args) -> Result<u8, Failure> {
+    if args.strict && args.backing == Backing::Single {
+        return Err(Failure::Usage(
+            "--strict needs --backing split: one memory for both views cannot tell them apart".into(),
+        ));
+    }
+    let files = args.image.read().map_err(Failure::usage)?;
+    let (platform, guest) = if args.snp { snp_guest(args, files)? } else { plain_guest(args, files)? };
+    let interactive = std::io::stdin().is_terminal() || !args.image.cmdline.is_empty();
+    let outcome = monitor::run(platform.as_ref(), guest, interactive).map_err(Failure::monitor)?;
+    eprintln!("cvmm: {outcome}");
+    Ok(outcome.exit_code())
+}
+
+type Prepared = (Box<dyn Platform>, Guest);
+
+fn plain_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
+    let platform = KvmPlatform::open().map_err(Failure::monitor)?;
+    let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
+    let image = args.image.boot(&files, ImageGuest::Plain).image().map_err(Failure::usage)?;
+    let table = CpuidTable::plain(&offered, args.image.cpus);
+    let guest = Guest {
+        plan: image.plan,
+        ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
+        cpuid: (0..args.image.cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
+        snp: None,
+    };
+    Ok((Box::new(platform), guest))
+}
+
+fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
+    args.policy.check_kvm(GuestPolicy::KVM_6_12_ALLOWED).map_err(Failure::usage)?;
+    let platform: Box<dyn Platform> = match args.platform {
+        PlatformKind::Kvm => {
+            let platform = KvmPlatform::open().map_err(Failure::monitor)?;
+            platform.check_snp().map_err(Failure::monitor)?;
+            Box::new(platform)
+        }
+        PlatformKind::Emulated => {
+            let options = EmulatedOptions { backing: args.backing, strict: args.strict };
+            Box::new(EmulatedPlatform::open(options).map_err(Failure::monitor)?)
+        }
+    };
+    let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
+    let sev = platform.snp_cpuid();
+    let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;
+    let snp = Snp { c_bit: sev.c_bit, cpuid: Some(&table), validation: Validation::AllByLaunch };
+    let image = args.image.boot(&files, ImageGuest::Snp(snp)).image().map_err(Failure::usage)?;
+    let digest = launch_digest(&image.plan).map_err(Failure::monitor)?;
+    eprintln!("cvmm: launch digest {digest} ({} pages)", image.plan.launch_pages());
+    let guest = Guest {
+        plan: image.plan,
+        ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
+        cpuid: (0..args.image.cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
+        snp: Some(LaunchOptions { policy: args.policy, host_data: args.host_data.unwrap_or_default() }),
+    };
+    Ok((platform, guest))
+}

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Page-state changes: the guest asks for a range to become shared or private, and the stale side is given back.
+//!
+//! Arrives as `HYPERCALL(KVM_HC_MAP_GPA_RANGE)` (Linux, `Documentation/virt/kvm/x86/hypercalls.rst`). The guest chooses every
+//! argument. KVM checks only alignment and wrap-around, so everything else is checked here; nothing is changed unless the
+//! whole range is RAM. Freeing the stale side is not optional: without it a guest that converts pages back and forth takes
+//! twice its memory.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::Condvar;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+
+use kvm_bindings::kvm_memory_attributes;
+use rustix::fs::FallocateFlags;
+
+use crate::memory::GuestRam;
+use crate::memory::PAGE;
+use crate::platform::ATTRIBUTE_PRIVATE;
+use crate::platform::MAP_GPA_RANGE_ENCRYPTED;
+use crate::platform::Vm;
+
+/// Bits of the third argument that have a meaning: page-size hint and direction.
+const KNOWN_ATTRIBUTES: u64 = 0xf | MAP_GPA_RANGE_ENCRYPTED;
+/// What the guest gets for a request that is refused; any nonzero value becomes a page-state-change error.
+const REFUSED: u64 = libc::EINVAL as u64;
+
+/// Ranges that a vCPU is converting now. Two vCPUs may ask for overlapping ranges; others need not wait.
+#[derive(Default)]
+struct Busy {
+    ranges: Mutex<Vec<(u64, u64)>>,
+    freed: Condvar,
+}
+
+struct BusyGuard<'a>(&'a Busy, (u64, u64));
+
+impl Busy {
+    fn lock(&self, start: u64, end: u64) -> BusyGuard<'_> {
+        let mut ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        while ranges.iter().any(|&(s, e)| s < end && start < e) {
+            ranges = self.freed.wait(ranges).unwrap_or_else(PoisonError::into_inner);
+        }
+        ranges.push((start, end));
+        BusyGuard(self, (start, end))
+    }
+}
+
+impl Drop for BusyGuard<'_> {
+    fn drop(&mut self) {
+        let mut ranges = self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = ranges.iter().position(|r| *r == self.1) {
+            ranges.swap_remove(at);
+        }
+        self.0.freed.notify_all();
+    }
+}
+
+/// The monitor's own record of which pages are private; KVM has no call to ask.
+pub struct PrivateMap {
+    /// One bitmap per RAM region, a bit per page, set = private.
+    regions: Vec<(u64, Vec<AtomicU64>)>,
+}
+
+impl PrivateMap {
+    /// A map of `ram` in which every page is private.
+    pub fn all_private(ram: &GuestRam) -> Self {
+        let bitmap = |pages: u64| (0..pages.div_ceil(64)).map(|_| AtomicU64::new(u64::MAX)).collect();
+        PrivateMap {
+            regions: ram.regions().iter().map(|r| (r.gpa, bitmap(r.mapping.len() / PAGE))).collect(),
+        }
+    }
+
+    fn set(&self, region: usize, offset: u64, len: u64, private: bool) {
+        let Some((_, bitmap)) = self.regions.get(region) else { return };
+        for page in offset / PAGE..(offset + len) / PAGE {
+            let (word, mask) = ((page / 64) as usize, 1 << (page % 64));
+            match bitmap.get(word) {
+                Some(cell) if private => cell.fetch_or(mask, Ordering::AcqRel),
+                Some(cell) => cell.fetch_and(!mask, Ordering::AcqRel),
+                None => 0,
+            };
+        }
+    }
+
+    /// Whether the page at `gpa` is private; `None` outside of RAM.
+    pub fn is_private(&self, gpa: u64) -> Option<bool> {
+        let (base, bitmap) = self.regions.iter().rev().find(|(base, _)| *base <= gpa)?;
+        let page = (gpa - base) / PAGE;
+        Some(bitmap.get((page / 64) as usize)?.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
+    }
+}
+
+/// Carries out page-state changes.
+pub struct Conversions {
+    vm: Arc<dyn Vm>,
+    ram: GuestRam,
+    /// The private side of each region of `ram`, from offset 0.
+    memfds: Vec<Arc<OwnedFd>>,
+    private: PrivateMap,
+    busy: Busy,
+}
+
+impl Conversions {
+    /// For a guest whose RAM is all private now.
+    pub fn new(vm: Arc<dyn Vm>, ram: GuestRam, memfds: Vec<Arc<OwnedFd>>) -> Self {
+        let private = PrivateMap::all_private(&ram);
+        Conversions { vm, ram, memfds, private, busy: Busy::default() }
+    }
+
+    /// Answers `KVM_HC_MAP_GPA_RANGE`; the result goes to the exit's `ret`.
+    pub fn map_gpa_range(&self, args: [u64; 6]) -> u64 {
+        let [gpa, pages, attributes, ..] = args;
+        let Some(len) = pages.checked_mul(PAGE) else { return REFUSED };
+        if attributes & !KNOWN_ATTRIBUTES != 0 || gpa % PAGE != 0 || len == 0 {
+            return REFUSED;
+        }
+        match self.convert(gpa, len, attributes & MAP_GPA_RANGE_ENCRYPTED != 0) {
+            Ok(()) => 0,
+            Err(e) => e.raw_os_error().map_or(REFUSED, |errno| errno as u64),
+        }
+    }
+
+    /// Makes a range private or shared and gives the other side back to the host.
+    pub fn convert(&self, gpa: u64, len: u64, private: bool) -> io::Result<()> {
+        let end = gpa.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let _busy = self.busy.lock(gpa, end);
+        self.ram.for_each_part(gpa, len, |region, offset, done, len| {
+            self.vm
+                .set_memory_attributes(kvm_memory_attributes {
+                    address: gpa + done,
+                    size: len,
+                    attributes: if private { ATTRIBUTE_PRIVATE } else { 0 },
+                    flags: 0,
+                })
+                .map_err(|e| e.source)?;
+            if private {
+                self.ram.regions()[region].mapping.discard(offset, len)?;
+            } else if let Some(memfd) = self.memfds.get(region) {
+                rustix::fs::fallocate(
+                    memfd,
+                    FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                    offset,
+                    len,
+                )?;
+            }
+            self.private.set(region, offset, len, private);
+            Ok(())
+        })
+    }
+
+    /// The monitor's view of a page, in words.
+    pub fn describe(&self, gpa: u64) -> &'static str {
+        match self.private.is_private(gpa) {
+            Some(true) => "private",
+            Some(false) => "shared",
+            None => "not RAM",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_map_knows_regions_and_holes() {
+        let ram = GuestRam::new([(0, 0x10000), (0x100000, 0x41000)]).unwrap();
+        let map = PrivateMap::all_private(&ram);
+        map.set(1, 0x40000, 0x1000, false);
+        assert_eq!(map.is_private(0x140fff), Some(false));
+        assert_eq!(map.is_private(0x13ffff), Some(true));
+        assert_eq!(map.is_private(0x80000), None);
+        assert_eq!(map.is_private(u64::MAX), None);
+    }
+}

@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Guest RAM as the monitor sees it: the shared side of each region, mapped into the monitor.
+//!
+//! The guest may change these bytes at any time, so they are only ever copied in or out, never borrowed. In an SNP guest a
+//! region's shared side holds a page only while the guest has declared it shared.
+
+#![allow(unsafe_code, reason = "maps memory and copies to and from it through raw pointers")]
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::AsFd;
+use std::ptr;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use rustix::mm::Advice;
+use rustix::mm::MapFlags;
+use rustix::mm::MprotectFlags;
+use rustix::mm::ProtFlags;
+
+/// Page size of the guest's page states.
+pub const PAGE: u64 = 4096;
+
+/// Memory mapped into this process, unmapped when dropped.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<c_void>,
+    len: usize,
+}
+
+// SAFETY: a mapping is plain memory; every access goes through volatile-like raw copies that assume concurrent change.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; no reference into the mapping is ever handed out.
+unsafe impl Sync for Mapping {}
+
+/// An access outside of a mapping, or outside of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{len:#x} bytes at {start:#x} are not all in guest RAM")]
+pub struct OutsideRam {
+    /// Where the access started.
+    pub start: u64,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+impl Mapping {
+    /// Zero-filled memory of `len` bytes that takes host memory only where touched.
+    pub fn anonymous(len: u64) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }?;
+        Self::own(base, len)
+    }
+
+    /// `len` bytes of the file `fd` from `offset`, shared with everyone else who maps it.
+    pub fn file(fd: impl AsFd, offset: u64, len: u64) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+        let base = unsafe {
+            rustix::mm::mmap(
+                ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                fd,
+                offset,
+            )
+        }?;
+        Self::own(base, len)
+    }
+
+    fn own(base: *mut c_void, len: usize) -> io::Result<Self> {
+        let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Mapping { base, len })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Whether the mapping has no bytes; the kernel never makes such a one.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Address in this process, for KVM's memory slots.
+    pub fn host_address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    fn at(&self, offset: u64, len: usize) -> Result<*mut u8, OutsideRam> {
+        let outside = OutsideRam { start: offset, len: len as u64 };
+        let start = usize::try_from(offset).map_err(|_| outside)?;
+        if start.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(outside);
+        }
+        // SAFETY: `start` is within the mapping, as checked above.
+        Ok(unsafe { self.base.as_ptr().cast::<u8>().add(start) })
+    }
+
+    /// Copies out of the mapping.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), OutsideRam> {
+        let source = self.at(offset, buf.len())?;
+        // SAFETY: source is valid for buf.len() bytes (checked by `at`), and `buf` is not part of guest memory.
+        unsafe { ptr::copy_nonoverlapping(source, buf.as_mut_ptr(), buf.len()) };
+        Ok(())
+    }
+
+    /// Copies into the mapping.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), OutsideRam> {
+        let target = self.at(offset, data.len())?;
+        // SAFETY: target is valid for data.len() bytes (checked by `at`), and `data` is not part of guest memory.
+        unsafe { ptr::copy_nonoverlapping(data.as_ptr(), target, data.len()) };
+        Ok(())
+    }
+
+    /// Copies out of the mapping by way of the kernel, so that a page which is not accessible is an error, not a crash.
+    pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let remote = self.at(offset, buf.len()).map_err(io::Error::other)?;
+        let remote = libc::iovec { iov_base: remote.cast(), iov_len: buf.len() };
+        let local = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+        // SAFETY: both vectors describe memory of this process that is valid for their length; the kernel checks access.
+        let done = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        all_done(done, buf.len())
+    }
+
+    /// Copies into the mapping by way of the kernel; see [`Mapping::try_read`].
+    pub fn try_write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let remote = self.at(offset, data.len()).map_err(io::Error::other)?;
+        let remote = libc::iovec { iov_base: remote.cast(), iov_len: data.len() };
+        let local = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
+        // SAFETY: as in `try_read`; the kernel only reads the local side.
+        let done = unsafe { libc::process_vm_writev(libc::getpid(), &local, 1, &remote, 1, 0) };
+        all_done(done, data.len())
+    }
+
+    /// Gives the pages of a range back to the host; they read as zero afterwards.
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let target = self.range(offset, len)?;
+        // SAFETY: the range lies within this mapping; losing its contents is the purpose.
+        unsafe { rustix::mm::madvise(target, len as usize, Advice::LinuxDontNeed) }?;
+        Ok(())
+    }
+
+    /// Makes a range accessible, or an error to access, for this process and for the guest through KVM.
+    pub fn set_accessible(&self, offset: u64, len: u64, accessible: bool) -> io::Result<()> {
+        let target = self.range(offset, len)?;
+        let flags =
+            if accessible { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::empty() };
+        // SAFETY: the range lies within this mapping, to which no reference exists.
+        unsafe { rustix::mm::mprotect(target, len as usize, flags) }?;
+        Ok(())
+    }
+
+    fn range(&self, offset: u64, len: u64) -> io::Result<*mut c_void> {
+        let bytes = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let start = self.at(offset, bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        Ok(start.cast())
+    }
+}
+
+fn all_done(done: isize, wanted: usize) -> io::Result<()> {
+    match usize::try_from(done) {
+        Err(_) => Err(io::Error::last_os_error()),
+        Ok(done) if done < wanted => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+        Ok(_) => Ok(()),
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing refers to it any more.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr(), self.len) };
+    }
+}
+
+/// A region of guest RAM.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Its shared side.
+    pub mapping: Arc<Mapping>,
+}
+
+impl Region {
+    /// Address after the last byte.
+    pub fn end(&self) -> u64 {
+        self.gpa + self.mapping.len()
+    }
+}
+
+/// All RAM of a guest, in ascending order of address.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    regions: Arc<[Region]>,
+}
+
+impl GuestRam {
+    /// Maps RAM for `ranges` (guest-physical address, bytes).
+    pub fn new(ranges: impl IntoIterator<Item = (u64, u64)>) -> io::Result<Self> {
+        let mut regions = Vec::new();
+        for (gpa, len) in ranges {
+            regions.push(Region { gpa, mapping: Arc::new(Mapping::anonymous(len)?) });
+        }
+        regions.sort_by_key(|r| r.gpa);
+        Ok(GuestRam { regions: regions.into() })
+    }
+
+    /// The regions.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Splits a range at region borders and calls `f` with (region index, offset in the region, offset in the range,
+    /// length) for each part. Nothing is called unless the whole range is RAM.
+    pub fn for_each_part(
+        &self,
+        gpa: u64,
+        len: u64,
+        mut f: impl FnMut(usize, u64, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut parts = Vec::new();
+        let mut done = 0;
+        while done < len {
+            let at = gpa.checked_add(done);
+            let found = at.and_then(|at| {
+                let i = self.regions.iter().position(|r| r.gpa <= at && at < r.end())?;
+                Some((i, at - self.regions[i].gpa, (self.regions[i].end() - at).min(len - done)))
+            });
+            let Some((index, offset, part)) = found else {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, OutsideRam { start: gpa, len }));
+            };
+            parts.push((index, offset, done, part));
+            done += part;
+        }
+        parts.into_iter().try_for_each(|(index, offset, done, part)| f(index, offset, done, part))
+    }
+
+    /// Copies out of guest RAM.
+    pub fn read(&self, gpa: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.for_each_part(gpa, buf.len() as u64, |index, offset, done, len| {
+            let buf = &mut buf[done as usize..(done + len) as usize];
+            self.regions[index].mapping.read(offset, buf).map_err(io::Error::other)
+        })
+    }
+
+    /// Copies into guest RAM.
+    pub fn write(&self, gpa: u64, data: &[u8]) -> io::Result<()> {
+        self.for_each_part(gpa, data.len() as u64, |index, offset, done, len| {
+            let data = &data[done as usize..(done + len) as usize];
+            self.regions[index].mapping.write(offset, data).map_err(io::Error::other)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_access_may_span_adjacent_regions_but_not_a_hole() {
+        let ram = GuestRam::new([(0x0, 0x2000), (0x2000, 0x1000), (0x10000, 0x1000)]).unwrap();
+        ram.write(0x1ffe, &[1, 2, 3, 4]).unwrap();
+        let mut back = [0; 4];
+        ram.read(0x1ffe, &mut back).unwrap();
+        assert_eq!(back, [1, 2, 3, 4]);
+        assert!(ram.write(0x2ffe, &[1, 2, 3, 4]).is_err());
+        assert!(ram.read(u64::MAX - 1, &mut back).is_err());
+        let mut head = [9; 2];
+        ram.read(0x2ffe, &mut head).unwrap();
+        assert_eq!(head, [0, 0], "a refused write must not have started");
+    }
+
+    #[test]
+    fn a_hidden_page_is_an_error_and_not_a_crash() {
+        let mapping = Mapping::anonymous(0x2000).unwrap();
+        mapping.try_write(0xffe, &[1, 2, 3, 4]).unwrap();
+        mapping.set_accessible(0x1000, 0x1000, false).unwrap();
+        let mut back = [0; 4];
+        assert!(mapping.try_read(0xffe, &mut back).is_err());
+        assert!(mapping.try_write(0x1000, &[1]).is_err());
+        mapping.set_accessible(0x1000, 0x1000, true).unwrap();
+        mapping.try_read(0xffe, &mut back).unwrap();
+        assert_eq!(back, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn discarded_pages_read_as_zero() {
+        let mapping = Mapping::anonymous(0x3000).unwrap();
+        mapping.write(0x1000, &[5; 0x1000]).unwrap();
+        mapping.discard(0x1000, 0x1000).unwrap();
+        let mut byte = [1];
+        mapping.read(0x1800, &mut byte).unwrap();
+        assert_eq!(byte, [0]);
+        assert!(mapping.discard(0x2000, 0x2000).is_err());
+    }
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The KVM platform: every operation of the seam is the ioctl of the same name, and nothing else.
+
+mod check;
+mod exit;
+mod sev;
+mod vcpu;
+mod vm;
+
+pub use check::Missing;
+pub use check::NoSnp;
+pub use exit::decode;
+pub use vcpu::KvmVcpu;
+pub use vm::KvmVm;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::Kvm;
+use snp::pages::cpuid::SnpCpuid;
+
+use super::CallError;
+use super::Platform;
+use super::Vm;
+use super::VmKind;
+
+/// `KVM_X86_SNP_VM`, the VM type of SNP guests.
+const SNP_VM_TYPE: u64 = kvm_bindings::KVM_X86_SNP_VM as u64;
+
+/// A host's KVM.
+pub struct KvmPlatform {
+    kvm: Kvm,
+}
+
+/// Why `/dev/kvm` cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No such device.
+    #[error(
+        "/dev/kvm does not exist: load the kvm_amd or kvm_intel module, or enable virtualization in the BIOS"
+    )]
+    Absent,
+    /// No permission.
+    #[error("/dev/kvm cannot be opened (permission denied): run as a member of its group, usually 'kvm'")]
+    Denied,
+    /// Anything else.
+    #[error("/dev/kvm cannot be opened: {0}")]
+    Other(io::Error),
+    /// Not the stable API.
+    #[error("/dev/kvm speaks API version {0}, 12 is needed")]
+    Version(i32),
+}
+
+impl KvmPlatform {
+    /// Opens `/dev/kvm`.
+    pub fn open() -> Result<Self, OpenError> {
+        let kvm = Kvm::new().map_err(|e| match e.errno() {
+            libc::ENOENT | libc::ENXIO | libc::ENODEV => OpenError::Absent,
+            libc::EACCES | libc::EPERM => OpenError::Denied,
+            errno => OpenError::Other(io::Error::from_raw_os_error(errno)),
+        })?;
+        match kvm.get_api_version() {
+            12 => Ok(KvmPlatform { kvm }),
+            version => Err(OpenError::Version(version)),
+        }
+    }
+
+    /// The system file descriptor, for questions about the host.
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+
+    /// `KVM_CREATE_VM`, again when a signal interrupts it.
+    pub fn create(&self, kind: VmKind) -> Result<KvmVm, CallError> {
+        let vm_type = match kind {
+            VmKind::Plain => 0,
+            VmKind::Snp => SNP_VM_TYPE,
+        };
+        let sev = match kind {
+            VmKind::Plain => None,
+            VmKind::Snp => Some(
+                File::options()
+                    .read(true)
+                    .write(true)
+                    .open("/dev/sev")
+                    .map_err(|source| CallError { call: "opening /dev/sev", source })?,
+            ),
+        };
+        loop {
+            match self.kvm.create_vm_with_type(vm_type) {
+                Err(e) if e.errno() == libc::EINTR => continue,
+                Err(e) => return Err(CallError::of("KVM_CREATE_VM")(e)),
+                Ok(fd) => return Ok(KvmVm::new(fd, kind, sev)),
+            }
+        }
+    }
+}
+
+impl Platform for KvmPlatform {
+    fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, CallError> {
+        let cpuid = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(CallError::of("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(cpuid.as_slice().to_vec())
+    }
+
+    fn snp_cpuid(&self) -> SnpCpuid {
+        // AMD APM volume 3, E.4.17: EBX 5:0 is the C-bit's position, EBX 31 is COHERENCY_SFW_NO.
+        let ebx = std::arch::x86_64::__cpuid(0x8000_001f).ebx;
+        SnpCpuid { c_bit: (ebx & 0x3f) as u8, phys_bits: None, coherency_sfw_no: ebx >> 31 == 1 }
+    }
+
+    fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {
+        Ok(Arc::new(self.create(kind)?))
+    }
+}

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A vCPU of the host's KVM.
+
+use kvm_bindings::CpuId;
+use kvm_bindings::Msrs;
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::kvm_fpu;
+use kvm_bindings::kvm_msr_entry;
+use kvm_bindings::kvm_regs;
+use kvm_bindings::kvm_sregs;
+use kvm_bindings::kvm_xcr;
+use kvm_bindings::kvm_xcrs;
+use kvm_ioctls::VcpuFd;
+
+use super::decode;
+use super::vm::Slots;
+use crate::platform::CallError;
+use crate::platform::Exit;
+use crate::platform::Vcpu;
+
+/// Offsets of the local vector table's pins in the APIC page, and delivery modes (Intel SDM volume 3, 11.5.1).
+const LVT_LINT0: usize = 0x350;
+const LVT_LINT1: usize = 0x360;
+const DELIVERY_EXTINT: u8 = 7;
+const DELIVERY_NMI: u8 = 4;
+
+/// A vCPU; the emulated platform builds on it.
+pub struct KvmVcpu {
+    /// The file descriptor and its mapping.
+    pub fd: VcpuFd,
+    /// A vCPU can outlive the VM's handle, and with it the memory must.
+    pub(super) _slots: Slots,
+}
+
+impl Vcpu for KvmVcpu {
+    fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), CallError> {
+        let cpuid = CpuId::from_entries(entries)
+            .map_err(|_| CallError::errno("KVM_SET_CPUID2 (too many entries)", libc::E2BIG))?;
+        self.fd.set_cpuid2(&cpuid).map_err(CallError::of("KVM_SET_CPUID2"))
+    }
+
+    fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), CallError> {
+        self.fd.set_regs(regs).map_err(CallError::of("KVM_SET_REGS"))
+    }
+
+    fn get_regs(&self) -> Result<kvm_regs, CallError> {
+        self.fd.get_regs().map_err(CallError::of("KVM_GET_REGS"))
+    }
+
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), CallError> {
+        self.fd.set_sregs(sregs).map_err(CallError::of("KVM_SET_SREGS"))
+    }
+
+    fn get_sregs(&self) -> Result<kvm_sregs, CallError> {
+        self.fd.get_sregs().map_err(CallError::of("KVM_GET_SREGS"))
+    }
+
+    fn set_fpu(&mut self, fpu: &kvm_fpu) -> Result<(), CallError> {
+        self.fd.set_fpu(fpu).map_err(CallError::of("KVM_SET_FPU"))
+    }
+
+    fn set_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), CallError> {
+        let entries: Vec<_> =
+            msrs.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+        let list = Msrs::from_entries(&entries)
+            .map_err(|_| CallError::errno("KVM_SET_MSRS (too many)", libc::E2BIG))?;
+        let done = self.fd.set_msrs(&list).map_err(CallError::of("KVM_SET_MSRS"))?;
+        if done < entries.len() {
+            return Err(CallError::errno("KVM_SET_MSRS (an MSR was refused)", libc::EINVAL));
+        }
+        Ok(())
+    }
+
+    fn set_xcr0(&mut self, value: u64) -> Result<(), CallError> {
+        let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+        xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value };
+        self.fd.set_xcrs(&xcrs).map_err(CallError::of("KVM_SET_XCRS"))
+    }
+
+    fn set_lint(&mut self) -> Result<(), CallError> {
+        let mut lapic = self.fd.get_lapic().map_err(CallError::of("KVM_GET_LAPIC"))?;
+        for (register, mode) in [(LVT_LINT0, DELIVERY_EXTINT), (LVT_LINT1, DELIVERY_NMI)] {
+            // Delivery mode is bits 10:8 of the register, that is the low three bits of its second byte.
+            if let Some(byte) = lapic.regs.get_mut(register + 1) {
+                *byte = (*byte & !7) | mode as std::ffi::c_char;
+            }
+        }
+        self.fd.set_lapic(&lapic).map_err(CallError::of("KVM_SET_LAPIC"))
+    }
+
+    fn run(&mut self) -> Result<Exit<'_>, CallError> {
+        match self.fd.run() {
+            Ok(_) => {}
+            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => return Ok(Exit::Interrupted),
+            Err(e) => return Err(CallError::of("KVM_RUN")(e)),
+        }
+        Ok(decode(self.fd.get_kvm_run()))
+    }
+}

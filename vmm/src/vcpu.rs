@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+//! vCPU threads and the one dispatcher of exits.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+
+use devices::bus::Action;
+use snp::ghcb::term::SevTerm;
+
+use crate::conversion::Conversions;
+use crate::machine::Machine;
+use crate::outcome::Outcome;
+use crate::platform::CallError;
+use crate::platform::Exit;
+use crate::platform::HC_MAP_GPA_RANGE;
+use crate::platform::Vcpu;
+
+/// `KVM_SYSTEM_EVENT_SEV_TERM`.
+const SYSTEM_EVENT_SEV_TERM: u32 = 6;
+/// Bit of a memory fault's flags: the access was to the private side.
+const FAULT_PRIVATE: u64 = 1 << 3;
+
+/// What every vCPU thread shares.
+pub struct Shared {
+    /// Buses and devices.
+    pub machine: Machine,
+    /// Page-state changes; `None` in plain guests.
+    pub conversions: Option<Conversions>,
+    /// Set once the guest is to stop.
+    pub stop: AtomicBool,
+}
+
+/// Why a vCPU cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// `KVM_RUN` failed. EINVAL is how KVM answers a guest that breaks the GHCB protocol.
+    #[error("vCPU {vcpu}: {source}{hint}")]
+    Run {
+        /// Which one.
+        vcpu: u32,
+        /// What failed.
+        source: CallError,
+        /// What the errno means here.
+        hint: &'static str,
+    },
+    /// The guest touched a page through the wrong view, or outside of RAM.
+    #[error(
+        "vCPU {vcpu}: the guest made a {view} access to {gpa:#x} ({size:#x} bytes), but the page is {state}. Linux announces \
+         every change of a page's state, so this is a bug in the guest"
+    )]
+    MemoryFault {
+        /// Which one.
+        vcpu: u32,
+        /// "private" or "shared".
+        view: &'static str,
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+        /// What the monitor knows of the page.
+        state: &'static str,
+    },
+    /// The CPU would not enter the guest.
+    #[error(
+        "vCPU {vcpu}: the CPU refused to enter the guest (hardware reason {reason:#x}): its initial registers are not consistent"
+    )]
+    FailEntry {
+        /// Which one.
+        vcpu: u32,
+        /// Hardware's code.
+        reason: u64,
+    },
+    /// KVM gave up.
+    #[error(
+        "vCPU {vcpu}: KVM could not emulate an instruction of the guest (internal error {suberror}) at RIP {rip}"
+    )]
+    Internal {
+        /// Which one.
+        vcpu: u32,
+        /// `KVM_INTERNAL_ERROR_*`.
+        suberror: u32,
+        /// Where, if the registers can be read.
+        rip: String,
+    },
+    /// An exit that no guest of this monitor should cause.
+    #[error("vCPU {vcpu}: unexpected exit {what} from KVM")]
+    Unexpected {
+        /// Which one.
+        vcpu: u32,
+        /// Its kind.
+        what: String,
+    },
+}
+
+/// What to do after an exit.
+enum Step {
+    Continue,
+    Stop(Outcome),
+}
+
+impl From<Option<Action>> for Step {
+    fn from(action: Option<Action>) -> Self {
+        match action {
+            None => Step::Continue,
+            Some(Action::Reset) => Step::Stop(Outcome::Rebooted),
+            Some(Action::PowerOff) => Step::Stop(Outcome::PoweredOff),
+        }
+    }
+}
+
+/// Runs one vCPU until the guest ends or another thread sets the stop flag (then `None`).
+pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<Outcome>, RunError> {
+    while !shared.stop.load(Ordering::Acquire) {
+        let exit = match vcpu.run() {
+            Ok(exit) => exit,
+            Err(source) => return Err(run_error(id, source)),
+        };
+        if let Exit::InternalError { suberror } = exit {
+            let rip = vcpu.get_regs().map_or_else(|_| "unknown".to_owned(), |r| format!("{:#x}", r.rip));
+            return Err(RunError::Internal { vcpu: id, suberror, rip });
+        }
+        match dispatch(id, exit, shared)? {
+            Step::Continue => {}
+            Step::Stop(outcome) => return Ok(Some(outcome)),
+        }
+    }
+    Ok(None)
+}
+
+fn run_error(vcpu: u32, source: CallError) -> RunError {
+    let hint = match source.source.raw_os_error() {
+        Some(libc::EINVAL) => {
+            " (the guest used a GHCB that it had not registered, or reported an event that KVM does not know)"
+        }
+        Some(libc::EBADF) => " (was /dev/sev closed while the guest runs?)",
+        _ => "",
+    };
+    RunError::Run { vcpu, source, hint }
+}
+
+/// Answers one exit.
+fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError> {
+    let machine = &shared.machine;
+    Ok(match exit {
+        Exit::IoIn { port, data } => {
+            machine.pio.read(u64::from(port), data);
+            Step::Continue
+        }
+        Exit::IoOut { port, data } => machine.pio.write(u64::from(port), data).into(),
+        Exit::MmioRead { addr, data } => {
+            machine.mmio.read(addr, data);
+            Step::Continue
+        }
+        Exit::MmioWrite { addr, data } => machine.mmio.write(addr, data).into(),
+        Exit::Hypercall { nr: HC_MAP_GPA_RANGE, args, ret } => {
+            // The answer is always written: KVM does not clear the field, and reads whatever is there.
+            *ret = match &shared.conversions {
+                Some(conversions) => conversions.map_gpa_range(args),
+                None => u64::MAX,
+            };
+            Step::Continue
+        }
+        Exit::Hypercall { ret, .. } => {
+            *ret = u64::MAX;
+            Step::Continue
+        }
+        Exit::MemoryFault { flags, gpa, size } => {
+            let view = if flags & FAULT_PRIVATE != 0 { "private" } else { "shared" };
+            let state = shared.conversions.as_ref().map_or("not RAM", |c| c.describe(gpa));
+            return Err(RunError::MemoryFault { vcpu, view, gpa, size, state });
+        }
+        Exit::SystemEvent { kind: SYSTEM_EVENT_SEV_TERM, data } => {
+            Step::Stop(Outcome::Terminated(SevTerm::decode(data)))
+        }
+        Exit::SystemEvent { kind, .. } => {
+            return Err(RunError::Unexpected { vcpu, what: format!("SYSTEM_EVENT {kind}") });
+        }
+        Exit::ReqCerts { ret, .. } => {
+            // No certificates are offered yet; the guest gets an error that its driver reports.
+            *ret = libc::EIO as u32;
+            Step::Continue
+        }
+        Exit::Shutdown => Step::Stop(Outcome::Crashed { vcpu }),
+        Exit::Interrupted => Step::Continue,
+        Exit::FailEntry { reason } => return Err(RunError::FailEntry { vcpu, reason }),
+        Exit::Hlt => return Err(RunError::Unexpected { vcpu, what: "HLT".into() }),
+        Exit::InternalError { suberror } => {
+            return Err(RunError::Internal { vcpu, suberror, rip: "unknown".into() });
+        }
+        Exit::Other(reason) => return Err(RunError::Unexpected { vcpu, what: format!("reason {reason}") }),
+    })
+}
