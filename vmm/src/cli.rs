@@ -32,13 +32,12 @@ Examples:
     name = "cvmm",
     version,
     args_conflicts_with_subcommands = true,
-    subcommand_negates_reqs = true,
     arg_required_else_help = true,
     after_long_help = format!("{EXIT_CODES}\n\n{EXAMPLES}")
 )]
 struct Cli {
     #[command(flatten)]
-    run: Option<run::Args>,
+    run: run::Args,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -74,10 +73,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Some(Command::Measure(args)) => measure::main(&args),
-        None => match &cli.run {
-            Some(args) => run::main(args),
-            None => Err(Failure::usage("--kernel is missing: say what to boot")),
-        },
+        None => run::main(&cli.run),
     };
     let (message, code) = match result {
         Ok(code) => return ExitCode::from(code),

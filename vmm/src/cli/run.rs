@@ -35,7 +35,7 @@ pub const VCPUS_MAX: u32 = 16;
 pub struct ImageArgs {
     /// Kernel: a bzImage, or an ELF vmlinux
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
@@ -87,7 +87,11 @@ pub struct Args {
 impl ImageArgs {
     /// Reads the files.
     pub fn read(&self) -> Result<BootFiles, ConfigError> {
-        BootFiles::read(&self.kernel, self.initrd.as_deref())
+        let kernel = self
+            .kernel
+            .as_deref()
+            .ok_or_else(|| ConfigError::Option("--kernel is missing: say what to boot".into()))?;
+        BootFiles::read(kernel, self.initrd.as_deref())
     }
 
     /// The boot that these options describe.
