@@ -2,13 +2,15 @@
 //! Image kinds: each turns files into a [`crate::plan::LaunchPlan`] and does nothing else.
 //!
 //! [`direct`] boots a Linux kernel with no firmware in between; `kernel`, `layout`, `entry`, `bootparams` and `acpi` are its
-//! parts. [`ovmf`] launches a firmware file.
+//! parts, and `sites` with `decompress` says what the emulated platform has to know beside the plan. [`ovmf`] launches a firmware file.
 
 pub mod acpi;
 pub mod bootparams;
+pub mod decompress;
 pub mod direct;
 pub mod entry;
 pub mod guid_table;
 pub mod kernel;
 pub mod layout;
 pub mod ovmf;
+pub mod sites;

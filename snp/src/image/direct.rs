@@ -31,7 +31,7 @@ pub const VCPUS_MAX: u32 = 255;
 /// Plain guests' memory ends here at the latest.
 const PLAIN_ADDRESS_LIMIT: u64 = 1 << 46;
 /// Offset of a bzImage's 64-bit entry point from its load address.
-const ENTRY_64: u64 = 0x200;
+pub const ENTRY_64: u64 = 0x200;
 
 /// Who makes an SNP guest's RAM usable before the kernel runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
