@@ -6,9 +6,10 @@
 //! (`arch/x86/kvm/svm/sev.c`), the GHCB specification (AMD 56421) and the SEV-SNP Firmware ABI (AMD 56860, revision 1.58);
 //! each rule names its source. Everything that a guest writes is hostile: it is copied once and then checked.
 //!
-//! The model gives no confidentiality and no integrity. Its attestation keys are its own, and no verifier
+//! The model gives no confidentiality and no integrity. Its attestation keys are its own ([`chain`]), and no verifier
 //! trusts them by default.
 
+pub mod chain;
 pub mod cpuid;
 pub mod errno;
 mod exchange;

@@ -1,6 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The firmware of the secure processor: launch contexts, special pages, guest messages, reports.
 //!
-//! SEV-SNP Firmware ABI Specification (AMD 56860), revision 1.58.
+//! SEV-SNP Firmware ABI Specification (AMD 56860), revision 1.58. A [`Platform`] is what a host has once, a
+//! [`context::GuestContext`] what the firmware keeps for one guest.
 
+pub mod certs;
+pub mod context;
+pub mod cpuid_page;
+pub mod message;
+pub mod requests;
 pub mod status;
+
+use crate::model::chain::Chain;
+use crate::model::cpuid::CpuidEntry;
+
+/// Firmware version that the model claims: build, minor, major. A guest policy may ask for this ABI version at most.
+pub const FIRMWARE_VERSION: [u8; 3] = [21, 55, 1];
+/// CPUID family, model and stepping in reports: those of Milan, whose TCB layout [`super::chain::Tcb`] has.
+pub const REPORT_CPUID: [u8; 3] = [0x19, 0x01, 0x01];
+/// `platform_info` in reports: SMT is on.
+pub const PLATFORM_INFO: u64 = 1;
+
+/// What the firmware knows about its host.
+#[derive(Debug)]
+pub struct Platform {
+    /// Keys and certificates.
+    pub chain: Chain,
+    /// Position of the C-bit.
+    pub c_bit: u8,
+    /// What CPUID gives on the host's processors, as far as CPUID pages shall be compared with it.
+    pub cpuid: Vec<CpuidEntry>,
+}
