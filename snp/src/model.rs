@@ -10,6 +10,7 @@
 //! trusts them by default.
 
 pub mod chain;
+pub mod commands;
 pub mod cpuid;
 pub mod errno;
 mod exchange;

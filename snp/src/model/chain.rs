@@ -365,28 +365,13 @@ pub fn verify_report_against_chain(report: &Report, vcek: &[u8]) -> Result<(), C
 }
 
 #[cfg(test)]
-pub(crate) mod testing {
-    //! One chain with small RSA keys for all tests of a run.
-
-    use std::sync::Arc;
-    use std::sync::OnceLock;
-
-    use super::*;
-
-    pub fn chain() -> Arc<Chain> {
-        static CHAIN: OnceLock<Arc<Chain>> = OnceLock::new();
-        let make = || Arc::new(Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap());
-        Arc::clone(CHAIN.get_or_init(make))
-    }
-}
-
-#[cfg(test)]
 mod tests {
     use std::time::Instant;
 
     use sev::certs::snp::Verifiable as _;
 
     use super::*;
+    use crate::model::firmware::testing::platform;
 
     fn peer(certificates: &Certificates) -> sev::certs::snp::Chain {
         let cert = |der: &[u8]| sev::certs::snp::Certificate::from_der(der).unwrap();
@@ -396,7 +381,8 @@ mod tests {
 
     #[test]
     fn a_peers_verifier_accepts_the_chain_and_no_other() {
-        let chain = testing::chain();
+        let platform = platform();
+        let chain = &platform.chain;
         peer(chain.certificates()).verify().unwrap();
         let mut forged = chain.certificates().clone();
         // The last byte of the signature.
@@ -406,7 +392,8 @@ mod tests {
 
     #[test]
     fn a_stored_chain_is_read_back() {
-        let chain = testing::chain();
+        let platform = platform();
+        let chain = &platform.chain;
         let again = Chain::from_pem(&chain.to_pem().unwrap()).unwrap();
         assert_eq!(again.certificates(), chain.certificates());
         assert_eq!((again.chip_id(), again.tcb()), (chain.chip_id(), chain.tcb()));
@@ -415,7 +402,7 @@ mod tests {
 
     #[test]
     fn a_damaged_stored_chain_is_refused() {
-        let pem = testing::chain().to_pem().unwrap();
+        let pem = platform().chain.to_pem().unwrap();
         let half = &pem[..pem.len() / 2];
         for bad in ["", "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n", half] {
             Chain::from_pem(bad).unwrap_err();
@@ -428,7 +415,8 @@ mod tests {
 
     #[test]
     fn every_name_says_that_this_is_an_emulation() {
-        let chain = testing::chain();
+        let platform = platform();
+        let chain = &platform.chain;
         let c = chain.certificates();
         for der in [&c.ark, &c.ask, &c.vcek] {
             let tbs = Certificate::from_der(der).unwrap().tbs_certificate;

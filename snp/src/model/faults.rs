@@ -6,6 +6,8 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
+use crate::model::commands::CommandFault;
+
 /// When a fault happens: not at the first `skip` occasions, then `times` times.
 #[derive(Debug, Default)]
 pub struct Trigger {
@@ -40,7 +42,7 @@ impl Trigger {
     }
 }
 
-/// The faults of the GHCB protocol and of the SNP instructions.
+/// All faults that can be asked for.
 #[derive(Debug, Default)]
 pub struct Faults {
     /// Lowest and highest GHCB protocol version to offer, in place of KVM's.
@@ -65,6 +67,8 @@ pub struct Faults {
     pub guest_request_bad_sequence: Trigger,
     /// Accept an AP creation and never start the vCPU.
     pub drop_ap_creation: Trigger,
+    /// Faults of the launch.
+    pub commands: Vec<CommandFault>,
 }
 
 #[cfg(test)]

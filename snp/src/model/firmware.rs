@@ -7,6 +7,7 @@
 pub mod certs;
 pub mod context;
 pub mod cpuid_page;
+pub mod id_block;
 pub mod message;
 pub mod requests;
 pub mod status;
@@ -30,4 +31,23 @@ pub struct Platform {
     pub c_bit: u8,
     /// What CPUID gives on the host's processors, as far as CPUID pages shall be compared with it.
     pub cpuid: Vec<CpuidEntry>,
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! The platform of the model's tests: C-bit 39, small RSA keys.
+
+    use std::sync::Arc;
+    use std::sync::OnceLock;
+
+    use super::*;
+
+    pub fn platform() -> Arc<Platform> {
+        static PLATFORM: OnceLock<Arc<Platform>> = OnceLock::new();
+        let make = || {
+            let chain = Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+            Arc::new(Platform { chain, c_bit: 39, cpuid: vec![] })
+        };
+        Arc::clone(PLATFORM.get_or_init(make))
+    }
 }

@@ -11,6 +11,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::Mutex;
+use std::sync::OnceLock;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::AtomicU64;
@@ -20,6 +21,8 @@ use std::sync::atomic::Ordering::Relaxed;
 pub const PAGE: u64 = 4096;
 /// 4 KiB pages of a 2 MiB page.
 pub const PAGES_2M: u64 = 512;
+/// Memory slots that the model takes.
+pub const MAX_SLOTS: usize = 32;
 /// Findings kept with their details; further ones are only counted.
 const FINDINGS_KEPT: usize = 1000;
 
@@ -270,29 +273,58 @@ struct Region {
 /// Page states of all guest RAM. Shared by all vCPUs.
 #[derive(Debug)]
 pub struct PageStates {
-    regions: Vec<Region>,
+    // Filled from the front, and never emptied: vCPUs read it without a lock.
+    regions: [OnceLock<Region>; MAX_SLOTS],
     two_mib: TwoMib,
     counters: Counters,
     findings: Mutex<Vec<Finding>>,
 }
 
 impl PageStates {
-    /// States for `ram`, given as ranges of guest-physical addresses: all pages shared. Ranges are cut to whole pages; of
-    /// overlapping ranges the first one counts.
+    /// States for `ram`, given as one range of guest-physical addresses for each memory slot: all pages shared.
     pub fn new(ram: &[Range<u64>], two_mib: TwoMib) -> Self {
-        let mut regions: Vec<Region> = Vec::new();
+        let states = PageStates {
+            regions: std::array::from_fn(|_| OnceLock::new()),
+            two_mib,
+            counters: Counters::default(),
+            findings: Mutex::default(),
+        };
         for range in ram {
-            let (first, end) = (range.start.div_ceil(PAGE), range.end / PAGE);
-            let mut pages = Vec::new();
-            pages.resize_with(usize::try_from(end.saturating_sub(first)).unwrap_or(0), AtomicU8::default);
-            regions.push(Region { first, pages: pages.into() });
+            // Ranges beyond the limit are no RAM to the model; callers that can have so many use `add_ram`.
+            let _ = states.add_ram(range.clone());
         }
-        PageStates { regions, two_mib, counters: Counters::default(), findings: Mutex::default() }
+        states
+    }
+
+    /// Adds the RAM of a memory slot, all pages shared; false if there are [`MAX_SLOTS`] already. A range is cut to whole
+    /// pages; of overlapping ranges the first one counts.
+    #[must_use]
+    pub fn add_ram(&self, range: Range<u64>) -> bool {
+        let (first, end) = (range.start.div_ceil(PAGE), range.end / PAGE);
+        let mut pages = Vec::new();
+        pages.resize_with(usize::try_from(end.saturating_sub(first)).unwrap_or(0), AtomicU8::default);
+        let mut region = Region { first, pages: pages.into() };
+        for slot in &self.regions {
+            match slot.set(region) {
+                Ok(()) => return true,
+                Err(back) => region = back,
+            }
+        }
+        false
+    }
+
+    fn regions(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter().map_while(OnceLock::get)
+    }
+
+    /// Pages from `gpa` to the end of its memory slot; 0 outside of RAM.
+    pub(crate) fn run_in_slot(&self, gpa: u64) -> u64 {
+        self.slice(gpa / PAGE, u64::MAX).map_or(0, |slice| slice.len() as u64)
     }
 
     /// The bytes of up to `pages` pages from `frame` on that lie in one region; `None` outside of RAM.
     fn slice(&self, frame: u64, pages: u64) -> Option<&[AtomicU8]> {
-        self.regions.iter().find_map(|region| {
+        self.regions().find_map(|region| {
             let start = usize::try_from(frame.checked_sub(region.first)?).ok()?;
             let rest = region.pages.get(start..).filter(|rest| !rest.is_empty())?;
             let len = usize::try_from(pages).unwrap_or(usize::MAX).min(rest.len());
@@ -331,7 +363,7 @@ impl PageStates {
 
     /// Calls `f` for each run of neighbouring pages of one region in one state, in the order of the regions.
     pub fn for_each_run(&self, mut f: impl FnMut(Range<u64>, PageState)) {
-        for region in &self.regions {
+        for region in self.regions() {
             let mut frame = region.first;
             for run in region.pages.chunk_by(|a, b| a.load(Relaxed) == b.load(Relaxed)) {
                 let end = frame + run.len() as u64;
@@ -349,7 +381,7 @@ impl PageStates {
         while left > 0 {
             let Some(slice) = self.slice(frame, left) else {
                 // On to the next region, or to the end of the range.
-                let next = self.regions.iter().map(|r| r.first).filter(|first| *first > frame).min();
+                let next = self.regions().map(|r| r.first).filter(|first| *first > frame).min();
                 let skip = next.map_or(left, |next| (next - frame).min(left));
                 change.outside_ram += skip;
                 (frame, left) = (frame + skip, left - skip);

@@ -6,15 +6,18 @@ use proptest::prelude::*;
 use super::*;
 use crate::ghcb::exit;
 use crate::ghcb::psc::Entry;
+use crate::model::commands::Init2;
 use crate::model::cpuid::CpuidRegisters;
 use crate::model::faults::Faults;
 use crate::model::faults::Trigger;
+use crate::model::firmware::testing::platform;
 use crate::model::memory::View;
 use crate::model::memory::testing::TestMemory;
 use crate::model::rmp::Finding;
 use crate::model::rmp::TwoMib;
 use crate::model::vm::ApAction;
 use crate::model::vm::VmConfig;
+use crate::policy::GuestPolicy;
 use crate::vmsa::VmsaState;
 
 const RAM: u64 = 0x40_0000;
@@ -33,12 +36,19 @@ impl Setup {
     }
 
     fn with(faults: Faults) -> Self {
-        let ram = std::iter::once(0..RAM).collect();
-        let config = VmConfig { c_bit: 39, ram, two_mib: TwoMib::Accept, faults };
+        let config = VmConfig {
+            platform: platform(),
+            ram: std::iter::once(0..RAM).collect(),
+            vmsa_features: 0,
+            allowed_policy: GuestPolicy::KVM_6_12_ALLOWED,
+            two_mib: TwoMib::Accept,
+            faults,
+        };
         let vm = VmModel::new(config);
         vm.set_hypercall_exits(true);
-        vm.add_vcpu(0);
-        vm.add_vcpu(1);
+        vm.init2(&Init2::default()).unwrap();
+        vm.create_vcpu(0).unwrap();
+        vm.create_vcpu(1).unwrap();
         vm.pages.set_private(0, RAM / PAGE, true);
         vm.pages.set_private(GHCB, 1, false);
         let mut vcpu = VcpuModel::new(&vm, vec![]);

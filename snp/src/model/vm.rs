@@ -6,16 +6,20 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU16;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::ghcb::exit::ap_creation;
 use crate::ghcb::exit::features;
+use crate::model::commands::Launch;
 use crate::model::faults::Faults;
-use crate::model::firmware::status::FwStatus;
+use crate::model::firmware::Platform;
 use crate::model::memory::GuestMemory;
 use crate::model::memory::View;
 use crate::model::rmp::FAIL_PERMISSION;
@@ -40,10 +44,15 @@ pub const GHCB_VERSION_MAX: u16 = 2;
 /// What a guest's model is made from.
 #[derive(Debug)]
 pub struct VmConfig {
-    /// Position of the C-bit.
-    pub c_bit: u8,
-    /// Guest RAM, in guest-physical addresses without C-bit.
+    /// The host's firmware, keys and processor.
+    pub platform: Arc<Platform>,
+    /// Guest RAM, one range for each memory slot, in guest-physical addresses without C-bit; see also
+    /// [`PageStates::add_ram`].
     pub ram: Vec<Range<u64>>,
+    /// `vmsa_features` that INIT2 takes (`KVM_X86_SEV_VMSA_FEATURES`); 0 unless the host offers more.
+    pub vmsa_features: u64,
+    /// Policy bits that START takes; [`crate::policy::GuestPolicy::KVM_6_12_ALLOWED`] for Linux 6.12.
+    pub allowed_policy: u64,
     /// Answer to `PVALIDATE` of 2 MiB.
     pub two_mib: TwoMib,
     /// Faults to inject.
@@ -120,7 +129,11 @@ pub struct VmModel {
     pub pages: PageStates,
     /// Faults to inject.
     pub faults: Faults,
-    c_bit: u8,
+    platform: Arc<Platform>,
+    supported_vmsa_features: u64,
+    allowed_policy: u64,
+    launch: Mutex<Launch>,
+    ghcb_version: AtomicU16,
     sev_features: AtomicU64,
     hypercall_exits: AtomicBool,
     certs_enabled: AtomicBool,
@@ -134,7 +147,11 @@ impl VmModel {
         VmModel {
             pages: PageStates::new(&config.ram, config.two_mib),
             faults: config.faults,
-            c_bit: config.c_bit,
+            platform: config.platform,
+            supported_vmsa_features: config.vmsa_features,
+            allowed_policy: config.allowed_policy,
+            launch: Mutex::default(),
+            ghcb_version: AtomicU16::new(GHCB_VERSION_MAX),
             sev_features: AtomicU64::new(SEV_FEATURE_SNP_ACTIVE),
             hypercall_exits: AtomicBool::new(false),
             certs_enabled: AtomicBool::new(false),
@@ -145,7 +162,28 @@ impl VmModel {
 
     /// Position of the C-bit.
     pub fn c_bit(&self) -> u8 {
-        self.c_bit
+        self.platform.c_bit
+    }
+
+    /// The host.
+    pub fn platform(&self) -> &Platform {
+        &self.platform
+    }
+
+    pub(crate) fn supported_vmsa_features(&self) -> u64 {
+        self.supported_vmsa_features
+    }
+
+    pub(crate) fn allowed_policy(&self) -> u64 {
+        self.allowed_policy
+    }
+
+    pub(crate) fn launch(&self) -> MutexGuard<'_, Launch> {
+        self.launch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_ghcb_version(&self, version: u16) {
+        self.ghcb_version.store(version, Relaxed);
     }
 
     /// Whether `KVM_CAP_EXIT_HYPERCALL` was enabled with bit 12 (`KVM_HC_MAP_GPA_RANGE`).
@@ -180,7 +218,7 @@ impl VmModel {
     }
 
     /// Features asked for by `KVM_SEV_INIT2`; SNP is added, as KVM does.
-    pub fn set_sev_features(&self, features: u64) {
+    pub(crate) fn set_sev_features(&self, features: u64) {
         self.sev_features.store(features | SEV_FEATURE_SNP_ACTIVE, Relaxed);
     }
 
@@ -191,7 +229,7 @@ impl VmModel {
 
     /// Lowest and highest GHCB protocol version on offer.
     pub(crate) fn ghcb_versions(&self) -> (u16, u16) {
-        self.faults.ghcb_versions.unwrap_or((GHCB_VERSION_MIN, GHCB_VERSION_MAX))
+        self.faults.ghcb_versions.unwrap_or((GHCB_VERSION_MIN, self.ghcb_version.load(Relaxed)))
     }
 
     /// Hypervisor features on offer: `GHCB_HV_FT_SUPPORTED` of KVM.
@@ -199,21 +237,17 @@ impl VmModel {
         if self.faults.no_snp_features { 0 } else { features::SNP | features::AP_CREATION }
     }
 
-    /// Tells the model of a vCPU, whose id is its APIC id.
-    pub fn add_vcpu(&self, id: u32) {
-        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+    /// Adds a vCPU; false if it exists.
+    pub(crate) fn add_vcpu(&self, id: u32) -> bool {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).insert(id)
+    }
+
+    pub(crate) fn vcpu_count(&self) -> usize {
+        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     fn has_vcpu(&self, id: u32) -> bool {
         self.vcpus.lock().unwrap_or_else(PoisonError::into_inner).contains(&id)
-    }
-
-    /// `SNP_GUEST_REQUEST`: the firmware's answer to a guest message. Without a launched guest there is no context for it.
-    pub(crate) fn guest_message(
-        &self,
-        _message: &[u8; PAGE as usize],
-    ) -> Result<Box<[u8; PAGE as usize]>, FwStatus> {
-        Err(FwStatus::INVALID_GUEST_STATE)
     }
 
     /// The `PVALIDATE` instruction at `gpa`; see [`PageStates::pvalidate`].

@@ -10,18 +10,12 @@ use sev::parser::ByteParser as _;
 use super::*;
 use crate::attest::report::Report;
 use crate::digest::launch_digest;
-use crate::model::chain::Chain;
-use crate::model::chain::testing::chain;
 use crate::model::chain::verify_report_against_chain;
 use crate::model::faults::Trigger;
+use crate::model::firmware::testing::platform;
 use crate::plan::LaunchPlan;
 use crate::plan::Record;
 use crate::vmsa::VmsaState;
-
-fn platform() -> Platform {
-    let chain = Chain::from_pem(&chain().to_pem().unwrap()).unwrap();
-    Platform { chain, c_bit: 51, cpuid: vec![] }
-}
 
 /// A running guest and its secrets page.
 fn running(platform: &Platform) -> (GuestContext, Page) {
@@ -124,10 +118,10 @@ fn a_refused_cpuid_page_is_corrected_and_not_measured() {
     let mut page = [0; 4096];
     page[0] = 1;
     page[16..20].copy_from_slice(&0x8000_001fu32.to_le_bytes());
-    page[16 + 28] = 39;
+    page[16 + 28] = 51;
     assert_eq!(guest.update(&platform, PageType::Cpuid, 0, &mut page), Err(FwStatus::INVALID_PARAM));
     assert_eq!(guest.digest(), LaunchDigest::START);
-    assert_eq!(page[16 + 28], 51, "the platform's C-bit");
+    assert_eq!(page[16 + 28], 39, "the platform's C-bit");
     guest.update(&platform, PageType::Cpuid, 0, &mut page).unwrap();
 }
 
