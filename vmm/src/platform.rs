@@ -22,6 +22,7 @@ use kvm_bindings::kvm_sev_snp_launch_finish;
 use kvm_bindings::kvm_sev_snp_launch_start;
 use kvm_bindings::kvm_sev_snp_launch_update;
 use kvm_bindings::kvm_sregs;
+use snp::image::sites::Annotations;
 use snp::pages::cpuid::SnpCpuid;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -108,6 +109,8 @@ pub trait Platform: Send + Sync {
     fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, CallError>;
     /// What the platform decides about an SNP guest's CPUID, the position of the C-bit first of all.
     fn snp_cpuid(&self) -> SnpCpuid;
+    /// Tells what an image knows about itself beside the plan. Not measured; a platform with hardware has no use for it.
+    fn annotate(&self, _annotations: Annotations) {}
     /// Creates a VM.
     fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError>;
 }

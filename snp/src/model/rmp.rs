@@ -426,11 +426,8 @@ impl PageStates {
     /// guest's mapping had the C-bit.
     pub fn pvalidate(&self, gpa: u64, c_bit: bool, rcx: u64, rdx: u64) -> InstructionResult {
         count(&self.counters.pvalidate_calls, 1);
-        // ECX and EDX are the operands; bits 31:1 are reserved (APM volume 3).
-        let (huge, validate) = match (rcx as u32, rdx as u32) {
-            (size @ (0 | 1), action @ (0 | 1)) => (size == 1, action == 1),
-            _ => return InstructionResult::done(FAIL_INPUT),
-        };
+        // Bit 0 of ECX and of EDX counts. Linux leaves the rest of EDX undefined: it passes a bool in DL.
+        let (huge, validate) = (rcx & 1 == 1, rdx & 1 == 1);
         let gpa = gpa & !(PAGE - 1);
         if huge && !gpa.is_multiple_of(PAGES_2M * PAGE) {
             return InstructionResult::done(FAIL_INPUT);

@@ -10,6 +10,8 @@ use snp::image::direct::DirectBoot;
 use snp::image::direct::Guest as ImageGuest;
 use snp::image::direct::Snp;
 use snp::image::direct::Validation;
+use snp::image::sites;
+use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::policy::GuestPolicy;
 
@@ -22,6 +24,7 @@ use crate::launch::LaunchOptions;
 use crate::monitor;
 use crate::monitor::Guest;
 use crate::platform::Platform;
+use crate::platform::emulated;
 use crate::platform::emulated::Backing;
 use crate::platform::emulated::EmulatedOptions;
 use crate::platform::emulated::EmulatedPlatform;
@@ -82,6 +85,31 @@ pub struct Args {
     /// Emulated platform: stop at the first access through the wrong view (needs split backing)
     #[arg(long, requires = "snp")]
     strict: bool,
+    /// Emulated platform: how PVALIDATE of 2 MiB is answered
+    #[arg(long, value_enum, default_value = "refuse", requires = "snp")]
+    pvalidate_2m: Pvalidate2m,
+    /// Emulated platform: file with its attestation keys, made if absent
+    /// [default: ~/.local/state/cvmm/emulated-platform.pem]
+    #[arg(long, value_name = "FILE", requires = "snp")]
+    emulated_keys: Option<PathBuf>,
+}
+
+/// Answer of the emulated platform to `PVALIDATE` of 2 MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Pvalidate2m {
+    /// Size mismatch, as a Linux 6.12 host answers: its RMP entries are all 4 KiB
+    Refuse,
+    /// Done at once
+    Accept,
+}
+
+impl From<Pvalidate2m> for TwoMib {
+    fn from(answer: Pvalidate2m) -> Self {
+        match answer {
+            Pvalidate2m::Refuse => TwoMib::SizeMismatch,
+            Pvalidate2m::Accept => TwoMib::Accept,
+        }
+    }
 }
 
 impl ImageArgs {
@@ -147,7 +175,12 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
             Box::new(platform)
         }
         PlatformKind::Emulated => {
-            let options = EmulatedOptions { backing: args.backing, strict: args.strict };
+            let options = EmulatedOptions {
+                backing: args.backing,
+                strict: args.strict,
+                two_mib: args.pvalidate_2m.into(),
+                keys: args.emulated_keys.clone().unwrap_or_else(emulated::default_keys_path),
+            };
             Box::new(EmulatedPlatform::open(options).map_err(Failure::monitor)?)
         }
     };
@@ -156,6 +189,9 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;
     let snp = Snp { c_bit: sev.c_bit, cpuid: Some(&table), validation: Validation::AllByLaunch };
     let image = args.image.boot(&files, ImageGuest::Snp(snp)).image().map_err(Failure::usage)?;
+    if args.platform == PlatformKind::Emulated {
+        platform.annotate(sites::annotate(&files.kernel).map_err(Failure::usage)?);
+    }
     let digest = launch_digest(&image.plan).map_err(Failure::monitor)?;
     eprintln!("cvmm: launch digest {digest} ({} pages)", image.plan.launch_pages());
     let guest = Guest {

@@ -1,9 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The emulated platform: SNP guests on an ordinary VM of any KVM host, for development and tests.
+//!
+//! `snp::model` holds the rules of KVM's SEV code, of the firmware and of the RMP; this module is the glue that brings the
+//! guest's SNP instructions to it. The C-bit is an ordinary address bit ([`views`]); VMGEXIT, PVALIDATE and RMPADJUST are
+//! overwritten in guest memory by port writes , which exit to the monitor ([`vcpu`]).
+//!
+//! **It protects nothing**: no confidentiality, no integrity. Reports are signed by a key chain of its own, which no
+//! verifier trusts by default.
+
+mod keys;
+mod registers;
+mod vcpu;
+mod views;
+mod vm;
+mod wake;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 
 use clap::ValueEnum;
+pub use keys::default_path as default_keys_path;
+use kvm_bindings::kvm_cpuid_entry2;
+use snp::image::sites::Annotations;
+use snp::model::firmware::Platform as Firmware;
+use snp::model::rmp::TwoMib;
+use snp::pages::cpuid::SnpCpuid;
 
+use super::CallError;
+use super::Platform;
+use super::Vm;
+use super::VmKind;
 use super::kvm::KvmPlatform;
+use super::kvm::OpenError;
+
+/// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.
+const C_BIT_MAX: u8 = 46;
 
 /// What backs the two views of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -15,20 +48,86 @@ pub enum Backing {
 }
 
 /// How the platform behaves.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EmulatedOptions {
     /// What backs the two views.
     pub backing: Backing,
     /// An access through the wrong view is an error at once. Needs split backing.
     pub strict: bool,
+    /// How `PVALIDATE` of 2 MiB is answered.
+    pub two_mib: TwoMib,
+    /// The file with the platform's attestation keys; made if it does not exist.
+    pub keys: PathBuf,
 }
 
 /// The platform on this host's KVM.
-pub struct EmulatedPlatform;
+pub struct EmulatedPlatform {
+    kvm: KvmPlatform,
+    options: EmulatedOptions,
+    sev: SnpCpuid,
+    firmware: Arc<Firmware>,
+    annotations: Mutex<Option<Annotations>>,
+}
+
+/// Why emulation is not possible here.
+#[derive(Debug, thiserror::Error)]
+pub enum EmulatedError {
+    /// No KVM.
+    #[error(transparent)]
+    Kvm(#[from] OpenError),
+    /// KVM does not say what CPUs it offers.
+    #[error(transparent)]
+    Cpuid(#[from] CallError),
+    /// No attestation keys.
+    #[error(transparent)]
+    Keys(#[from] keys::KeysError),
+    /// No address bit to spare.
+    #[error(
+        "this host's CPUs have {0} physical address bits, at least 36 are needed to set one apart as the C-bit"
+    )]
+    AddressBits(u32),
+}
 
 impl EmulatedPlatform {
-    /// Opens it.
-    pub fn open(_options: EmulatedOptions) -> Result<KvmPlatform, &'static str> {
-        Err("the emulated platform is not part of this build")
+    /// Opens this host's KVM and picks the C-bit.
+    pub fn open(options: EmulatedOptions) -> Result<Self, EmulatedError> {
+        let kvm = KvmPlatform::open()?;
+        let bits =
+            kvm.supported_cpuid()?.iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax & 0xff);
+        if bits < 36 {
+            return Err(EmulatedError::AddressBits(bits));
+        }
+        // The top bit of what the guest thinks its address width is.
+        let c_bit = (bits as u8 - 1).min(C_BIT_MAX);
+        let sev = SnpCpuid { c_bit, phys_bits: Some(c_bit + 1), coherency_sfw_no: true };
+        let chain = keys::load_or_create(&options.keys)?;
+        let firmware = Arc::new(Firmware { chain, c_bit, cpuid: Vec::new() });
+        Ok(EmulatedPlatform { kvm, options, sev, firmware, annotations: Mutex::default() })
+    }
+}
+
+impl Platform for EmulatedPlatform {
+    fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, CallError> {
+        self.kvm.supported_cpuid()
+    }
+
+    fn snp_cpuid(&self) -> SnpCpuid {
+        self.sev
+    }
+
+    fn annotate(&self, annotations: Annotations) {
+        *self.annotations.lock().unwrap_or_else(PoisonError::into_inner) = Some(annotations);
+    }
+
+    fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {
+        let inner = self.kvm.create(VmKind::Plain)?;
+        match kind {
+            VmKind::Plain => Ok(Arc::new(inner)),
+            VmKind::Snp => {
+                let annotations = self.annotations.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                let firmware = Arc::clone(&self.firmware);
+                Ok(Arc::new(vm::EmulatedVm::new(inner, self.options.clone(), firmware, annotations)?))
+            }
+        }
     }
 }

@@ -9,7 +9,9 @@ mod vm;
 
 pub use check::Missing;
 pub use check::NoSnp;
+pub use exit::MsrAccess;
 pub use exit::decode;
+pub use exit::msr_access;
 pub use vcpu::KvmVcpu;
 pub use vm::KvmVm;
 

@@ -82,6 +82,44 @@ pub fn decode(run: &mut kvm_run) -> Exit<'_> {
     }
 }
 
+/// An access to an MSR that the filter keeps from KVM.
+pub enum MsrAccess<'a> {
+    /// RDMSR.
+    Read {
+        /// Number of the MSR.
+        index: u32,
+        /// Its value.
+        data: &'a mut u64,
+        /// Nonzero gives the guest #GP.
+        error: &'a mut u8,
+    },
+    /// WRMSR.
+    Write {
+        /// Number of the MSR.
+        index: u32,
+        /// The value.
+        data: u64,
+        /// Nonzero gives the guest #GP.
+        error: &'a mut u8,
+    },
+}
+
+/// The MSR access that `run` holds, if the exit is one.
+pub fn msr_access(run: &mut kvm_run) -> Option<MsrAccess<'_>> {
+    let reason = run.exit_reason;
+    if reason != KVM_EXIT_X86_RDMSR && reason != KVM_EXIT_X86_WRMSR {
+        return None;
+    }
+    // SAFETY: exit_reason says that this union member is the valid one.
+    let msr = unsafe { &mut run.__bindgen_anon_1.msr };
+    let (index, error) = (msr.index, &mut msr.error);
+    *error = 0;
+    Some(match reason {
+        KVM_EXIT_X86_RDMSR => MsrAccess::Read { index, data: &mut msr.data, error },
+        _ => MsrAccess::Write { index, data: msr.data, error },
+    })
+}
+
 /// `kvm_run.snp_req_certs`, which `kvm-bindings` does not have yet.
 #[repr(C)]
 struct ReqCerts {

@@ -32,6 +32,20 @@ pub struct KvmVcpu {
     pub(super) _slots: Slots,
 }
 
+impl KvmVcpu {
+    /// `KVM_GET_MSRS` of one.
+    pub fn get_msr(&self, index: u32) -> Result<u64, CallError> {
+        let entry = kvm_msr_entry { index, ..Default::default() };
+        let mut list = Msrs::from_entries(&[entry])
+            .map_err(|_| CallError::errno("KVM_GET_MSRS (too many)", libc::E2BIG))?;
+        let done = self.fd.get_msrs(&mut list).map_err(CallError::of("KVM_GET_MSRS"))?;
+        match list.as_slice().first() {
+            Some(entry) if done == 1 => Ok(entry.data),
+            _ => Err(CallError::errno("KVM_GET_MSRS (an MSR was refused)", libc::EINVAL)),
+        }
+    }
+}
+
 impl Vcpu for KvmVcpu {
     fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), CallError> {
         let cpuid = CpuId::from_entries(entries)

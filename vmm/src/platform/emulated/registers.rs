@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The registers that the monitor set on a vCPU, and the VMSA that KVM would make of them.
+//!
+//! Stands for `sev_es_sync_vmsa` (Linux 6.12): what is measured is what was set, not what the plan said. A register that the
+//! monitor forgot shows as KVM's default here, and so as a different digest.
+
+use kvm_bindings::kvm_fpu;
+use kvm_bindings::kvm_regs;
+use kvm_bindings::kvm_sregs;
+use snp::vmsa::CR4_MCE;
+use snp::vmsa::EFER_SVME;
+use snp::vmsa::Segment;
+use snp::vmsa::VmsaState;
+
+use crate::registers::vmcb_segment;
+
+const MSR_PAT: u32 = 0x277;
+
+/// What was set so far.
+#[derive(Clone)]
+pub struct Recorded {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    fpu: kvm_fpu,
+    pat: u64,
+    xcr0: u64,
+}
+
+impl Recorded {
+    /// The state of a vCPU that KVM has just created.
+    pub fn new(regs: kvm_regs, sregs: kvm_sregs) -> Self {
+        let reset = VmsaState::reset();
+        let fpu = kvm_fpu { fcw: reset.x87_fcw, mxcsr: reset.mxcsr, ..Default::default() };
+        Recorded { regs, sregs, fpu, pat: reset.g_pat, xcr0: reset.xcr0 }
+    }
+
+    /// `KVM_SET_REGS`.
+    pub fn set_regs(&mut self, regs: &kvm_regs) {
+        self.regs = *regs;
+    }
+
+    /// `KVM_SET_SREGS`.
+    pub fn set_sregs(&mut self, sregs: &kvm_sregs) {
+        self.sregs = *sregs;
+    }
+
+    /// `KVM_SET_FPU`; KVM takes the control word from it, and not MXCSR.
+    pub fn set_fpu(&mut self, fpu: &kvm_fpu) {
+        self.fpu.fcw = fpu.fcw;
+    }
+
+    /// `KVM_SET_MSRS`.
+    pub fn set_msrs(&mut self, msrs: &[(u32, u64)]) {
+        if let Some((_, value)) = msrs.iter().rev().find(|(index, _)| *index == MSR_PAT) {
+            self.pat = *value;
+        }
+    }
+
+    /// `KVM_SET_XCRS`.
+    pub fn set_xcr0(&mut self, value: u64) {
+        self.xcr0 = value;
+    }
+
+    /// The save area.
+    pub fn vmsa(&self, sev_features: u64) -> VmsaState {
+        let (r, s) = (&self.regs, &self.sregs);
+        let table = |base: u64, limit: u16| Segment { base, limit: limit.into(), ..Segment::default() };
+        VmsaState {
+            es: vmcb_segment(&s.es),
+            cs: vmcb_segment(&s.cs),
+            ss: vmcb_segment(&s.ss),
+            ds: vmcb_segment(&s.ds),
+            fs: vmcb_segment(&s.fs),
+            gs: vmcb_segment(&s.gs),
+            gdtr: table(s.gdt.base, s.gdt.limit),
+            ldtr: vmcb_segment(&s.ldt),
+            idtr: table(s.idt.base, s.idt.limit),
+            tr: vmcb_segment(&s.tr),
+            cpl: s.ss.dpl,
+            efer: s.efer | EFER_SVME,
+            cr4: s.cr4 | CR4_MCE,
+            cr3: s.cr3,
+            cr0: s.cr0,
+            rflags: r.rflags,
+            rip: r.rip,
+            g_pat: self.pat,
+            rax: r.rax,
+            rcx: r.rcx,
+            rdx: r.rdx,
+            rbx: r.rbx,
+            rsp: r.rsp,
+            rbp: r.rbp,
+            rsi: r.rsi,
+            rdi: r.rdi,
+            r8_r15: [r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15],
+            sev_features,
+            xcr0: self.xcr0,
+            mxcsr: self.fpu.mxcsr,
+            x87_fcw: self.fpu.fcw,
+            // Debug registers and whatever else no call of the seam sets.
+            ..VmsaState::reset()
+        }
+    }
+}

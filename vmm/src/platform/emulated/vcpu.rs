@@ -1,0 +1,531 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A vCPU of an emulated SNP guest: runs the guest on KVM, and answers its SNP instructions from the model.
+//!
+//! A patched instruction exits as a port write. While the exit is being handled RIP still points at the OUT, and KVM skips it
+//! at the next `KVM_RUN`; it must not be advanced here. Where RIP itself is to change, the OUT is completed first by a
+//! `KVM_RUN` with `immediate_exit` (Linux `Documentation/virt/kvm/api.rst`, `KVM_RUN`).
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use kvm_bindings::KVM_MP_STATE_RUNNABLE;
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::kvm_fpu;
+use kvm_bindings::kvm_mp_state;
+use kvm_bindings::kvm_regs;
+use kvm_bindings::kvm_sregs;
+use kvm_bindings::kvm_vcpu_events;
+use snp::ghcb::msr::MSR_GHCB;
+use snp::ghcb::msr::MSR_SEV_STATUS;
+use snp::image::sites::Opcode;
+use snp::model::commands::RunRefusal;
+use snp::model::memory::GuestMemory;
+use snp::model::memory::View;
+use snp::model::nae::Direction;
+use snp::model::rmp::InstructionResult;
+use snp::model::vcpu::MapGpaRange;
+use snp::model::vcpu::Outcome;
+use snp::model::vcpu::Reply;
+use snp::model::vcpu::VcpuModel;
+use snp::vmsa::VmsaState;
+
+use super::registers::Recorded;
+use super::vm::Inner;
+use super::wake::Order;
+use super::wake::Wake;
+use crate::cpuid;
+use crate::platform::CallError;
+use crate::platform::Exit;
+use crate::platform::HC_MAP_GPA_RANGE;
+use crate::platform::Vcpu;
+use crate::platform::kvm::KvmVcpu;
+use crate::platform::kvm::MsrAccess;
+use crate::platform::kvm::decode;
+use crate::platform::kvm::msr_access;
+use crate::registers;
+
+/// Bit of a memory fault's flags: the access was to the private side.
+const FAULT_PRIVATE: u64 = 1 << 3;
+/// `KVM_SYSTEM_EVENT_SEV_TERM`.
+const SEV_TERM: u32 = 6;
+const PAGE_FAULT: u8 = 14;
+/// CF, PF, AF, ZF, SF and OF in RFLAGS.
+const STATUS_FLAGS: u64 = 0x8d5;
+const CARRY: u64 = 1;
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_AUX: u32 = 0xc000_0103;
+
+/// A vCPU.
+pub struct EmulatedVcpu {
+    id: u32,
+    vm: Arc<Inner>,
+    kvm: KvmVcpu,
+    model: VcpuModel,
+    recorded: Arc<Mutex<Recorded>>,
+    wake: Arc<Wake>,
+    /// It has been run at least once.
+    started: bool,
+    /// It waits for an AP creation and does not execute.
+    held: bool,
+    /// What the monitor was told, and has not answered yet.
+    told: Option<Told>,
+    /// Instruction pointers at which a replacement was seen.
+    sites: HashSet<u64>,
+}
+
+/// An exit that the model made, with room for the monitor's answer.
+enum Told {
+    MapGpaRange { range: MapGpaRange, ret: u64 },
+    Certs { gpa: u64, npages: u64, ret: u32 },
+    Io { port: u16, direction: Direction, data: Vec<u8> },
+    Mmio { gpa: u64, len: usize, direction: Direction, data: [u8; 8] },
+    Terminate { data: u64 },
+    Fault { gpa: u64 },
+}
+
+/// What to do after an event.
+enum Next {
+    /// Back into the guest.
+    Enter,
+    /// `told` holds an exit for the monitor.
+    Tell,
+    /// KVM's own exit is one for the monitor.
+    Pass,
+}
+
+fn invalid(what: &'static str) -> CallError {
+    CallError::errno(what, libc::EINVAL)
+}
+
+impl EmulatedVcpu {
+    pub(super) fn new(
+        id: u32,
+        vm: Arc<Inner>,
+        kvm: KvmVcpu,
+        recorded: Arc<Mutex<Recorded>>,
+        wake: Arc<Wake>,
+    ) -> Self {
+        let model = VcpuModel::new(&vm.model, Vec::new());
+        EmulatedVcpu {
+            id,
+            vm,
+            kvm,
+            model,
+            recorded,
+            wake,
+            started: false,
+            // All but the first wait for their creation; the kernel's INIT-SIPI emulation is never used.
+            held: id != 0,
+            told: None,
+            sites: HashSet::new(),
+        }
+    }
+
+    fn record(&self, f: impl FnOnce(&mut Recorded)) {
+        f(&mut self.recorded.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Splits a guest-physical address of the underlying VM into the guest's address and its C-bit.
+    fn split(&self, address: u64) -> (u64, bool) {
+        let mask = self.vm.c_mask();
+        (address & !mask, address & mask != 0)
+    }
+
+    /// Finishes a pending OUT, so that RIP may be replaced.
+    fn complete_out(&mut self) -> Result<(), CallError> {
+        self.kvm.fd.set_kvm_immediate_exit(1);
+        let result = self.kvm.fd.run().map(|_| ());
+        self.kvm.fd.set_kvm_immediate_exit(0);
+        match result {
+            Err(e) if e.errno() != libc::EINTR => Err(CallError::of("KVM_RUN (completing an exit)")(e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the code at `rip` is the replacement of `wanted`; only then is the port write not the guest's own.
+    fn is_site(&mut self, rip: u64, wanted: &[u8]) -> bool {
+        if self.sites.contains(&rip) {
+            return true;
+        }
+        let Ok(t) = self.kvm.fd.translate_gva(rip) else { return false };
+        let (gpa, c_bit) = self.split(t.physical_address);
+        let mut code = [0; 4];
+        let Some(code) = code.get_mut(..wanted.len()) else { return false };
+        // With paging off, and while the views are aliased, the private side is what executes without a C-bit too.
+        let views = if c_bit { &[View::Private][..] } else { &[View::Private, View::Shared] };
+        let mut reads = |view: &View| self.vm.views.read(gpa, *view, code).is_ok() && code == wanted;
+        let found = t.valid != 0 && views.iter().any(&mut reads);
+        if found {
+            self.sites.insert(rip);
+        }
+        found
+    }
+
+    /// One exit of the underlying vCPU.
+    fn event(&mut self) -> Result<Next, CallError> {
+        if let Some(access) = msr_access(self.kvm.fd.get_kvm_run()) {
+            answer_msr(access, &mut self.model, self.vm.model.sev_status());
+            return Ok(Next::Enter);
+        }
+        match decode(self.kvm.fd.get_kvm_run()) {
+            Exit::IoOut { port, data } if data.len() == 1 => {
+                let ports = self.vm.ports;
+                let Ok(port) = u8::try_from(port) else { return Ok(Next::Pass) };
+                let opcode = Opcode::ALL.into_iter().find(|opcode| ports.of(*opcode) == port);
+                match opcode {
+                    None if port == ports.hook => self.kernel_entry(),
+                    None => Ok(Next::Pass),
+                    Some(opcode) => self.instruction(opcode),
+                }
+            }
+            Exit::MmioRead { addr, .. } | Exit::MmioWrite { addr, .. } if addr & self.vm.c_mask() != 0 => {
+                let (gpa, _) = self.split(addr);
+                self.told = Some(Told::Fault { gpa });
+                Ok(Next::Tell)
+            }
+            _ => Ok(Next::Pass),
+        }
+    }
+
+    fn instruction(&mut self, opcode: Opcode) -> Result<Next, CallError> {
+        let mut regs = self.kvm.get_regs()?;
+        if !self.is_site(regs.rip, &self.vm.ports.patched(opcode)) {
+            return Ok(Next::Pass);
+        }
+        if opcode == Opcode::Vmgexit {
+            let vm = Arc::clone(&self.vm);
+            let outcome = self.model.vmgexit(&vm.model, &vm.views);
+            return self.follow(outcome);
+        }
+        let translation =
+            self.kvm.fd.translate_gva(regs.rax).map_err(CallError::of("KVM_TRANSLATE of an operand"))?;
+        if translation.valid == 0 {
+            self.page_fault(regs)?;
+            return Ok(Next::Enter);
+        }
+        let (gpa, c_bit) = self.split(translation.physical_address);
+        let result = match opcode {
+            Opcode::Pvalidate => self.vm.model.pvalidate(gpa, c_bit, regs.rcx, regs.rdx),
+            _ => self.vm.model.rmpadjust(gpa, c_bit, regs.rcx, regs.rdx),
+        };
+        match result {
+            InstructionResult::Done { eax, carry } => {
+                regs.rax = eax.into();
+                regs.rflags = regs.rflags & !STATUS_FLAGS | if carry { CARRY } else { 0 };
+                self.kvm.set_regs(&regs)?;
+                Ok(Next::Enter)
+            }
+            InstructionResult::NestedFault { gpa } => {
+                self.told = Some(Told::Fault { gpa });
+                Ok(Next::Tell)
+            }
+            InstructionResult::NotValidated { .. } => Err(invalid(
+                "the guest used RMPADJUST on a page that it has not validated (#VC 0x404 on hardware)",
+            )),
+        }
+    }
+
+    /// The operand's address is not mapped: hardware faults on the instruction, the port write does not.
+    fn page_fault(&mut self, before: kvm_regs) -> Result<(), CallError> {
+        self.complete_out()?;
+        let mut regs = self.kvm.get_regs()?;
+        regs.rip = before.rip;
+        self.kvm.set_regs(&regs)?;
+        let mut sregs = self.kvm.get_sregs()?;
+        sregs.cr2 = before.rax;
+        self.kvm.set_sregs(&sregs)?;
+        let mut events: kvm_vcpu_events =
+            self.kvm.fd.get_vcpu_events().map_err(CallError::of("KVM_GET_VCPU_EVENTS"))?;
+        events.exception.injected = 1;
+        events.exception.nr = PAGE_FAULT;
+        events.exception.has_error_code = 1;
+        events.exception.error_code = 0;
+        self.kvm.fd.set_vcpu_events(&events).map_err(CallError::of("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// The decompressor is done: its last two instructions were `mov rsi, r15; jmp *rax`, the first is patched.
+    fn kernel_entry(&mut self) -> Result<Next, CallError> {
+        let at = self.kvm.get_regs()?;
+        if !self.is_site(at.rip, &self.vm.ports.patched_hook()) {
+            return Ok(Next::Pass);
+        }
+        let entry = self
+            .kvm
+            .fd
+            .translate_gva(at.rax)
+            .map_err(CallError::of("KVM_TRANSLATE of the kernel's entry"))?;
+        if entry.valid == 0 {
+            return Err(invalid("the decompressor jumps to an address that is not mapped"));
+        }
+        let (entry, _) = self.split(entry.physical_address);
+        self.vm.patch_kernel(entry)?;
+        self.complete_out()?;
+        let mut regs = self.kvm.get_regs()?;
+        regs.rsi = at.r15;
+        regs.rip = at.rax;
+        self.kvm.set_regs(&regs)?;
+        if self.vm.views.end_alias(&self.vm.kvm, &self.vm.model.pages)? {
+            // The table entries carry the C-bit; hardware walks them privately without it in CR3 as well, this VM does not.
+            let mut sregs = self.kvm.get_sregs()?;
+            sregs.cr3 |= self.vm.c_mask();
+            self.kvm.set_sregs(&sregs)?;
+        }
+        Ok(Next::Enter)
+    }
+
+    /// Does what the model says.
+    fn follow(&mut self, mut outcome: Outcome) -> Result<Next, CallError> {
+        let vm = Arc::clone(&self.vm);
+        loop {
+            let reply = match outcome {
+                Outcome::Resume => return Ok(Next::Enter),
+                Outcome::ResetHold => {
+                    self.held = true;
+                    return Ok(Next::Enter);
+                }
+                Outcome::ApCreate(creation) => {
+                    vm.order(creation);
+                    return Ok(Next::Enter);
+                }
+                Outcome::RunFails(_) => return Err(CallError::errno("KVM_RUN", libc::EINVAL)),
+                Outcome::MapGpaRange(range) => {
+                    self.told = Some(Told::MapGpaRange { range, ret: u64::MAX });
+                    return Ok(Next::Tell);
+                }
+                Outcome::ReqCerts { gpa, npages } => {
+                    self.told = Some(Told::Certs { gpa, npages, ret: libc::EIO as u32 });
+                    return Ok(Next::Tell);
+                }
+                Outcome::Terminate { data0 } => {
+                    self.told = Some(Told::Terminate { data: data0 });
+                    return Ok(Next::Tell);
+                }
+                Outcome::Io { port, direction, data, .. } => {
+                    self.told = Some(Told::Io { port, direction, data });
+                    return Ok(Next::Tell);
+                }
+                Outcome::Mmio { gpa, len, direction, data } => {
+                    self.told = Some(Told::Mmio { gpa, len: usize::from(len).min(8), direction, data });
+                    return Ok(Next::Tell);
+                }
+                Outcome::ReadMsr { index } => Reply::ReadMsr(self.kvm.get_msr(index).ok()),
+                Outcome::WriteMsr { index, value } => {
+                    Reply::WriteMsr(self.kvm.set_msrs(&[(index, value)]).is_ok())
+                }
+                Outcome::Tsc => Reply::Tsc {
+                    tsc: self.kvm.get_msr(MSR_TSC)?,
+                    aux: self.kvm.get_msr(MSR_TSC_AUX).unwrap_or(0) as u32,
+                },
+            };
+            outcome = self.model.complete(&vm.model, &vm.views, reply);
+        }
+    }
+
+    /// Takes the monitor's answer to the last exit to the model.
+    fn answered(&mut self) -> Result<Next, CallError> {
+        let vm = Arc::clone(&self.vm);
+        let reply = match self.told.take() {
+            None => return Ok(Next::Enter),
+            Some(Told::MapGpaRange { ret, .. }) => Reply::MapGpaRange { ret },
+            Some(Told::Certs { npages, ret, .. }) => Reply::Certs { ret: ret as i32, npages },
+            Some(Told::Io { data, .. }) => Reply::Io(data),
+            Some(Told::Mmio { data, .. }) => Reply::Mmio(data),
+            // A guest that has ended, or that made an access which cannot be answered, stays where it is.
+            Some(told @ (Told::Terminate { .. } | Told::Fault { .. })) => {
+                self.told = Some(told);
+                return Ok(Next::Tell);
+            }
+        };
+        let outcome = self.model.complete(&vm.model, &vm.views, reply);
+        self.follow(outcome)
+    }
+
+    /// Carries out an order of another vCPU (or of itself): start from a VMSA, or stop.
+    fn obey(&mut self, order: Order) -> Result<(), CallError> {
+        match order {
+            Order::Stop => self.held = true,
+            Order::Run { vmsa_gpa } => {
+                let vm = Arc::clone(&self.vm);
+                let state = vm.model.load_vmsa(&vm.views, vmsa_gpa).map_err(|e| CallError {
+                    call: "starting a vCPU from the guest's VMSA",
+                    source: std::io::Error::other(format!("vCPU {}: {e}", self.id)),
+                })?;
+                self.start(&state)?;
+                self.held = false;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the vCPU into the state of a VMSA. Its APIC stays as it is.
+    fn start(&mut self, state: &VmsaState) -> Result<(), CallError> {
+        self.complete_out()?;
+        self.model.start_from_vmsa();
+        self.kvm
+            .fd
+            .set_vcpu_events(&kvm_vcpu_events::default())
+            .map_err(CallError::of("KVM_SET_VCPU_EVENTS"))?;
+        let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+        self.kvm.fd.set_mp_state(running).map_err(CallError::of("KVM_SET_MP_STATE"))?;
+        registers::load(&mut self.kvm, state)?;
+        self.kvm.set_xcr0(state.xcr0)
+    }
+
+    fn run_to_next(&mut self) -> Result<Step, CallError> {
+        if !self.started {
+            match self.vm.model.may_run() {
+                Ok(()) => {}
+                Err(RunRefusal::Errno(errno)) => return Err(CallError::errno("KVM_RUN", errno.0)),
+                Err(RunRefusal::FailEntry) => return Ok(Step::FailEntry),
+            }
+            self.vm.begin()?;
+            self.started = true;
+        }
+        let mut next = self.answered()?;
+        loop {
+            match next {
+                Next::Tell => return Ok(Step::Told),
+                Next::Pass => return Ok(Step::Kvm),
+                Next::Enter => {}
+            }
+            if let Some(order) = self.wake.take() {
+                self.obey(order)?;
+            }
+            if self.held {
+                match self.wake.wait() {
+                    Ok(()) => continue,
+                    Err(e) if e.kind() == std::io::ErrorKind::Interrupted => return Ok(Step::Interrupted),
+                    Err(source) => return Err(CallError { call: "waiting for an AP creation", source }),
+                }
+            }
+            match self.kvm.fd.run() {
+                Ok(_) => {}
+                Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
+                    // An order for this vCPU comes with the same signal.
+                    if self.wake.pending() {
+                        continue;
+                    }
+                    return Ok(Step::Interrupted);
+                }
+                Err(e) if e.errno() == libc::EFAULT && self.vm.strict() => {
+                    return Err(CallError {
+                        call: "KVM_RUN",
+                        source: std::io::Error::other(format!(
+                            "strict: the guest touched a page through the view that the page's state forbids, at RIP {}",
+                            self.kvm.get_regs().map_or("unknown".into(), |r| format!("{:#x}", r.rip))
+                        )),
+                    });
+                }
+                Err(e) => return Err(CallError::of("KVM_RUN")(e)),
+            }
+            next = self.event()?;
+        }
+    }
+}
+
+enum Step {
+    Told,
+    Kvm,
+    Interrupted,
+    FailEntry,
+}
+
+/// The two MSRs that an SNP guest has and the underlying VM does not.
+fn answer_msr(access: MsrAccess<'_>, model: &mut VcpuModel, sev_status: u64) {
+    match access {
+        MsrAccess::Read { index: MSR_GHCB, data, .. } => *data = model.read_ghcb_msr(),
+        MsrAccess::Read { index: MSR_SEV_STATUS, data, .. } => *data = sev_status,
+        MsrAccess::Write { index: MSR_GHCB, data, .. } => model.write_ghcb_msr(data),
+        MsrAccess::Read { error, .. } | MsrAccess::Write { error, .. } => *error = 1,
+    }
+}
+
+impl Vcpu for EmulatedVcpu {
+    fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), CallError> {
+        self.kvm.set_cpuid(entries)?;
+        self.model.set_cpuid(cpuid::to_model(entries));
+        Ok(())
+    }
+
+    fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), CallError> {
+        self.vm.unsealed()?;
+        self.kvm.set_regs(regs)?;
+        self.record(|r| r.set_regs(regs));
+        Ok(())
+    }
+
+    fn get_regs(&self) -> Result<kvm_regs, CallError> {
+        self.vm.unsealed()?;
+        self.kvm.get_regs()
+    }
+
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), CallError> {
+        self.vm.unsealed()?;
+        self.kvm.set_sregs(sregs)?;
+        self.record(|r| r.set_sregs(sregs));
+        Ok(())
+    }
+
+    fn get_sregs(&self) -> Result<kvm_sregs, CallError> {
+        self.vm.unsealed()?;
+        self.kvm.get_sregs()
+    }
+
+    fn set_fpu(&mut self, fpu: &kvm_fpu) -> Result<(), CallError> {
+        self.vm.unsealed()?;
+        self.kvm.set_fpu(fpu)?;
+        self.record(|r| r.set_fpu(fpu));
+        Ok(())
+    }
+
+    fn set_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), CallError> {
+        self.vm.unsealed()?;
+        self.kvm.set_msrs(msrs)?;
+        self.record(|r| r.set_msrs(msrs));
+        Ok(())
+    }
+
+    fn set_xcr0(&mut self, value: u64) -> Result<(), CallError> {
+        self.vm.unsealed()?;
+        self.kvm.set_xcr0(value)?;
+        self.record(|r| r.set_xcr0(value));
+        Ok(())
+    }
+
+    fn set_lint(&mut self) -> Result<(), CallError> {
+        self.kvm.set_lint()
+    }
+
+    fn run(&mut self) -> Result<Exit<'_>, CallError> {
+        self.wake.running_on_this_thread();
+        match self.run_to_next()? {
+            Step::Interrupted => Ok(Exit::Interrupted),
+            Step::FailEntry => Ok(Exit::FailEntry { reason: u64::MAX }),
+            Step::Kvm => Ok(decode(self.kvm.fd.get_kvm_run())),
+            Step::Told => Ok(match &mut self.told {
+                None => Exit::Interrupted,
+                Some(Told::MapGpaRange { range, ret }) => Exit::Hypercall {
+                    nr: HC_MAP_GPA_RANGE,
+                    args: [range.gpa, range.pages, range.attributes, 0, 0, 0],
+                    ret,
+                },
+                Some(Told::Certs { gpa, npages, ret }) => Exit::ReqCerts { gpa: *gpa, npages, ret },
+                Some(Told::Io { port, direction: Direction::In, data }) => Exit::IoIn { port: *port, data },
+                Some(Told::Io { port, direction: Direction::Out, data }) => Exit::IoOut { port: *port, data },
+                Some(Told::Mmio { gpa, len, direction, data }) => {
+                    let data = &mut data[..*len];
+                    match direction {
+                        Direction::In => Exit::MmioRead { addr: *gpa, data },
+                        Direction::Out => Exit::MmioWrite { addr: *gpa, data },
+                    }
+                }
+                Some(Told::Terminate { data }) => Exit::SystemEvent { kind: SEV_TERM, data: *data },
+                Some(Told::Fault { gpa }) => {
+                    Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: crate::memory::PAGE }
+                }
+            }),
+        }
+    }
+}

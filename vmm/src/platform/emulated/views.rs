@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The two views of guest memory: the C-bit is an ordinary address bit of the underlying VM.
+//!
+//! Each guest page appears at two guest-physical addresses: `gpa`, the shared view, and `gpa | C`, the private view. With
+//! *single* backing both show the same memory. With *split* backing each has its own, so that an access through the wrong
+//! view finds other data; *strict* makes it an error at once, by taking away access to the side that the page's state
+//! forbids.
+//!
+//! On hardware some accesses are private although no C-bit is in the address, because paging is off, or because page walks
+//! and instruction fetches always are. Split backing has to bend in two places for them:
+//! - the first MiB, where vCPUs start without paging, shows private memory in both views, always;
+//! - until the kernel proper runs (the decompressor loads CR3 without the C-bit), the shared view of a page that is private
+//!   shows its private memory too. [`Views::end_alias`] ends that.
+
+#![allow(unsafe_code, reason = "memory slots hand the kernel addresses in this process")]
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::RwLock;
+
+use snp::model::memory::GuestMemory;
+use snp::model::memory::OutsideRam;
+use snp::model::memory::View;
+use snp::model::rmp::PageStates;
+
+use super::Backing;
+use super::EmulatedOptions;
+use crate::memory::Mapping;
+use crate::platform::CallError;
+use crate::platform::MemorySlot;
+use crate::platform::kvm::KvmVm;
+
+/// End of the memory that both views share.
+const LOW_END: u64 = 1 << 20;
+
+struct Region {
+    gpa: u64,
+    shared: Arc<Mapping>,
+    private: Arc<Mapping>,
+    /// What the monitor punches holes into; kept so that the numbers stay its own.
+    _memfd: Option<Arc<OwnedFd>>,
+}
+
+impl Region {
+    fn range(&self) -> Range<u64> {
+        self.gpa..self.gpa + self.shared.len()
+    }
+}
+
+/// A memory slot of the underlying VM.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Slot {
+    gpa: u64,
+    host: u64,
+    len: u64,
+}
+
+#[derive(Default)]
+struct Slots {
+    /// By slot number; `None` is free.
+    used: Vec<Option<Slot>>,
+    /// The shared view's slots are rebuilt from the page states while this holds.
+    aliased: bool,
+}
+
+/// Guest memory in its two views.
+pub struct Views {
+    options: EmulatedOptions,
+    c_mask: u64,
+    regions: RwLock<Vec<Region>>,
+    slots: Mutex<Slots>,
+}
+
+impl Views {
+    /// No memory yet.
+    pub fn new(options: EmulatedOptions, c_bit: u8) -> Self {
+        Views { options, c_mask: 1 << c_bit, regions: RwLock::default(), slots: Mutex::default() }
+    }
+
+    fn single(&self) -> bool {
+        self.options.backing == Backing::Single
+    }
+
+    /// Adds a region of RAM in both views.
+    pub fn add(&self, vm: &KvmVm, slot: MemorySlot) -> Result<(), CallError> {
+        let fail = |source| CallError { call: "mapping the private side of guest RAM", source };
+        let (len, gpa) = (slot.shared.len(), slot.gpa);
+        if gpa.checked_add(len).is_none_or(|end| end > self.c_mask) {
+            return Err(CallError::errno(
+                "guest RAM reaches the C-bit of the emulated platform",
+                libc::EINVAL,
+            ));
+        }
+        let (private, memfd) = match slot.private {
+            Some((memfd, offset)) if !self.single() => {
+                (Arc::new(Mapping::file(&memfd, offset, len).map_err(fail)?), Some(memfd))
+            }
+            other => (Arc::clone(&slot.shared), other.map(|(memfd, _)| memfd)),
+        };
+        let private_host = private.host_address();
+        let region = Region { gpa, shared: slot.shared, private, _memfd: memfd };
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = self.shared_view(&region, None);
+        wanted.push(Slot { gpa: gpa | self.c_mask, host: private_host, len });
+        self.regions.write().unwrap_or_else(PoisonError::into_inner).push(region);
+        wanted.into_iter().try_for_each(|slot| slots.insert(vm, slot))
+    }
+
+    /// Slots of the shared view of one region. `states` is given while private pages show their private memory.
+    fn shared_view(&self, region: &Region, states: Option<&PageStates>) -> Vec<Slot> {
+        let mut slots = Vec::new();
+        let mut push = |range: Range<u64>, mapping: &Mapping| {
+            if range.start < range.end {
+                let host = mapping.host_address() + (range.start - region.gpa);
+                slots.push(Slot { gpa: range.start, host, len: range.end - range.start });
+            }
+        };
+        let all = region.range();
+        let middle = all.start.max(LOW_END).min(all.end);
+        push(all.start..middle, &region.private);
+        match states {
+            None => push(middle..all.end, &region.shared),
+            Some(states) => states.for_each_run(|run, state| {
+                let part = run.start.max(middle)..run.end.min(all.end);
+                push(part, if state.private() { &region.private } else { &region.shared });
+            }),
+        }
+        slots
+    }
+
+    /// From now on private pages show their private memory in the shared view as well, until [`Views::end_alias`].
+    pub fn begin_alias(&self, vm: &KvmVm, states: &PageStates) -> Result<(), CallError> {
+        if self.single() {
+            return Ok(());
+        }
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased = true;
+        self.rebuild(vm, states)
+    }
+
+    /// Gives each view its own memory, for good. Returns whether there was an alias.
+    pub fn end_alias(&self, vm: &KvmVm, states: &PageStates) -> Result<bool, CallError> {
+        let was = std::mem::take(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased);
+        if was {
+            self.rebuild(vm, states)?;
+        }
+        Ok(was)
+    }
+
+    /// Makes the underlying VM's slots what they should be. No vCPU may be running.
+    fn rebuild(&self, vm: &KvmVm, states: &PageStates) -> Result<(), CallError> {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let states = slots.aliased.then_some(states);
+        let wanted: Vec<Slot> = regions.iter().flat_map(|r| self.shared_view(r, states)).collect();
+        slots.retain(vm, |slot| slot.gpa & self.c_mask != 0 || wanted.contains(slot))?;
+        for slot in wanted {
+            if !slots.used.contains(&Some(slot)) {
+                slots.insert(vm, slot)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows a change of page states: strict runs take access away from the stale side, and an alias is redrawn.
+    pub fn state_changed(
+        &self,
+        vm: &KvmVm,
+        states: &PageStates,
+        range: Range<u64>,
+        private: bool,
+    ) -> Result<(), CallError> {
+        if self.options.strict {
+            self.protect(range, private)
+                .map_err(|source| CallError { call: "mprotect of guest RAM (strict)", source })?;
+        }
+        let aliased = self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased;
+        if aliased { self.rebuild(vm, states) } else { Ok(()) }
+    }
+
+    fn protect(&self, range: Range<u64>, private: bool) -> io::Result<()> {
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        for region in regions.iter() {
+            let part = region.range();
+            // The first MiB has one memory for both views, the private one; its shared side is never shown.
+            let (start, end) = (range.start.max(part.start).max(LOW_END), range.end.min(part.end));
+            if start < end {
+                let (offset, len) = (start - part.start, end - start);
+                let (open, close) = if private {
+                    (&region.private, &region.shared)
+                } else {
+                    (&region.shared, &region.private)
+                };
+                open.set_accessible(offset, len, true)?;
+                close.set_accessible(offset, len, false)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Splits a range at region borders; all or nothing.
+    fn with(
+        &self,
+        gpa: u64,
+        len: u64,
+        view: View,
+        mut f: impl FnMut(&Mapping, u64, Range<usize>, u64) -> io::Result<()>,
+    ) -> Result<(), OutsideRam> {
+        let outside = OutsideRam { gpa, len };
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let end = gpa.checked_add(len).ok_or(outside)?;
+        let covered: u64 =
+            regions.iter().map(|r| r.range().end.min(end).saturating_sub(r.range().start.max(gpa))).sum();
+        if covered != len {
+            return Err(outside);
+        }
+        for region in regions.iter() {
+            let all = region.range();
+            // Cut at the end of the first MiB as well: the views differ above it only.
+            for part in [all.start..all.end.min(LOW_END), all.start.max(LOW_END)..all.end] {
+                let (start, stop) = (part.start.max(gpa), part.end.min(end));
+                if start >= stop {
+                    continue;
+                }
+                let low = start < LOW_END;
+                let mapping = if low || view == View::Private { &region.private } else { &region.shared };
+                let buffer = (start - gpa) as usize..(stop - gpa) as usize;
+                f(mapping, start - all.start, buffer, stop - start).map_err(|_| outside)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl GuestMemory for Views {
+    fn read(&self, gpa: u64, view: View, buf: &mut [u8]) -> Result<(), OutsideRam> {
+        let strict = self.options.strict;
+        self.with(gpa, buf.len() as u64, view, |mapping, offset, range, _| {
+            let buf = buf.get_mut(range).unwrap_or_default();
+            // Another vCPU may hide the page between the model's check and this access.
+            if strict {
+                mapping.try_read(offset, buf)
+            } else {
+                mapping.read(offset, buf).map_err(io::Error::other)
+            }
+        })
+    }
+
+    fn write(&self, gpa: u64, view: View, bytes: &[u8]) -> Result<(), OutsideRam> {
+        let strict = self.options.strict;
+        self.with(gpa, bytes.len() as u64, view, |mapping, offset, range, _| {
+            let data = bytes.get(range).unwrap_or_default();
+            if strict {
+                mapping.try_write(offset, data)
+            } else {
+                mapping.write(offset, data).map_err(io::Error::other)
+            }
+        })
+    }
+}
+
+impl Slots {
+    fn insert(&mut self, vm: &KvmVm, slot: Slot) -> Result<(), CallError> {
+        let free = self.used.iter().position(Option::is_none);
+        let number = free.unwrap_or(self.used.len());
+        // SAFETY: the regions keep their mappings as long as this object, which lives as long as the VM.
+        unsafe { vm.set_slot(number as u32, slot.gpa, slot.host, slot.len) }?;
+        match free.and_then(|i| self.used.get_mut(i)) {
+            Some(place) => *place = Some(slot),
+            None => self.used.push(Some(slot)),
+        }
+        Ok(())
+    }
+
+    fn retain(&mut self, vm: &KvmVm, keep: impl Fn(&Slot) -> bool) -> Result<(), CallError> {
+        for (number, place) in self.used.iter_mut().enumerate() {
+            if let Some(slot) = *place
+                && !keep(&slot)
+            {
+                // SAFETY: length 0 deletes the slot; the kernel no longer refers to the memory.
+                unsafe { vm.set_slot(number as u32, slot.gpa, slot.host, 0) }?;
+                *place = None;
+            }
+        }
+        Ok(())
+    }
+}
