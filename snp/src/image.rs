@@ -13,4 +13,5 @@ pub mod guid_table;
 pub mod kernel;
 pub mod layout;
 pub mod ovmf;
+pub mod shim;
 pub mod sites;

@@ -130,6 +130,19 @@ fn lists_that_do_not_fit_the_page_are_named() {
 }
 
 #[test]
+fn the_layout_is_the_one_of_the_image_builder_and_of_the_linker_script() {
+    use crate::image::layout as image;
+    assert_eq!((layout::CPUID, layout::SECRETS), (image::CPUID, image::SECRETS));
+    const {
+        assert!(image::RESERVED <= layout::BLOCK && layout::BLOCK_END <= image::ACPI);
+        assert!(image::SETUP_DATA + PAGE <= layout::INPUTS);
+    }
+    assert!(image::CMDLINE + u64::from(image::CMDLINE_LIMIT) < layout::UNACCEPTED);
+    assert!(BUILT.image.len() as u64 <= layout::IMAGE_END - layout::IMAGE);
+    assert_eq!(BUILT.entry, layout::IMAGE);
+}
+
+#[test]
 fn reasons_have_distinct_codes_and_the_msr_value_of_the_ghcb_specification() {
     let mut codes: Vec<u8> = Reason::ALL.iter().map(|reason| *reason as u8).collect();
     codes.dedup();

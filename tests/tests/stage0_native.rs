@@ -14,8 +14,16 @@
     reason = "a test fails where its host fails"
 )]
 
+use std::sync::Arc;
+
 use kvm_bindings::*;
 use kvm_ioctls::*;
+use snp::image::direct::DirectBoot;
+use snp::image::direct::DirectImage;
+use snp::image::direct::Guest;
+use snp::image::direct::Snp;
+use snp::image::direct::Validation;
+use snp::image::kernel::Kernel;
 use snp::stage0::BUILT;
 use snp::stage0::InputsPage;
 use snp::stage0::inputs::Item;
@@ -27,6 +35,7 @@ use snp::stage0::reason::Reason;
 
 const PAGE: u64 = 0x1000;
 const LARGE: u64 = 0x20_0000;
+/// Low RAM of a rig that is built by hand.
 const MEMORY: u64 = 32 << 20;
 const KERNEL: u64 = 16 << 20;
 const ENTRY: u64 = KERNEL + 0x200;
@@ -122,6 +131,10 @@ struct Rig {
     shared: Backing,
     high: Backing,
     inputs: InputsPage,
+    /// Bytes of low RAM, and of RAM from 4 GiB on.
+    low: u64,
+    high_len: u64,
+    entry: u64,
     validated: Vec<bool>,
     is_private: Vec<bool>,
 }
@@ -204,8 +217,35 @@ impl Rig {
             shared,
             high: Backing::new(HIGH_LEN),
             inputs,
+            low: MEMORY,
+            high_len: HIGH_LEN,
+            entry: ENTRY,
             validated: vec![false; ((HIGH + HIGH_LEN) / PAGE) as usize],
             is_private: vec![true; ((HIGH + HIGH_LEN) / PAGE) as usize],
+        }
+    }
+
+    /// The guest that a plan describes.
+    fn of_image(image: &DirectImage) -> Rig {
+        let shim = image.shim.as_ref().unwrap();
+        let low = image.ram[0].end;
+        let high_len = image.ram.get(1).map_or(0, |range| range.end - range.start);
+        let (private, shared) = (Backing::new(low), Backing::new(low));
+        private.at(0, 32 << 20).fill(0xa5);
+        for (gpa, bytes) in &shim.staging {
+            shared.at(*gpa, bytes.as_slice().len() as u64).copy_from_slice(bytes.as_slice());
+        }
+        let pages = ((HIGH + high_len) / PAGE) as usize;
+        Rig {
+            private,
+            shared,
+            high: Backing::new(high_len.max(PAGE)),
+            inputs: shim.inputs.clone(),
+            low,
+            high_len,
+            entry: shim.inputs.entry,
+            validated: vec![false; pages],
+            is_private: vec![true; pages],
         }
     }
 
@@ -285,11 +325,12 @@ impl Rig {
         let mib = 0x10_0000;
         let slots = [
             (0, &self.private, 0, mib),
-            (mib, &self.shared, mib, MEMORY - mib),
-            (c, &self.private, 0, MEMORY),
-            (c + HIGH, &self.high, 0, HIGH_LEN),
+            (mib, &self.shared, mib, self.low - mib),
+            (c, &self.private, 0, self.low),
+            (c + HIGH, &self.high, 0, self.high_len),
         ];
-        for (slot, (gpa, backing, offset, len)) in slots.into_iter().enumerate() {
+        let slots = slots.into_iter().filter(|(.., len)| *len > 0);
+        for (slot, (gpa, backing, offset, len)) in slots.enumerate() {
             let region = kvm_userspace_memory_region {
                 slot: slot as u32,
                 flags: 0,
@@ -339,7 +380,7 @@ impl Rig {
                 }
                 VcpuExit::IoOut(0xe8, _) => {
                     let regs = vcpu.get_regs().unwrap();
-                    assert_eq!((regs.rax, regs.rsi), (ENTRY, BOOT_PARAMS));
+                    assert_eq!((regs.rax, regs.rsi), (self.entry, BOOT_PARAMS));
                 }
                 VcpuExit::IoOut(DONE_PORT, _) => {
                     let (regs, sregs) = (vcpu.get_regs().unwrap(), vcpu.get_sregs().unwrap());
@@ -392,7 +433,9 @@ impl Rig {
         match request & 0xfff {
             0x002 => {
                 // By now everything is copied. A host that changes its mind gains nothing.
-                self.shared.at(STAGING, 2 * LARGE).fill(0xee);
+                for range in self.inputs.staging.iter().skip(1) {
+                    self.shared.at(range.start, range.end - range.start).fill(0xee);
+                }
                 Ok(host.sev_info)
             }
             0x080 => Ok(0x3081),
@@ -476,6 +519,60 @@ fn everything_is_validated_once_and_the_kernel_gets_what_was_staged() {
     assert_eq!((host.large_ok, host.mismatches), (15 + 2, 0));
     let launched = 2 + 1 + BUILT.image.len() as u64 / PAGE;
     assert_eq!(host.small_ok, 512 + 3 - launched);
+}
+
+#[test]
+fn the_plan_of_a_direct_boot_runs_and_puts_every_byte_in_its_place() {
+    let mut file = bz_image();
+    file.extend(kernel());
+    file.resize(1024 + 0x2400, 0);
+    let kernel = Kernel::parse(file).unwrap();
+    for memory in [128 << 20, 4608 << 20] {
+        let boot = |validation| {
+            let guest = Guest::Snp(Snp { c_bit: 40, cpuid: None, validation });
+            let (initrd, cmdline) = (Some(Arc::new(vec![0x77; 5000])), "panic=-1");
+            DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 2, guest }.image().unwrap()
+        };
+        let (image, expected) = (boot(Validation::Stage0), boot(Validation::AllByLaunch));
+        let mut rig = Rig::of_image(&image);
+        let mut host = Host::default();
+        assert_eq!(rig.run(&mut host), End::Kernel);
+        // What stage0 leaves behind is what the plan without stage0 launches, less its page tables and descriptor table.
+        let skip = ["free RAM", "page tables", "descriptor table", "CPUID page", "secrets page"];
+        for record in expected.plan.records.iter().filter(|r| !skip.contains(&&*r.name)) {
+            let bytes = record.contents.as_slice();
+            assert_eq!(rig.private.at(record.gpa, bytes.len() as u64), bytes, "{}", record.name);
+        }
+        for gpa in image.ram.iter().flat_map(|range| range.clone().step_by(PAGE as usize)) {
+            let page = (gpa / PAGE) as usize;
+            // The secrets page and the CPUID page are launch pages; this host marks them as validated.
+            assert!(rig.validated[page] && rig.is_private[page], "{gpa:#x}");
+        }
+        // The work grows with RAM by one PVALIDATE for each 2 MiB; the first 2 MiB go page by page.
+        assert_eq!(host.large_ok, memory / LARGE - 1);
+        assert_eq!(host.small_ok, 512 - 3 - BUILT.image.len() as u64 / PAGE);
+    }
+}
+
+/// The first two sectors of a bzImage for the bytes of [`kernel`], by Linux's boot protocol.
+fn bz_image() -> Vec<u8> {
+    let mut file = vec![0; 1024];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x1f4, &(0x2400u32 / 16).to_le_bytes());
+    put(0x1fe, &0xaa55u16.to_le_bytes());
+    put(0x201, &[0x6a]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x20fu16.to_le_bytes());
+    put(0x211, &[1]);
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(0x236, &1u16.to_le_bytes());
+    put(0x238, &2047u32.to_le_bytes());
+    put(0x248, &0x400u32.to_le_bytes());
+    put(0x24c, &16u32.to_le_bytes());
+    put(0x258, &KERNEL.to_le_bytes());
+    put(0x260, &0x10_0000u32.to_le_bytes());
+    file
 }
 
 #[test]

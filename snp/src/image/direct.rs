@@ -17,6 +17,8 @@ use super::entry::Mode;
 use super::kernel::Kernel;
 use super::kernel::KernelError;
 use super::layout;
+use super::shim;
+use super::shim::Shim;
 use crate::pages::cpuid::CpuidError;
 use crate::pages::cpuid::CpuidTable;
 use crate::plan::Bytes;
@@ -25,6 +27,7 @@ use crate::plan::PAGE_SIZE;
 use crate::plan::PageType;
 use crate::plan::PlanError;
 use crate::plan::Record;
+use crate::stage0::TooMany;
 
 /// Most vCPUs of an image: their ids are xAPIC ids, of which 255 is the broadcast address.
 pub const VCPUS_MAX: u32 = 255;
@@ -38,6 +41,8 @@ pub const ENTRY_64: u64 = 0x200;
 pub enum Validation {
     /// The launch does: all RAM is in the plan, as ZERO pages where nothing else is. Costs one firmware command for each 4 KiB.
     AllByLaunch,
+    /// stage0 does, all of it before the kernel runs. The launch takes a dozen pages, whatever the memory and the files.
+    Stage0,
 }
 
 /// What makes a guest an SNP guest.
@@ -84,8 +89,10 @@ pub struct DirectImage {
     pub plan: LaunchPlan,
     /// Guest memory, ascending: one range, or two with the device gap in between.
     pub ram: Vec<Range<u64>>,
-    /// How vCPU 0 starts.
+    /// How the kernel is entered.
     pub entry: Entry,
+    /// What goes with the plan if stage0 prepares the guest.
+    pub shim: Option<Shim>,
 }
 
 /// Why there is no image. Messages begin with the option that has to change.
@@ -160,6 +167,23 @@ pub enum ImageError {
     /// The CPUID page cannot be made.
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
+    /// There is no room to hand the files over.
+    #[error(
+        "--memory: no room for a second copy of {name} ({len} bytes), which stage0 needs until it has checked it; \
+         give more memory or a smaller --initrd"
+    )]
+    StagingFit {
+        /// What does not fit.
+        name: String,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// An ELF kernel with more parts than the inputs page takes.
+    #[error("--kernel: {0}; use the bzImage of this kernel")]
+    TooMany(#[from] TooMany),
+    /// stage0 would end the guest.
+    #[error("internal layout error: stage0 would refuse it: {0}")]
+    Stage0(&'static str),
     /// The result is not a plan.
     #[error("internal layout error: {0}")]
     Plan(#[from] PlanError),
@@ -216,6 +240,7 @@ impl DirectBoot<'_> {
             records.push(Record::new(initrd.start, PageType::Normal, window, "initrd"));
         }
         match snp.map(|s| s.validation) {
+            Some(Validation::Stage0) => return self.with_stage0(records, ram, entry),
             Some(Validation::AllByLaunch) => {
                 let gaps = gaps(&ram, &records);
                 records
@@ -228,7 +253,36 @@ impl DirectBoot<'_> {
 
         let plan = LaunchPlan { records, vcpus: entry::vcpus(self.vcpus, entry, mode) };
         plan.check()?;
-        Ok(DirectImage { plan, ram, entry })
+        Ok(DirectImage { plan, ram, entry, shim: None })
+    }
+
+    /// The same contents, but handed over by stage0: it brings its own tables, and launch pages stay launch pages.
+    fn with_stage0(
+        &self,
+        mut records: Vec<Record>,
+        ram: Vec<Range<u64>>,
+        entry: Entry,
+    ) -> Result<DirectImage, ImageError> {
+        let cpuid = records.iter().find(|r| r.page_type == PageType::Cpuid);
+        let cpuid = cpuid.map_or_else(Vec::new, |r| r.contents.as_slice().to_vec());
+        records.retain(|r| {
+            r.page_type == PageType::Normal && ![layout::GDT, layout::PAGE_TABLES].contains(&r.gpa)
+        });
+        let layout = shim::Layout {
+            contents: records,
+            ram: &ram,
+            kernel: self.kernel.memory(),
+            entry: match entry {
+                Entry::Long(entry) => entry,
+                Entry::Pvh(entry) => entry.into(),
+            },
+            vcpus: self.vcpus,
+            cpuid,
+            accept: None,
+        };
+        let (plan, shim) = layout.build()?;
+        plan.check()?;
+        Ok(DirectImage { plan, ram, entry, shim: Some(shim) })
     }
 
     /// Checks all that does not depend on the layout.

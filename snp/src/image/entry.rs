@@ -146,6 +146,20 @@ fn long_mode(mode: Mode, rip: u64) -> VmsaState {
     state
 }
 
+/// Registers of vCPUs that start in the shim: 32-bit protected mode with flat segments and paging off, so that nothing in them
+/// depends on the position of the C-bit. The first one starts at `start`, the others wait at `park`.
+pub fn shim_vcpus(count: u32, start: u64, park: u64) -> Vec<VmsaState> {
+    let mut state = base(Mode::Snp { c_mask: 0 });
+    flat(&mut state, CODE32);
+    state.gdtr = Segment::default();
+    state.cr0 = CR0_PE | CR0_ET;
+    let mut states = vec![VmsaState { rip: park, ..state.clone() }; count as usize];
+    if let Some(first) = states.first_mut() {
+        first.rip = start;
+    }
+    states
+}
+
 /// Registers of all vCPUs, the first one entering the kernel by `entry`, the others inert.
 ///
 /// In an SNP guest the others' registers are measured too. They wait in a halt loop with interrupts off; Linux starts them

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The stage0 variant of a direct boot: the launch takes the shim and a page of inputs, everything else is staged.
+//!
+//! What would be NORMAL pages of a plan that launches all RAM becomes bytes in memory that the host may write to, with their
+//! SHA-384 in the measured inputs; stage0 moves them to the same addresses inside the guest. The plan's size depends neither
+//! on the files nor on the memory, and nothing in it depends on the position of the C-bit.
+
+use std::ops::Range;
+
+use super::direct::ImageError;
+use super::entry;
+use super::layout;
+use super::sites::Opcode;
+use super::sites::Site;
+use crate::plan::Bytes;
+use crate::plan::LaunchPlan;
+use crate::plan::PAGE_SIZE;
+use crate::plan::PageType;
+use crate::plan::Record;
+use crate::stage0::BUILT;
+use crate::stage0::InputsPage;
+use crate::stage0::e820;
+use crate::stage0::inputs::Inputs;
+use crate::stage0::inputs::Item;
+use crate::stage0::inputs::Kind;
+use crate::stage0::item_hash;
+use crate::stage0::layout as stage0;
+use crate::stage0::layout::LARGE;
+
+/// What enters a guest through stage0, and what the platform has to know about the shim.
+#[derive(Clone, Debug)]
+pub struct Shim {
+    /// Bytes to be placed in shared memory before the run: guest-physical address and contents. Not measured; stage0 compares
+    /// their hashes.
+    pub staging: Vec<(u64, Bytes)>,
+    /// Memory that is shared at launch, ascending: the GHCB page and the staging ranges. All other RAM is private.
+    pub shared: Vec<Range<u64>>,
+    /// SNP instructions of stage0: the offset of each is its guest-physical address.
+    pub sites: Vec<Site>,
+    /// Address of the four-byte no-operation at which the kernel is complete and checked; its entry is in RAX.
+    pub hook: u64,
+    /// What the measured inputs page says.
+    pub inputs: InputsPage,
+    /// Name of each item of the inputs, in the same order.
+    pub names: Vec<String>,
+}
+
+/// A boot that is laid out but not yet split into launch pages and staged bytes.
+pub(super) struct Layout<'a> {
+    /// What memory holds before the kernel runs.
+    pub contents: Vec<Record>,
+    /// RAM, ascending.
+    pub ram: &'a [Range<u64>],
+    /// Where the kernel works.
+    pub kernel: Range<u64>,
+    /// The kernel's first instruction.
+    pub entry: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// The CPUID page.
+    pub cpuid: Vec<u8>,
+    /// For lazy acceptance, what stage0 validates.
+    pub accept: Option<Vec<Range<u64>>>,
+}
+
+impl Layout<'_> {
+    /// The plan, and what goes with it.
+    pub fn build(self) -> Result<(LaunchPlan, Shim), ImageError> {
+        let contents: Vec<&Record> =
+            self.contents.iter().filter(|r| !r.contents.as_slice().is_empty()).collect();
+        let low_top = self.ram.first().map_or(0, |r| r.end);
+        let places = place(&contents, low_top)?;
+        let items: Vec<Item> =
+            contents.iter().zip(&places).map(|(record, source)| self.item(record, *source)).collect();
+
+        let image_end = stage0::IMAGE + BUILT.image.len() as u64;
+        let ghcb = stage0::GHCB..stage0::GHCB + PAGE_SIZE;
+        let shared: Vec<Range<u64>> = std::iter::once(ghcb).chain(staging_ranges(&items)).collect();
+        let inputs = InputsPage {
+            entry: self.entry,
+            boot_params: layout::BOOT_PARAMS,
+            ram: self.ram.to_vec(),
+            excluded: vec![stage0::CPUID..stage0::SECRETS + PAGE_SIZE, stage0::INPUTS..image_end],
+            staging: shared.clone(),
+            accept: self.accept.map(|accept| merge(accept.into_iter().chain(shared.clone()), self.ram)),
+            items,
+        };
+        let page = inputs.encode()?;
+        Inputs(&page).check(image_end).map_err(|reason| ImageError::Stage0(reason.words()))?;
+        let boot_params = contents.iter().find(|r| r.gpa == layout::BOOT_PARAMS);
+        let map = boot_params.map_or(&[][..], |r| r.contents.as_slice());
+        e820::check(map, Inputs(&page)).map_err(|reason| ImageError::Stage0(reason.words()))?;
+
+        let records = vec![
+            Record::new(stage0::IMAGE, PageType::Normal, BUILT.image.to_vec(), "stage0"),
+            Record::new(stage0::INPUTS, PageType::Normal, page, "stage0 inputs"),
+            Record::new(stage0::CPUID, PageType::Cpuid, self.cpuid, "CPUID page"),
+            Record::empty(stage0::SECRETS, PAGE_SIZE, PageType::Secrets, "secrets page"),
+        ];
+        let sites = BUILT.sites.iter().map(|(gpa, kind)| {
+            let opcode = if *kind == 0 { Opcode::Vmgexit } else { Opcode::Pvalidate };
+            Site { offset: *gpa, opcode }
+        });
+        let shim = Shim {
+            staging: contents.iter().zip(&places).map(|(r, source)| (*source, r.contents.clone())).collect(),
+            shared,
+            sites: sites.collect(),
+            hook: BUILT.hook,
+            inputs,
+            names: contents.iter().map(|r| r.name.to_string()).collect(),
+        };
+        let vcpus = entry::shim_vcpus(self.vcpus, BUILT.entry, BUILT.park);
+        Ok((LaunchPlan { records, vcpus }, shim))
+    }
+
+    fn item(&self, record: &Record, source: u64) -> Item {
+        let bytes = record.contents.as_slice();
+        let kind = match record.gpa {
+            layout::CMDLINE => Kind::Cmdline,
+            layout::ACPI => Kind::Acpi,
+            gpa if gpa < layout::HIGH_START => Kind::BootData,
+            gpa if self.kernel.contains(&gpa) => Kind::Kernel,
+            _ => Kind::Initrd,
+        };
+        let len = bytes.len() as u64;
+        Item { kind, source, target: record.gpa, len, mem_len: len, hash: item_hash(bytes) }
+    }
+}
+
+/// Finds room for the bytes of each record, from 2 MiB up, in low RAM that holds none of them in the end. Records come in the
+/// order of their sizes, the largest first, each into the lowest gap that takes it; results are in the order of `contents`.
+fn place(contents: &[&Record], low_top: u64) -> Result<Vec<u64>, ImageError> {
+    let mut used: Vec<Range<u64>> = contents.iter().map(|r| r.gpa..r.end()).collect();
+    used.sort_by_key(|r| r.start);
+    let mut gaps: Vec<Range<u64>> = Vec::new();
+    let mut at = LARGE;
+    for range in used.iter().chain([&(low_top..u64::MAX)]) {
+        let end = range.start & !(LARGE - 1);
+        if at < end {
+            gaps.push(at..end);
+        }
+        at = at.max(range.end.checked_next_multiple_of(LARGE).unwrap_or(u64::MAX));
+    }
+    let mut order: Vec<usize> = (0..contents.len()).collect();
+    order.sort_by_key(|i| std::cmp::Reverse(contents[*i].len));
+    let mut places = vec![0; contents.len()];
+    for i in order {
+        let len = contents[i].len;
+        let gap = gaps
+            .iter_mut()
+            .find(|gap| gap.end - gap.start >= len)
+            .ok_or_else(|| ImageError::StagingFit { name: contents[i].name.to_string(), len })?;
+        places[i] = gap.start;
+        gap.start += len;
+    }
+    Ok(places)
+}
+
+/// The 2 MiB ranges that hold the sources of `items`.
+fn staging_ranges(items: &[Item]) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = items
+        .iter()
+        .map(|item| (item.source & !(LARGE - 1))..(item.source + item.len).next_multiple_of(LARGE))
+        .collect();
+    ranges.sort_by_key(|r| r.start);
+    ranges.dedup_by(|next, last| {
+        let joined = next.start <= last.end;
+        if joined {
+            last.end = last.end.max(next.end);
+        }
+        joined
+    });
+    ranges
+}
+
+/// The union of `ranges`, rounded out to 2 MiB and cut to RAM, ascending.
+fn merge(ranges: impl IntoIterator<Item = Range<u64>>, ram: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut cut: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        let (start, end) = (range.start & !(LARGE - 1), range.end.next_multiple_of(LARGE));
+        cut.extend(ram.iter().map(|r| start.max(r.start)..end.min(r.end)).filter(|r| r.start < r.end));
+    }
+    cut.sort_by_key(|r| r.start);
+    cut.dedup_by(|next, last| {
+        let joined = next.start <= last.end;
+        if joined {
+            last.end = last.end.max(next.end);
+        }
+        joined
+    });
+    cut
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The plan of a direct boot through stage0: small whatever it boots, bound to every byte that it boots.
+
+#![allow(clippy::unwrap_used, reason = "a test fails where its image fails")]
+
+use std::sync::Arc;
+
+use snp::digest::LaunchDigest;
+use snp::digest::launch_digest;
+use snp::image::direct::DirectBoot;
+use snp::image::direct::DirectImage;
+use snp::image::direct::Guest;
+use snp::image::direct::ImageError;
+use snp::image::direct::Snp;
+use snp::image::direct::Validation;
+use snp::image::kernel::Kernel;
+use snp::image::shim::Shim;
+use snp::plan::PageType;
+
+const MIB: u64 = 1 << 20;
+
+/// A bzImage as Linux's boot protocol describes it: one setup sector, then `len` bytes that work in `init_size`.
+fn bz_image(len: usize, init_size: u32) -> Vec<u8> {
+    let mut file = vec![0; 1024];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x1f4, &((len / 16) as u32).to_le_bytes());
+    put(0x1fe, &0xaa55u16.to_le_bytes());
+    put(0x201, &[0x6a]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x20fu16.to_le_bytes());
+    put(0x211, &[1]);
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(0x236, &1u16.to_le_bytes());
+    put(0x238, &2047u32.to_le_bytes());
+    put(0x248, &0x400u32.to_le_bytes());
+    put(0x24c, &16u32.to_le_bytes());
+    put(0x258, &(16 * MIB).to_le_bytes());
+    put(0x260, &init_size.to_le_bytes());
+    file.extend((0..len).map(|i| (i % 251) as u8));
+    file
+}
+
+struct Boot {
+    kernel: Vec<u8>,
+    initrd: Vec<u8>,
+    cmdline: &'static str,
+    memory: u64,
+    vcpus: u32,
+    c_bit: u8,
+}
+
+impl Default for Boot {
+    fn default() -> Self {
+        Boot {
+            kernel: bz_image(64 << 10, 1 << 20),
+            initrd: vec![7; 10_000],
+            cmdline: "console=ttyS0",
+            memory: 128 * MIB,
+            vcpus: 1,
+            c_bit: 51,
+        }
+    }
+}
+
+impl Boot {
+    fn image(&self) -> Result<DirectImage, ImageError> {
+        let kernel = Kernel::parse(self.kernel.clone()).unwrap();
+        let initrd = Some(Arc::new(self.initrd.clone()));
+        let snp = Snp { c_bit: self.c_bit, cpuid: None, validation: Validation::Stage0 };
+        let (cmdline, memory, vcpus) = (self.cmdline, self.memory, self.vcpus);
+        DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus, guest: Guest::Snp(snp) }.image()
+    }
+
+    fn digest(&self) -> LaunchDigest {
+        launch_digest(&self.image().unwrap().plan).unwrap()
+    }
+}
+
+fn shim(image: &DirectImage) -> &Shim {
+    image.shim.as_ref().unwrap()
+}
+
+#[test]
+fn the_launch_takes_at_most_a_dozen_pages_whatever_is_booted() {
+    let small = Boot::default().image().unwrap().plan.launch_pages();
+    assert!(small <= 12 + 1, "{small} pages");
+    let large = Boot {
+        kernel: bz_image(12 << 20, 60 << 20),
+        initrd: vec![1; 100 << 20],
+        memory: 4608 * MIB,
+        ..Boot::default()
+    };
+    assert_eq!(large.image().unwrap().plan.launch_pages(), small);
+    let many = Boot { vcpus: 16, ..Boot::default() };
+    assert_eq!(many.image().unwrap().plan.launch_pages(), small + 15);
+}
+
+#[test]
+fn a_small_guest_holds_a_distribution_kernel_and_its_initrd_twice() {
+    // Debian's cloud kernel has 12 MB, its decompressor works in some 50 MiB, its initrd may have 30 MB.
+    let boot = |init_size, initrd: usize| Boot {
+        kernel: bz_image(12 << 20, init_size),
+        initrd: vec![1; initrd],
+        ..Boot::default()
+    };
+    for initrd in [30 << 20, 50 << 20] {
+        let image = boot(50 << 20, initrd).image().unwrap();
+        assert!(shim(&image).shared.iter().all(|range| range.end <= 128 * MIB));
+    }
+    let error = boot(20 << 20, 60 << 20).image().unwrap_err();
+    assert!(error.to_string().starts_with("--memory: no room for a second copy of initrd"), "{error}");
+}
+
+#[test]
+fn one_digest_holds_for_every_position_of_the_c_bit() {
+    let digest = Boot::default().digest();
+    for c_bit in [39, 47, 51] {
+        assert_eq!(Boot { c_bit, ..Boot::default() }.digest(), digest, "C-bit {c_bit}");
+    }
+}
+
+#[test]
+fn every_input_changes_the_digest() {
+    let digest = Boot::default().digest();
+    let flip = |mut bytes: Vec<u8>, at: usize| {
+        bytes[at] ^= 1;
+        bytes
+    };
+    let Boot { kernel, initrd, .. } = Boot::default();
+    let last = kernel.len() - 1;
+    let changed = [
+        ("setup header", Boot { kernel: flip(kernel.clone(), 0x24c), ..Boot::default() }),
+        ("kernel's first byte", Boot { kernel: flip(kernel.clone(), 1024), ..Boot::default() }),
+        ("kernel's last byte", Boot { kernel: flip(kernel, last), ..Boot::default() }),
+        ("initrd", Boot { initrd: flip(initrd.clone(), 9_999), ..Boot::default() }),
+        ("initrd's length", Boot { initrd: initrd[..9_999].to_vec(), ..Boot::default() }),
+        ("command line", Boot { cmdline: "console=ttyS1", ..Boot::default() }),
+        ("memory", Boot { memory: 130 * MIB, ..Boot::default() }),
+        ("vCPUs", Boot { vcpus: 2, ..Boot::default() }),
+    ];
+    for (what, boot) in changed {
+        assert_ne!(boot.digest(), digest, "{what}");
+    }
+}
+
+#[test]
+fn staged_bytes_lie_in_shared_memory_and_launch_pages_do_not() {
+    let image = Boot { memory: 4608 * MIB, ..Boot::default() }.image().unwrap();
+    let shim = shim(&image);
+    assert_eq!(shim.staging.len(), shim.inputs.items.len());
+    for ((gpa, bytes), item) in shim.staging.iter().zip(&shim.inputs.items) {
+        let end = gpa + bytes.as_slice().len() as u64;
+        assert!(shim.shared.iter().any(|range| range.start <= *gpa && end <= range.end), "{gpa:#x}");
+        assert_eq!((item.source, item.len), (*gpa, end - gpa));
+    }
+    for record in &image.plan.records {
+        assert!(!shim.shared.iter().any(|range| range.start < record.end() && record.gpa < range.end));
+    }
+    let unmeasured = image.plan.records.iter().filter(|r| r.page_type == PageType::Unmeasured);
+    assert_eq!(unmeasured.count(), 0, "nothing enters the guest's private memory unmeasured");
+}
+
+#[test]
+fn no_vcpu_starts_with_a_bit_that_depends_on_the_host() {
+    let image = Boot { vcpus: 3, ..Boot::default() }.image().unwrap();
+    for vcpu in &image.plan.vcpus {
+        assert_eq!((vcpu.cr3, vcpu.cr0, vcpu.efer), (0, 0x11, 0x1000));
+        assert_eq!((vcpu.cs.attrib, vcpu.cs.base, vcpu.cs.limit), (0xc9b, 0, 0xffff_ffff));
+    }
+    let [first, second, third] = &image.plan.vcpus[..] else { unreachable!() };
+    assert_eq!(first.rip, snp::stage0::BUILT.entry);
+    assert_eq!(second, third, "other vCPUs are inert and alike");
+    assert_eq!(second.rip, snp::stage0::BUILT.park);
+}
