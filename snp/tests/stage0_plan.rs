@@ -15,6 +15,8 @@ use snp::image::direct::Snp;
 use snp::image::direct::Validation;
 use snp::image::kernel::Kernel;
 use snp::image::shim::Shim;
+use snp::image::sites::CodeMemory;
+use snp::image::sites::Ports;
 use snp::plan::PageType;
 
 const MIB: u64 = 1 << 20;
@@ -172,4 +174,40 @@ fn no_vcpu_starts_with_a_bit_that_depends_on_the_host() {
     assert_eq!(first.rip, snp::stage0::BUILT.entry);
     assert_eq!(second, third, "other vCPUs are inert and alike");
     assert_eq!(second.rip, snp::stage0::BUILT.park);
+}
+
+/// Guest memory with only the launch pages of a plan.
+struct Launched(std::collections::BTreeMap<u64, u8>);
+
+impl CodeMemory for Launched {
+    fn read(&mut self, gpa: u64, bytes: &mut [u8]) -> std::io::Result<()> {
+        for (at, byte) in (gpa..).zip(bytes) {
+            *byte = *self.0.get(&at).ok_or(std::io::ErrorKind::InvalidInput)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, gpa: u64, bytes: &[u8]) -> std::io::Result<()> {
+        self.0.extend((gpa..).zip(bytes.iter().copied()));
+        Ok(())
+    }
+}
+
+#[test]
+fn an_emulated_platform_can_patch_stage0_and_nothing_else_changes() {
+    let image = Boot::default().image().unwrap();
+    let pages = image.plan.records.iter().filter(|r| r.page_type == PageType::Normal);
+    let launched: std::collections::BTreeMap<u64, u8> =
+        pages.flat_map(|r| (r.gpa..).zip(r.contents.as_slice().to_vec())).collect();
+    let mut memory = Launched(launched.clone());
+    let sites = &shim(&image).sites;
+    sites.patch_at_launch(&mut memory, &Ports::default()).unwrap();
+    let changed: Vec<u64> =
+        launched.iter().filter(|(at, byte)| memory.0[at] != **byte).map(|(at, _)| *at).collect();
+    let expected = sites.sites.sites.iter().map(|site| site.offset).chain([sites.handover]);
+    let mut expected: Vec<u64> = expected.flat_map(|at| at..at + 4).collect();
+    expected.sort_unstable();
+    assert_eq!(changed, expected);
+    let error = sites.patch_at_launch(&mut memory, &Ports::default()).unwrap_err();
+    assert!(error.to_string().contains("stage0's end"), "{error}");
 }

@@ -11,7 +11,9 @@ use super::direct::ImageError;
 use super::entry;
 use super::layout;
 use super::sites::Opcode;
+use super::sites::ShimSites;
 use super::sites::Site;
+use super::sites::SiteList;
 use crate::plan::Bytes;
 use crate::plan::LaunchPlan;
 use crate::plan::PAGE_SIZE;
@@ -35,10 +37,8 @@ pub struct Shim {
     pub staging: Vec<(u64, Bytes)>,
     /// Memory that is shared at launch, ascending: the GHCB page and the staging ranges. All other RAM is private.
     pub shared: Vec<Range<u64>>,
-    /// SNP instructions of stage0: the offset of each is its guest-physical address.
-    pub sites: Vec<Site>,
-    /// Address of the four-byte no-operation at which the kernel is complete and checked; its entry is in RAX.
-    pub hook: u64,
+    /// Where the emulated platform patches stage0.
+    pub sites: ShimSites,
     /// What the measured inputs page says.
     pub inputs: InputsPage,
     /// Name of each item of the inputs, in the same order.
@@ -97,15 +97,10 @@ impl Layout<'_> {
             Record::new(stage0::CPUID, PageType::Cpuid, self.cpuid, "CPUID page"),
             Record::empty(stage0::SECRETS, PAGE_SIZE, PageType::Secrets, "secrets page"),
         ];
-        let sites = BUILT.sites.iter().map(|(gpa, kind)| {
-            let opcode = if *kind == 0 { Opcode::Vmgexit } else { Opcode::Pvalidate };
-            Site { offset: *gpa, opcode }
-        });
         let shim = Shim {
             staging: contents.iter().zip(&places).map(|(r, source)| (*source, r.contents.clone())).collect(),
             shared,
-            sites: sites.collect(),
-            hook: BUILT.hook,
+            sites: shim_sites(),
             inputs,
             names: contents.iter().map(|r| r.name.to_string()).collect(),
         };
@@ -125,6 +120,16 @@ impl Layout<'_> {
         let len = bytes.len() as u64;
         Item { kind, source, target: record.gpa, len, mem_len: len, hash: item_hash(bytes) }
     }
+}
+
+fn shim_sites() -> ShimSites {
+    let site = |(gpa, kind): &(u64, u32)| Site {
+        offset: *gpa,
+        opcode: if *kind == 0 { Opcode::Vmgexit } else { Opcode::Pvalidate },
+    };
+    let mut sites: Vec<Site> = BUILT.sites.iter().map(site).collect();
+    sites.sort_by_key(|site| site.offset);
+    ShimSites { sites: SiteList { sites, entry_offset: BUILT.entry }, handover: BUILT.hook }
 }
 
 /// Finds room for the bytes of each record, from 2 MiB up, in low RAM that holds none of them in the end. Records come in the

@@ -64,11 +64,13 @@ pub struct Ports {
     pub rmpadjust: u8,
     /// The decompressor has finished.
     pub hook: u8,
+    /// stage0 has finished: the kernel is in place and checked.
+    pub handover: u8,
 }
 
 impl Default for Ports {
     fn default() -> Self {
-        Ports { vmgexit: 0xe4, pvalidate: 0xe5, rmpadjust: 0xe6, hook: 0xe7 }
+        Ports { vmgexit: 0xe4, pvalidate: 0xe5, rmpadjust: 0xe6, hook: 0xe7, handover: 0xe8 }
     }
 }
 
@@ -216,6 +218,29 @@ impl SiteList {
             Some(opcode) => Err(SiteError::NoSite { opcode, place }),
             None => Ok(self),
         }
+    }
+}
+
+/// The no-operation before stage0's jump to the kernel: RAX is the kernel's entry point, RSI its `boot_params`.
+pub const HANDOVER: [u8; 4] = [0x0f, 0x1f, 0x40, 0x00];
+
+/// What the emulated platform has to know about stage0, beside its page. Never measured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShimSites {
+    /// Its instructions; offsets are guest-physical addresses.
+    pub sites: SiteList,
+    /// Guest-physical address of [`HANDOVER`]. The kernel may be patched once it is reached, and not before: until then
+    /// stage0 compares the kernel with its hash.
+    pub handover: u64,
+}
+
+impl ShimSites {
+    /// Patches stage0 in launched memory: `OUT port, AL` and a two-byte NOP at each place.
+    pub fn patch_at_launch(&self, memory: &mut impl CodeMemory, ports: &Ports) -> Result<(), PatchError> {
+        let found: [u8; 4] = read(memory, self.handover)?;
+        expect("stage0's end", self.handover, self.handover, &HANDOVER, &found)?;
+        self.sites.patch(memory, 0, ports)?;
+        write(memory, self.handover, &[0xe6, ports.handover, 0x66, 0x90])
     }
 }
 
