@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+//! TPM state in the guest-state file: one framed blob per file, durable before the TPM answers.
+//!
+//! Each blob carries a header with its own length and its engine, because a state that was silently padded or cut, or
+//! that belongs to another engine, has destroyed TPMs of other products. The permanent state that was last read back
+//! and understood is kept a second time, so that an operator has something to go back to.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use crate::vmgs::Change;
+use crate::vmgs::FileId;
+use crate::vmgs::Vmgs;
+use crate::vmgs::VmgsError;
+use crate::vmgs::block::BlockFile;
+use crate::vmgs::root::FLAG_PROVISIONED;
+
+use super::Blob;
+use super::StateStore;
+use super::StoreFailed;
+
+const MAGIC: &[u8; 8] = b"CVMMVTPM";
+const HEADER: usize = 32;
+
+/// Why a stored blob was not used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FrameError {
+    /// Too short or without the magic.
+    #[error("{0} bytes that do not begin with the header of a vTPM state")]
+    NotAFrame(usize),
+    /// A version or an engine that is not ours.
+    #[error("version {version}, engine `{engine}` (expected version 1, engine `ltpm`)")]
+    Foreign {
+        /// Version found.
+        version: u32,
+        /// Engine found.
+        engine: String,
+    },
+    /// The wrong blob.
+    #[error("blob kind {found}, expected {expected}")]
+    Kind {
+        /// As found.
+        found: u32,
+        /// As needed.
+        expected: u32,
+    },
+    /// The length does not match.
+    #[error("the header promises {promised} bytes, {present} follow it")]
+    Length {
+        /// Bytes promised.
+        promised: u64,
+        /// Bytes present.
+        present: u64,
+    },
+}
+
+/// Puts the header in front of a blob.
+pub fn frame(blob: Blob, engine_version: u32, data: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(HEADER + data.len());
+    out.extend_from_slice(MAGIC);
+    out.extend_from_slice(&1u32.to_le_bytes());
+    out.extend_from_slice(b"ltpm");
+    out.extend_from_slice(&engine_version.to_le_bytes());
+    out.extend_from_slice(&blob.number().to_le_bytes());
+    out.extend_from_slice(&(data.len() as u64).to_le_bytes());
+    out.extend_from_slice(data);
+    out
+}
+
+/// Takes the header off and checks every field of it.
+pub fn unframe(blob: Blob, bytes: &[u8]) -> Result<&[u8], FrameError> {
+    let word = |at: usize| {
+        let mut v = [0; 4];
+        v.copy_from_slice(&bytes[at..at + 4]);
+        u32::from_le_bytes(v)
+    };
+    if bytes.len() < HEADER || &bytes[..8] != MAGIC {
+        return Err(FrameError::NotAFrame(bytes.len()));
+    }
+    if word(8) != 1 || &bytes[12..16] != b"ltpm" {
+        let engine = String::from_utf8_lossy(&bytes[12..16]).into_owned();
+        return Err(FrameError::Foreign { version: word(8), engine });
+    }
+    if word(20) != blob.number() {
+        return Err(FrameError::Kind { found: word(20), expected: blob.number() });
+    }
+    let promised = u64::from(word(24)) | u64::from(word(28)) << 32;
+    let present = (bytes.len() - HEADER) as u64;
+    if promised != present {
+        return Err(FrameError::Length { promised, present });
+    }
+    Ok(&bytes[HEADER..])
+}
+
+/// An open image, shared between the TPM's callbacks and the control channel.
+pub type SharedVmgs<F> = Arc<Mutex<Vmgs<F>>>;
+
+/// The file that a blob lives in.
+pub fn file_of(blob: Blob) -> FileId {
+    match blob {
+        Blob::Permanent => FileId::VTPM_STATE,
+        Blob::Volatile => FileId::VTPM_VOLATILE,
+        Blob::Save => FileId::VTPM_SAVE,
+    }
+}
+
+/// Blobs in a guest-state file.
+pub struct VmgsState<F> {
+    vmgs: SharedVmgs<F>,
+    engine_version: u32,
+}
+
+impl<F: BlockFile> VmgsState<F> {
+    /// Keeps blobs in `vmgs`; `engine_version` is recorded beside each.
+    pub fn new(vmgs: SharedVmgs<F>, engine_version: u32) -> Self {
+        Self { vmgs, engine_version }
+    }
+
+    fn with<T>(
+        &self,
+        what: &str,
+        run: impl FnOnce(&mut Vmgs<F>) -> Result<T, VmgsError>,
+    ) -> Result<T, StoreFailed> {
+        let mut vmgs = self.vmgs.lock().unwrap_or_else(PoisonError::into_inner);
+        run(&mut vmgs).map_err(|e| {
+            crate::log::error(&format!("{what}: {e}"));
+            StoreFailed
+        })
+    }
+}
+
+impl<F: BlockFile> StateStore for VmgsState<F> {
+    fn load(&mut self, blob: Blob) -> Result<Option<Vec<u8>>, StoreFailed> {
+        let id = file_of(blob);
+        let Some(bytes) = self.with("reading TPM state", |v| v.read_optional(id))? else { return Ok(None) };
+        match unframe(blob, &bytes) {
+            Ok(data) => Ok(Some(data.to_vec())),
+            Err(e) => {
+                crate::log::error(&format!("{id} is not a usable TPM state: {e}"));
+                Err(StoreFailed)
+            }
+        }
+    }
+
+    fn store(&mut self, blob: Blob, data: &[u8]) -> Result<(), StoreFailed> {
+        let bytes = zeroize::Zeroizing::new(frame(blob, self.engine_version, data));
+        self.with("storing TPM state", |v| {
+            v.commit(&[Change::Put(file_of(blob), &bytes), Change::Flag(FLAG_PROVISIONED)]).map(|_| ())
+        })
+    }
+
+    fn delete(&mut self, blob: Blob) -> Result<bool, StoreFailed> {
+        self.with("deleting TPM state", |v| {
+            let id = file_of(blob);
+            let existed = v.list().iter().any(|(file, _, _)| *file == id);
+            if existed {
+                v.commit(&[Change::Delete(id)])?;
+            }
+            Ok(existed)
+        })
+    }
+}
+
+/// After a successful start: keeps the state that was just understood as the one to go back to.
+pub fn remember_good<F: BlockFile>(vmgs: &mut Vmgs<F>) -> Result<(), VmgsError> {
+    let Some(now) = vmgs.read_optional(FileId::VTPM_STATE)? else { return Ok(()) };
+    let kept = vmgs.read_optional(FileId::VTPM_STATE_GOOD)?;
+    if kept.as_ref().is_none_or(|k| **k != **now) {
+        vmgs.commit(&[Change::Put(FileId::VTPM_STATE_GOOD, &now)])?;
+    }
+    Ok(())
+}
+
+/// Whether this image has never had a TPM: the only case in which one may be made.
+pub fn is_virgin<F: BlockFile>(vmgs: &Vmgs<F>) -> bool {
+    vmgs.root().flags & FLAG_PROVISIONED == 0
+        && !vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_STATE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_cut_or_padded_state_is_refused() {
+        let good = frame(Blob::Permanent, 0x902, b"state");
+        assert_eq!(unframe(Blob::Permanent, &good), Ok(&b"state"[..]));
+        assert_eq!(
+            unframe(Blob::Permanent, &good[..good.len() - 1]),
+            Err(FrameError::Length { promised: 5, present: 4 })
+        );
+        let mut padded = good.clone();
+        padded.push(0);
+        assert_eq!(unframe(Blob::Permanent, &padded), Err(FrameError::Length { promised: 5, present: 6 }));
+        assert_eq!(unframe(Blob::Volatile, &good), Err(FrameError::Kind { found: 1, expected: 2 }));
+        assert_eq!(unframe(Blob::Permanent, &good[..31]), Err(FrameError::NotAFrame(31)));
+        let mut other = good;
+        other[12] = b'm';
+        assert!(matches!(unframe(Blob::Permanent, &other), Err(FrameError::Foreign { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn no_frame_panics(bytes in proptest::collection::vec(any::<u8>(), 0..80), magic in any::<bool>()) {
+            let mut bytes = bytes;
+            if magic && bytes.len() >= 16 {
+                bytes[..8].copy_from_slice(MAGIC);
+                bytes[8..16].copy_from_slice(b"\x01\0\0\0ltpm");
+            }
+            let _ = unframe(Blob::Permanent, &bytes);
+        }
+    }
+}
