@@ -1,6 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The service that gives a guest its TPM 2.0 and its guest-state file from outside the guest.
+//!
+//! One process per guest: [`engine`] is the TPM (libtpms), [`vmgs`] the encrypted file that its state lives in, [`keys`]
+//! where that file's key comes from, [`control`] the sockets. [`service`] puts them together and [`sandbox`] locks the
+//! door behind it. [`cli_vmgs`] is what an operator does to a guest-state file.
+//!
+//! What this protects against, and what it does not, is said in [`service::TRUST`] and in `docs/vtpm.md`.
 
+pub mod cli_vmgs;
+pub mod control;
 pub mod engine;
+pub mod keys;
 pub mod log;
+pub mod process;
+pub mod sandbox;
+pub mod service;
 pub mod vmgs;

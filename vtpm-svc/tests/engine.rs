@@ -56,8 +56,8 @@ fn code(response: &[u8]) -> u32 {
 #[test]
 fn a_tpm_is_made_only_when_allowed_and_fails_closed() {
     let memory = Memory::default();
-    let mut tpm = Engine::take(Box::new(memory.clone())).expect("libtpms0 is installed");
-    assert!(matches!(Engine::take(Box::new(memory.clone())), Err(EngineError::Taken)));
+    let mut tpm = Engine::take(|_| Box::new(memory.clone())).expect("libtpms0 is installed");
+    assert!(matches!(Engine::take(|_| Box::new(memory.clone())), Err(EngineError::Taken)));
 
     assert!(tpm.start(false).is_err(), "no state and no permission to make one");
     assert!(memory.blobs.lock().expect("lock").is_empty());

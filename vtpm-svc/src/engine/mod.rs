@@ -140,7 +140,9 @@ static TAKEN: AtomicBool = AtomicBool::new(false);
 
 impl Engine {
     /// Loads the library and becomes the process' TPM; nothing of the state is read yet.
-    pub fn take(store: Box<dyn StateStore>) -> Result<Self, EngineError> {
+    ///
+    /// `store` is called with the library's version, to be recorded beside what is stored.
+    pub fn take(store: impl FnOnce(u32) -> Box<dyn StateStore>) -> Result<Self, EngineError> {
         let api = Api::load()?;
         let v = api.version();
         let (major, minor, micro) = (v >> 16 & 0xff, v >> 8 & 0xff, v & 0xff);
@@ -150,7 +152,7 @@ impl Engine {
         if TAKEN.swap(true, Ordering::SeqCst) {
             return Err(EngineError::Taken);
         }
-        *ffi::host() = Some(ffi::Host { store, may_manufacture: false });
+        *ffi::host() = Some(ffi::Host { store: store(v), may_manufacture: false });
         api.prepare()?;
         Ok(Self { api, running: false, broken: false })
     }

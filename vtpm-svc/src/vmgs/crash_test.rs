@@ -19,6 +19,7 @@ use super::store::Change;
 use super::store::Vmgs;
 
 const MIB: usize = 1 << 20;
+const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
 
 #[derive(Clone)]
 enum Op {
@@ -60,7 +61,7 @@ fn counter(image: &[u8], keys: &[u8]) -> Result<u64, VmgsError> {
     let mut last = Err(VmgsError::WrongKey);
     for k in keys {
         // A torn header is a damaged slot: what an anchor would accept as "confirmed or pending" is accepted here.
-        let accept = Accept { rollback: true, foreign: false };
+        let accept = Accept { rollback: true, foreign: false, zero_key: false };
         last = Vmgs::open(MemFile(image.to_vec()), Some(key(*k)), None, accept);
         if !matches!(last, Err(VmgsError::WrongKey)) {
             break;
@@ -158,7 +159,7 @@ fn recorded() -> (Vmgs<Recorder>, Arc<Mutex<Vec<Op>>>, Vec<u8>) {
     let trace = Arc::new(Mutex::new(Vec::new()));
     let disk = MemFile(vec![0; MIB + 512]);
     let mut v =
-        Vmgs::create(Recorder { disk, trace: trace.clone() }, Some(key(7)), [9; 16], None).expect("create");
+        Vmgs::create(Recorder { disk, trace: trace.clone() }, Some(key(7)), WHO, None).expect("create");
     put(&mut v, 0);
     put(&mut v, 1);
     let mut image = vec![0; MIB + 512];

@@ -175,6 +175,11 @@ impl std::fmt::Display for FileList {
 }
 
 impl VmgsError {
+    /// The image file cannot be opened.
+    pub fn opening(source: io::Error) -> Self {
+        Self::Io { what: "opening the image", source }
+    }
+
     pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
     }

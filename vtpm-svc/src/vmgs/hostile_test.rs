@@ -17,6 +17,7 @@ use super::store::Vmgs;
 use super::store::Warning;
 
 const MIB: usize = 1 << 20;
+const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
 const SECRET: &[u8] = b"the seed of the endorsement hierarchy";
 const STATE: FileId = FileId::VTPM_STATE;
 
@@ -42,7 +43,7 @@ fn refusal(image: &[u8]) -> VmgsError {
 
 /// An encrypted image at header sequence 3 (so the active slot is slot 0) with a TPM state and UEFI variables.
 fn image() -> Vec<u8> {
-    let mut v = Vmgs::create(blank(), Some(key(7)), [9; 16], None).expect("create");
+    let mut v = Vmgs::create(blank(), Some(key(7)), WHO, None).expect("create");
     v.commit(&[Change::Put(STATE, SECRET)]).expect("commit");
     v.commit(&[Change::Put(FileId::BIOS_NVRAM, b"variables")]).expect("commit");
     v.close().expect("close").0
@@ -135,7 +136,8 @@ fn a_damaged_active_header_is_not_silently_an_older_generation() {
     ] {
         let bad = edit(damage);
         assert!(matches!(refusal(&bad), VmgsError::StaleGeneration { have: 2, .. }));
-        let accepted = open_with(&bad, Accept { rollback: true, foreign: false }).expect("operator accepts");
+        let accepted = open_with(&bad, Accept { rollback: true, foreign: false, zero_key: false })
+            .expect("operator accepts");
         assert_eq!(accepted.root().generation, 2);
     }
 }
@@ -306,7 +308,8 @@ fn a_planted_plaintext_file_is_noticed() {
     };
     assert!(matches!(refusal(&planted(3)), VmgsError::UnexpectedPlaintext(FileId::TPM_NVRAM)));
     assert!(matches!(refusal(&planted(9)), VmgsError::UnexpectedEntry(_)));
-    let adopted = open_with(&planted(9), Accept { rollback: false, foreign: true }).expect("adopt");
+    let adopted =
+        open_with(&planted(9), Accept { rollback: false, foreign: true, zero_key: false }).expect("adopt");
     assert_eq!(adopted.read(FileId::user(9).expect("id")).expect("read").as_slice(), b"my secret");
 }
 
@@ -371,7 +374,8 @@ fn a_foreign_write_is_reported_with_its_ids_and_can_be_adopted() {
     let old_root = open(&before).expect("open").root().clone();
     let foreign = reroot(after, &old_root);
     assert!(matches!(refusal(&foreign), VmgsError::ForeignWrite(ids) if ids.0 == [STATE]));
-    let adopted = open_with(&foreign, Accept { rollback: false, foreign: true }).expect("adopt");
+    let adopted =
+        open_with(&foreign, Accept { rollback: false, foreign: true, zero_key: false }).expect("adopt");
     assert!(matches!(adopted.warnings()[0], Warning::Adopted(_)));
     assert_eq!(adopted.read(STATE).expect("read").as_slice(), b"changed by another tool");
 }
@@ -418,7 +422,7 @@ fn reroot(mut image: Vec<u8>, root: &super::root::Root) -> Vec<u8> {
 #[test]
 fn no_secret_stands_in_the_raw_image_and_no_window_opens_with_a_poor_key() {
     use super::crypto::Seal;
-    let mut v = Vmgs::create(blank(), Some(key(7)), [9; 16], None).expect("create");
+    let mut v = Vmgs::create(blank(), Some(key(7)), WHO, None).expect("create");
     for n in 0..5u8 {
         v.commit(&[Change::Put(STATE, SECRET), Change::Put(FileId::BIOS_NVRAM, &[n; 9000])]).expect("commit");
     }
@@ -466,7 +470,7 @@ fn after_a_rekey_the_old_key_opens_nothing_and_old_blocks_are_gone() {
         if let Some(at) = damage {
             i[at + 40] ^= 1;
         }
-        let accept = Accept { rollback: true, foreign: true };
+        let accept = Accept { rollback: true, foreign: true, zero_key: false };
         let old = Vmgs::open(MemFile(i.clone()), Some(key(7)), None, accept).map(|_| ());
         assert!(matches!(old, Err(VmgsError::WrongKey)), "slot {damage:?}");
         let new = Vmgs::open(MemFile(i), Some(key(8)), None, accept).expect("new key");
@@ -478,7 +482,7 @@ fn after_a_rekey_the_old_key_opens_nothing_and_old_blocks_are_gone() {
 fn rollback_fork_and_second_copy_are_refused_by_the_anchor() {
     let dir = tempfile::tempdir().expect("tempdir");
     let folder = AnchorFolder { path: dir.path().into(), durability: Durability::Strict };
-    let mut v = Vmgs::create(blank(), Some(key(7)), [9; 16], Some(&folder)).expect("create");
+    let mut v = Vmgs::create(blank(), Some(key(7)), WHO, Some(&folder)).expect("create");
     v.commit(&[Change::Put(STATE, b"one")]).expect("commit");
     let old = v.close().expect("close").0;
     let anchored =
@@ -494,7 +498,8 @@ fn rollback_fork_and_second_copy_are_refused_by_the_anchor() {
     assert!(matches!(stale, Err(VmgsError::StaleGeneration { have: 2, .. })));
 
     // A fork: the old copy is accepted on purpose once, moves on, and then the other branch is the stale one.
-    let mut fork = anchored(&old, Accept { rollback: true, foreign: false }).expect("operator accepts");
+    let mut fork =
+        anchored(&old, Accept { rollback: true, foreign: false, zero_key: false }).expect("operator accepts");
     assert!(matches!(fork.warnings()[0], Warning::RollbackAccepted { have: 2, .. }));
     fork.commit(&[Change::Put(STATE, b"other")]).expect("commit");
     let forked = fork.close().expect("close").0;
@@ -527,7 +532,7 @@ fn space_runs_out_without_touching_a_live_generation() {
 
 #[test]
 fn plain_images_are_possible_and_contain_no_key() {
-    let mut v = Vmgs::create(blank(), None, [9; 16], None).expect("create");
+    let mut v = Vmgs::create(blank(), None, WHO, None).expect("create");
     v.commit(&[Change::Put(FileId::RTC_SKEW, &[1, 2, 3])]).expect("commit");
     let raw = v.close().expect("close").0;
     assert_eq!(raw[32], 0, "algorithm none");
@@ -570,9 +575,9 @@ proptest! {
         let mut i = image();
         let t = entry_at(&i, 0, 0);
         i[t + 64..t + 4096].copy_from_slice(&bytes[64..]);
-        let _ = open_with(&i, Accept { rollback: true, foreign: true });
+        let _ = open_with(&i, Accept { rollback: true, foreign: true, zero_key: false });
         i[..168].copy_from_slice(&slots[..168]);
         i[512..680].copy_from_slice(&slots[168..]);
-        let _ = open_with(&i, Accept { rollback: true, foreign: true });
+        let _ = open_with(&i, Accept { rollback: true, foreign: true, zero_key: false });
     }
 }

@@ -122,7 +122,25 @@ fn read_table<F: BlockFile>(file: &F, header: &Header, capacity: u32) -> Result<
     Ok(table)
 }
 
+/// The container's unique id: public, not authenticated, and the salt of a passphrase.
+pub fn unique_id<F: BlockFile>(file: &F) -> Result<[u8; 16], VmgsError> {
+    let (footer, _) = read_footer(file)?;
+    let mut id = [0; 16];
+    id.copy_from_slice(&footer[68..84]);
+    Ok(id)
+}
+
 fn payload_size<F: BlockFile>(file: &F) -> Result<u64, VmgsError> {
+    let (_, payload) = read_footer(file)?;
+    if payload < MIN_PAYLOAD {
+        return Err(VmgsError::Truncated(format!(
+            "a payload of {payload} bytes is below the minimum of {MIN_PAYLOAD}"
+        )));
+    }
+    Ok(payload)
+}
+
+fn read_footer<F: BlockFile>(file: &F) -> Result<([u8; vhd::FOOTER], u64), VmgsError> {
     let len = file.len().map_err(VmgsError::io("asking for the image's length"))?;
     let sector = vhd::FOOTER as u64;
     if len == 0 {
@@ -134,12 +152,7 @@ fn payload_size<F: BlockFile>(file: &F) -> Result<u64, VmgsError> {
     let mut footer = [0; vhd::FOOTER];
     file.read_at(&mut footer, len - sector).map_err(VmgsError::io("reading the footer"))?;
     let payload = vhd::parse(&footer, len)?;
-    if payload < MIN_PAYLOAD {
-        return Err(VmgsError::Truncated(format!(
-            "a payload of {payload} bytes is below the minimum of {MIN_PAYLOAD}"
-        )));
-    }
-    Ok(payload)
+    Ok((footer, payload))
 }
 
 /// Opens the key slots of the active header and the extended table.
@@ -176,6 +189,16 @@ pub fn unlock<F: BlockFile>(
         }
     }
     Err(if unwrapped { VmgsError::AuthFailed(FileId::EXTENDED) } else { VmgsError::WrongKey })
+}
+
+/// Opens the extended table of an image whose metadata key is zero. Only for repair.
+pub fn unlock_with_zero_key<F: BlockFile>(file: &F, layout: &Layout) -> Result<ExtendedTable, VmgsError> {
+    let entry = layout.table.entry(FileId::EXTENDED);
+    let block = read_block(file, entry.block)?;
+    let plain = crypto::open(&[0; 32], &entry.seal, &block).ok_or(VmgsError::AuthFailed(FileId::EXTENDED))?;
+    let mut table = Zeroizing::new([0; BLOCK]);
+    table.copy_from_slice(&plain);
+    Ok(ExtendedTable::parse(&table))
 }
 
 /// An image whose header says "not encrypted" must hold no trace of encryption.

@@ -23,6 +23,7 @@ pub use error::VmgsError;
 pub use format::FileId;
 pub use store::Accept;
 pub use store::Change;
+pub use store::Identity;
 pub use store::Vmgs;
 
 #[cfg(test)]

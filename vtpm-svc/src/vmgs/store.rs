@@ -47,6 +47,25 @@ pub const MIN_SIZE: u64 = 1 << 20;
 /// Largest image that `create` makes.
 pub const MAX_SIZE: u64 = 64 << 20;
 
+/// Who an image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// The image itself: drawn at creation, never used again, also the container's unique id.
+    pub image: [u8; 16],
+    /// The VM that it belongs to.
+    pub vm: [u8; 16],
+}
+
+impl Identity {
+    /// A fresh image for a VM; without a VM's id, one is drawn too.
+    pub fn fresh(vm: Option<[u8; 16]>) -> Result<Self, VmgsError> {
+        let (mut image, mut drawn) = ([0; 16], [0; 16]);
+        crypto::fill_random(&mut image)?;
+        crypto::fill_random(&mut drawn)?;
+        Ok(Self { image, vm: vm.unwrap_or(drawn) })
+    }
+}
+
 /// One change of a commit.
 #[derive(Debug, Clone, Copy)]
 pub enum Change<'a> {
@@ -65,6 +84,8 @@ pub struct Accept {
     pub rollback: bool,
     /// Files that were added, changed, removed or left in plain text by another tool; also an image with no root.
     pub foreign: bool,
+    /// An image whose metadata key is zero: readable by anyone, and to be repaired.
+    pub zero_key: bool,
 }
 
 /// Something that was odd but not refused; to be shown or logged.
@@ -124,9 +145,10 @@ impl<F: BlockFile> Vmgs<F> {
     pub fn create(
         mut file: F,
         key: Option<Key>,
-        vm: [u8; 16],
+        identity: Identity,
         anchors: Option<&dyn AnchorSource>,
     ) -> Result<Self, VmgsError> {
+        let Identity { image, vm } = identity;
         let len = file.len().map_err(VmgsError::io("asking for the file's length"))?;
         let payload = len.saturating_sub(vhd::FOOTER as u64);
         if !(MIN_SIZE..=MAX_SIZE).contains(&payload) || payload % BLOCK as u64 != 0 {
@@ -134,8 +156,6 @@ impl<F: BlockFile> Vmgs<F> {
                 "size {payload} is not a multiple of 4096 between 1 MiB and 64 MiB"
             )));
         }
-        let mut image = [0; 16];
-        crypto::fill_random(&mut image)?;
         let write = VmgsError::io("writing a new image");
         let footer = vhd::build(payload, image);
         file.write_at(&[0; 2 * SECTOR], 0).and_then(|()| file.write_at(&footer, payload)).map_err(write)?;
@@ -171,7 +191,12 @@ impl<F: BlockFile> Vmgs<F> {
         accept: Accept,
     ) -> Result<Self, VmgsError> {
         let layout = Layout::read(&file)?;
-        let extended = image::unlock(&file, &layout, key.as_ref())?;
+        let extended = match image::unlock(&file, &layout, key.as_ref()) {
+            Err(VmgsError::ZeroMetadataKey) if accept.zero_key => {
+                image::unlock_with_zero_key(&file, &layout)?
+            }
+            other => other?,
+        };
         let mut warnings = Vec::new();
         if let Err(fault) = &layout.headers.slots[1 - layout.headers.active]
             && !(layout.header.sequence == 1 && *fault == super::format::HeaderFault::Zero)
@@ -279,13 +304,25 @@ impl<F: BlockFile> Vmgs<F> {
         Ok(mark)
     }
 
-    /// Ends the lease in good order.
-    pub fn close(mut self) -> Result<F, VmgsError> {
+    /// The next commit's generation will be above this one.
+    pub fn raise_generation(&mut self, above: u64) {
+        self.root.generation = self.root.generation.max(above);
+    }
+
+    /// Ends the lease in good order; nothing can be written after it.
+    pub fn release(&mut self) -> Result<(), VmgsError> {
         if let Some(anchor) = &mut self.anchor
             && !self.poisoned
         {
             anchor.release()?;
         }
+        self.poisoned = true;
+        Ok(())
+    }
+
+    /// Ends the lease in good order and gives the file back.
+    pub fn close(mut self) -> Result<F, VmgsError> {
+        self.release()?;
         Ok(self.file)
     }
 
@@ -473,10 +510,8 @@ fn proven_root<F: BlockFile>(
         Ok(root) => root,
         Err(e @ (VmgsError::RootMissing | VmgsError::RootMismatch(_))) => {
             adopt_or(e, accept, warnings)?;
-            let (mut image, mut vm) = ([0; 16], [0; 16]);
-            crypto::fill_random(&mut image)?;
-            crypto::fill_random(&mut vm)?;
-            Root::new(image, vm)
+            let fresh = Identity::fresh(None)?;
+            Root::new(fresh.image, fresh.vm)
         }
         Err(e) => return Err(e),
     };

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The client side: what the monitor uses to drive a TPM behind the control socket, ours or stock swtpm.
+//!
+//! The data socket is one half of a pair whose other half is handed to the server. Replies are matched to commands by
+//! reading exactly one response per command; there is no time-out on a command, because making a key may take seconds.
+
+use std::io;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use super::data;
+use super::data::Received;
+use super::socket::Stream;
+use super::wire::INIT_DELETE_VOLATILE;
+use super::wire::number;
+
+/// Why the TPM could not be driven.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The socket.
+    #[error("TPM {what}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The server's answer.
+    #[error("the TPM service refused {what} with code {code:#x}")]
+    Refused {
+        /// What was asked.
+        what: &'static str,
+        /// Its answer.
+        code: u32,
+    },
+    /// The server does not have what is needed.
+    #[error("the TPM service at {path} lacks capabilities {missing:#x}")]
+    Capabilities {
+        /// The socket.
+        path: String,
+        /// Missing bits.
+        missing: u32,
+    },
+    /// A response that is not one.
+    #[error("the TPM service's response is malformed")]
+    Malformed,
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ClientError {
+    move |source| ClientError::Io { what, source }
+}
+
+/// The control connection; cloneable, so that a cancel can be sent while a command runs.
+#[derive(Clone)]
+pub struct Control {
+    stream: Arc<Mutex<UnixStream>>,
+}
+
+impl Control {
+    fn call(
+        &self,
+        what: &'static str,
+        command: u32,
+        body: &[u8],
+        reply: usize,
+    ) -> Result<Vec<u8>, ClientError> {
+        let mut message = command.to_be_bytes().to_vec();
+        message.extend_from_slice(body);
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.write_all(&message).map_err(io_error(what))?;
+        Self::reply(&mut stream, what, reply)
+    }
+
+    fn reply(stream: &mut UnixStream, what: &'static str, reply: usize) -> Result<Vec<u8>, ClientError> {
+        use std::io::Read;
+        let mut result = [0; 4];
+        stream.read_exact(&mut result).map_err(io_error(what))?;
+        let code = u32::from_be_bytes(result);
+        if code != 0 {
+            return Err(ClientError::Refused { what, code });
+        }
+        let mut rest = vec![0; reply];
+        stream.read_exact(&mut rest).map_err(io_error(what))?;
+        Ok(rest)
+    }
+
+    /// Cancels the command that is running.
+    pub fn cancel(&self) -> Result<(), ClientError> {
+        self.call("cancel", number::CANCEL, &[], 0).map(|_| ())
+    }
+
+    /// Whether a dynamic launch has happened.
+    pub fn established(&self) -> Result<bool, ClientError> {
+        self.call("get-established", number::GET_ESTABLISHED, &[], 4).map(|r| r[0] != 0)
+    }
+
+    /// Resets that flag.
+    pub fn reset_established(&self, locality: u8) -> Result<(), ClientError> {
+        self.call("reset-established", number::RESET_ESTABLISHED, &[locality, 0, 0, 0], 0).map(|_| ())
+    }
+
+    /// Sets the locality of later commands.
+    pub fn set_locality(&self, locality: u8) -> Result<(), ClientError> {
+        self.call("set-locality", number::SET_LOCALITY, &[locality, 0, 0, 0], 0).map(|_| ())
+    }
+
+    /// Powers the TPM off.
+    pub fn stop(&self) -> Result<(), ClientError> {
+        self.call("stop", number::STOP, &[], 0).map(|_| ())
+    }
+
+    /// Powers the TPM on; `resume` continues from a stored volatile state and deletes it.
+    pub fn init(&self, resume: bool) -> Result<(), ClientError> {
+        let flags = if resume { INIT_DELETE_VOLATILE } else { 0 };
+        self.call("init", number::INIT, &flags.to_be_bytes(), 0).map(|_| ())
+    }
+
+    /// Asks for, or (while the TPM is off) sets, the size of the command buffer.
+    pub fn buffer_size(&self, wanted: u32) -> Result<u32, ClientError> {
+        let r = self.call("set-buffersize", number::SET_BUFFERSIZE, &wanted.to_be_bytes(), 12)?;
+        Ok(u32::from_be_bytes([r[0], r[1], r[2], r[3]]))
+    }
+
+    /// Ends the service.
+    pub fn shutdown(&self) -> Result<(), ClientError> {
+        self.call("shutdown", number::SHUTDOWN, &[], 0).map(|_| ())
+    }
+}
+
+/// A TPM behind a control socket.
+pub struct Client {
+    control: Control,
+    data: Stream,
+    locality: u8,
+}
+
+impl Client {
+    /// Connects, hands over a data socket and checks that everything that is needed is there. The TPM is not started.
+    pub fn connect(path: &Path) -> Result<Self, ClientError> {
+        let stream = UnixStream::connect(path)
+            .map_err(|source| ClientError::Io { what: "control socket (is vtpm-svc running?)", source })?;
+        let (ours, theirs) = UnixStream::pair().map_err(io_error("data socket"))?;
+        let handover = Stream::Unix(stream.try_clone().map_err(io_error("control socket"))?);
+        handover
+            .send_with_fd(&number::SET_DATAFD.to_be_bytes(), &OwnedFd::from(theirs))
+            .map_err(io_error("set-datafd"))?;
+        let control = Control { stream: Arc::new(Mutex::new(stream)) };
+        {
+            let mut stream = control.stream.lock().unwrap_or_else(PoisonError::into_inner);
+            Control::reply(&mut stream, "set-datafd", 0)?;
+        }
+        let caps = control.call("get-capability", number::GET_CAPABILITY, &[], 4)?;
+        // INIT, SHUTDOWN, GET_EST, SET_LOCALITY, CANCEL, RESET_EST, STOP, SET_DATAFD, SET_BUFFERSIZE.
+        const NEEDED: u32 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 7 | 1 << 10 | 1 << 12 | 1 << 13;
+        let missing = NEEDED & !u32::from_be_bytes([caps[0], caps[1], caps[2], caps[3]]);
+        if missing != 0 {
+            return Err(ClientError::Capabilities { path: path.display().to_string(), missing });
+        }
+        Ok(Self { control, data: Stream::Unix(ours), locality: 0 })
+    }
+
+    /// The control connection.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// Power cycle, as at a reset of the guest: off, buffer of `buffer` bytes (0: leave it), on.
+    pub fn reset(&mut self, buffer: u32) -> Result<(), ClientError> {
+        self.control.stop()?;
+        if buffer != 0 {
+            self.control.buffer_size(buffer)?;
+        }
+        self.control.init(false)?;
+        self.locality = 0;
+        Ok(())
+    }
+
+    /// Runs one command and returns its response, however long it takes.
+    pub fn execute(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>, ClientError> {
+        if locality != self.locality {
+            self.control.set_locality(locality)?;
+            self.locality = locality;
+        }
+        self.data.write_all(command).map_err(io_error("command"))?;
+        match data::receive(&mut self.data).map_err(io_error("response"))? {
+            Received::Command(response) if response.prefix.is_none() => Ok(response.command),
+            Received::End => {
+                Err(ClientError::Io { what: "response", source: io::ErrorKind::UnexpectedEof.into() })
+            }
+            _ => Err(ClientError::Malformed),
+        }
+    }
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The socket protocol of swtpm, as server and as client: what QEMU, cloud-hypervisor and the TPM tools speak.
+//!
+//! Two stream sockets. On the *data* socket raw TPM commands and responses follow each other. On the *control* socket a
+//! client powers the TPM on and off, sets the locality, hands over a data socket, and so on. [`wire`] has the messages,
+//! [`server`] answers them, [`client`] is what the monitor uses, [`options`] is the command line in swtpm's style.
+
+pub mod client;
+pub mod data;
+pub mod options;
+pub mod server;
+pub mod socket;
+pub mod wire;

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line of `vtpm-svc socket`, in swtpm's style, so that scripts written for swtpm need few changes.
+//!
+//! `--ctrl` and `--server` take comma-separated settings. What swtpm has and this service has not is refused with a
+//! sentence that names the replacement, never ignored.
+
+use std::path::PathBuf;
+
+use super::server::Policy;
+use super::server::Startup;
+use crate::keys::KeyArgs;
+
+/// Options of `vtpm-svc socket`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SocketArgs {
+    /// Serve a TPM 2.0; the only kind there is
+    #[arg(long)]
+    pub tpm2: bool,
+    /// Control channel: type=unixio,path=PATH[,mode=0600][,terminate] | type=unixio,fd=N | type=unixio,clientfd=N |
+    /// type=tcp,port=N[,bindaddr=127.0.0.1]
+    #[arg(long, value_name = "SETTINGS")]
+    pub ctrl: Option<String>,
+    /// Data channel: type=unixio,path=PATH[,mode=0600] | type=tcp,port=N[,bindaddr=127.0.0.1] | type=unixio,fd=N
+    #[arg(long, value_name = "SETTINGS")]
+    pub server: Option<String>,
+    /// not-need-init, startup-clear, startup-state, startup-none
+    #[arg(long, value_delimiter = ',', value_name = "FLAG")]
+    pub flags: Vec<String>,
+    /// Guest-state file; make one with `vmgs create`
+    #[arg(long, value_name = "FILE")]
+    pub vmgs: Option<PathBuf>,
+    /// Where the datastore key comes from
+    #[command(flatten)]
+    pub key: KeyArgs,
+    /// How newer and older copies of the image are told apart
+    #[command(flatten)]
+    pub anchor: AnchorArgs,
+    /// reject-locality-4, allow-set-locality
+    #[arg(long, value_delimiter = ',', value_name = "SETTING")]
+    pub locality: Vec<String>,
+    /// Whether state blobs may leave and enter through the control channel (live migration); recorded in the image
+    #[arg(long, value_name = "POLICY", value_parser = ["deny", "allow"], default_value = "deny")]
+    pub state_export: String,
+    /// End when the control client is gone
+    #[arg(short = 't', long)]
+    pub terminate: bool,
+    /// Go to the background once everything is ready
+    #[arg(short = 'd', long)]
+    pub daemon: bool,
+    /// file=PATH: write the process id there
+    #[arg(long, value_name = "SETTINGS")]
+    pub pid: Option<String>,
+    /// file=PATH[,level=N][,truncate]: write the log there
+    #[arg(long, value_name = "SETTINGS")]
+    pub log: Option<String>,
+    /// action=kill or action=none
+    #[arg(long, value_name = "SETTINGS", default_value = "action=kill")]
+    pub seccomp: String,
+    /// Print what this program can do, as JSON, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+    /// Not taken: state is kept in the guest-state file (--vmgs)
+    #[arg(long, hide = true, value_name = "SETTINGS")]
+    pub tpmstate: Option<String>,
+    /// Not taken: the key of the state is --key-file
+    #[arg(long = "key", hide = true, value_name = "SETTINGS")]
+    pub swtpm_key: Option<String>,
+    /// Not taken: start as that user
+    #[arg(short = 'r', long, hide = true, value_name = "USER")]
+    pub runas: Option<String>,
+}
+
+/// Options about rollback and clones; shared by every command that opens an image.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct AnchorArgs {
+    /// Folder outside of the image that remembers which copy is the newest [default: /var/lib/cvmm/anchors, or
+    /// $XDG_STATE_HOME/cvmm/anchors for users]
+    #[arg(long, value_name = "DIR")]
+    pub anchor: Option<PathBuf>,
+    /// Make the anchor durable at each write; one more flush per write, exact even after a power loss
+    #[arg(long)]
+    pub anchor_strict: bool,
+    /// Accept an image that is older than the anchor says, or unknown to it; what was written since is lost. Logged
+    #[arg(long)]
+    pub accept_rollback: bool,
+    /// Accept files that another tool wrote, removed or left in plain text. Logged
+    #[arg(long)]
+    pub adopt: bool,
+}
+
+impl AnchorArgs {
+    /// The anchor folder.
+    pub fn folder(&self) -> crate::vmgs::AnchorFolder {
+        use crate::vmgs::anchor::Durability;
+        let path = self.anchor.clone().unwrap_or_else(|| default_folder("anchors"));
+        let durability = if self.anchor_strict { Durability::Strict } else { Durability::Leased };
+        crate::vmgs::AnchorFolder { path, durability }
+    }
+
+    /// What the operator accepts.
+    pub fn accept(&self) -> crate::vmgs::Accept {
+        crate::vmgs::Accept { rollback: self.accept_rollback, foreign: self.adopt, zero_key: false }
+    }
+}
+
+/// A folder of this project's state: the system's for root, the user's otherwise.
+pub fn default_folder(name: &str) -> PathBuf {
+    let user = || {
+        let home = std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local/state"));
+        std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).or(home)
+    };
+    let base = if rustix::process::geteuid().is_root() { None } else { user() };
+    base.unwrap_or_else(|| PathBuf::from("/var/lib")).join("cvmm").join(name)
+}
+
+/// Where a channel listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Channel {
+    /// A UNIX socket.
+    Unix {
+        /// Its path.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// A TCP port of a loopback address.
+    Tcp {
+        /// The address.
+        address: std::net::SocketAddr,
+    },
+    /// A listening UNIX socket that was inherited (socket activation).
+    Listening(i32),
+    /// A connected UNIX socket that was inherited.
+    Connected(i32),
+}
+
+/// A setting that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("--{option}: {problem}")]
+pub struct OptionError {
+    /// The option's name.
+    pub option: &'static str,
+    /// What is wrong with it and what would be right.
+    pub problem: String,
+}
+
+/// Parses `--ctrl` or `--server`; the second result is whether `terminate` was among the settings.
+pub fn channel(option: &'static str, text: &str) -> Result<(Channel, bool), OptionError> {
+    let refuse = |problem: String| Err(OptionError { option, problem });
+    let (mut kind, mut path, mut port, mut address, mut mode) = ("", None, None, None, 0o600);
+    let (mut fd, mut client, mut terminate) = (None, None, false);
+    for setting in text.split(',').filter(|s| !s.is_empty()) {
+        let (name, value) = setting.split_once('=').unwrap_or((setting, ""));
+        let number = |what: &str| {
+            value
+                .parse()
+                .map_err(|_| OptionError { option, problem: format!("{what} `{value}` is not a number") })
+        };
+        match name {
+            "type" if matches!(value, "unixio" | "tcp") => kind = value,
+            "type" => return refuse(format!("type `{value}` is not unixio or tcp")),
+            "path" => path = Some(PathBuf::from(value)),
+            "port" => port = Some(number("port")?),
+            "bindaddr" => address = Some(value),
+            "fd" => fd = Some(number("fd")?),
+            "clientfd" => client = Some(number("clientfd")?),
+            "terminate" => terminate = true,
+            "mode" => match u32::from_str_radix(value, 8) {
+                Ok(m) if m <= 0o777 => mode = m,
+                _ => return refuse(format!("mode `{value}` is not an octal file mode")),
+            },
+            _ => return refuse(format!("setting `{name}` is not known here")),
+        }
+    }
+    let as_fd = |n: i64| i32::try_from(n).ok().filter(|n| *n > 2);
+    let channel = match (kind, path, port, fd, client) {
+        ("unixio" | "", None, None, Some(n), None) => as_fd(n).map(Channel::Listening),
+        ("unixio" | "", None, None, None, Some(n)) => as_fd(n).map(Channel::Connected),
+        ("unixio", Some(path), None, None, None) => Some(Channel::Unix { path, mode }),
+        ("tcp", None, Some(port), None, None) => {
+            let address: std::net::IpAddr = match address.unwrap_or("127.0.0.1").parse() {
+                Ok(a) => a,
+                Err(_) => return refuse(format!("bindaddr `{}` is not an address", address.unwrap_or(""))),
+            };
+            if !address.is_loopback() {
+                return refuse(format!(
+                    "bindaddr {address} is not a loopback address, and a TPM belongs on no other"
+                ));
+            }
+            match u16::try_from(port) {
+                Ok(port) => Some(Channel::Tcp { address: (address, port).into() }),
+                Err(_) => return refuse(format!("port {port} is not between 0 and 65535")),
+            }
+        }
+        _ => None,
+    };
+    match channel {
+        Some(c) => Ok((c, terminate)),
+        None => {
+            refuse(format!("`{text}` needs type=unixio with path=, fd= or clientfd=, or type=tcp with port="))
+        }
+    }
+}
+
+/// Takes one setting (`file=`) out of a settings string.
+pub fn file_setting(option: &'static str, text: &str) -> Result<PathBuf, OptionError> {
+    text.split(',')
+        .find_map(|s| s.strip_prefix("file="))
+        .map(PathBuf::from)
+        .ok_or_else(|| OptionError { option, problem: format!("`{text}` has no file=PATH") })
+}
+
+impl SocketArgs {
+    /// Everything that can be judged without opening anything.
+    pub fn policy(&self) -> Result<(Policy, bool), OptionError> {
+        let refuse = |option, problem: &str| Err(OptionError { option, problem: problem.into() });
+        if self.tpmstate.is_some() {
+            return refuse(
+                "tpmstate",
+                "state is kept in a guest-state file: use --vmgs FILE --key-file FILE",
+            );
+        }
+        if self.swtpm_key.is_some() {
+            return refuse("key", "the key of the state is given with --key-file FILE");
+        }
+        if self.runas.is_some() {
+            return refuse("runas", "start the service as that user (see the systemd units)");
+        }
+        if !self.tpm2 {
+            return refuse("tpm2", "is required: this service has no TPM 1.2");
+        }
+        let mut policy = Policy {
+            state_export: self.state_export == "allow",
+            terminate: self.terminate,
+            ..Policy::default()
+        };
+        let mut not_need_init = false;
+        for flag in &self.flags {
+            match flag.as_str() {
+                "not-need-init" => not_need_init = true,
+                "startup-clear" => policy.startup = Startup::Clear,
+                "startup-state" => policy.startup = Startup::State,
+                "startup-none" => policy.startup = Startup::None,
+                other => {
+                    return Err(OptionError {
+                        option: "flags",
+                        problem: format!("`{other}` is not known here"),
+                    });
+                }
+            }
+        }
+        for setting in &self.locality {
+            match setting.as_str() {
+                "reject-locality-4" => policy.reject_locality_4 = true,
+                "allow-set-locality" => {}
+                other => {
+                    return Err(OptionError {
+                        option: "locality",
+                        problem: format!("`{other}` is not known here"),
+                    });
+                }
+            }
+        }
+        if !matches!(self.seccomp.as_str(), "action=kill" | "action=none") {
+            return refuse("seccomp", "expected action=kill or action=none");
+        }
+        Ok((policy, not_need_init))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn channels_in_swtpm_style() {
+        let unix = Channel::Unix { path: "/run/c".into(), mode: 0o660 };
+        assert_eq!(channel("ctrl", "type=unixio,path=/run/c,mode=0660,terminate"), Ok((unix, true)));
+        let tcp = Channel::Tcp { address: "127.0.0.1:2321".parse().expect("address") };
+        assert_eq!(channel("server", "type=tcp,port=2321"), Ok((tcp, false)));
+        assert_eq!(channel("ctrl", "type=unixio,fd=3"), Ok((Channel::Listening(3), false)));
+    }
+
+    #[test]
+    fn wrong_settings_say_what_is_wrong() {
+        for (text, word) in [
+            ("type=tcp,port=2321,bindaddr=0.0.0.0", "loopback"),
+            ("type=tcp,port=70000", "65535"),
+            ("type=cuse", "unixio or tcp"),
+            ("type=unixio", "path="),
+            ("type=unixio,path=/a,colour=red", "colour"),
+            ("type=unixio,path=/a,mode=999", "octal"),
+            ("type=unixio,fd=1", "fd="),
+        ] {
+            let error = channel("ctrl", text).expect_err(text).to_string();
+            assert!(error.contains(word) && error.starts_with("--ctrl"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The server: one thread per client, one engine behind a lock, cancel beside it.
+//!
+//! A response leaves only after the engine has returned, and the engine returns only after its store has made the
+//! change durable; nothing here may reorder that. Clients are not trusted: messages are bounded before they are read,
+//! the number of clients is limited, and a client that misbehaves loses its connection and nothing else.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU8;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+
+use super::data;
+use super::data::Received;
+use super::socket::Listener;
+use super::socket::Stream;
+use super::wire;
+use super::wire::Parsed;
+use super::wire::Request;
+use super::wire::Response;
+use super::wire::code;
+use crate::engine::Blob;
+use crate::engine::Canceller;
+use crate::engine::Engine;
+use crate::engine::EngineError;
+use crate::engine::HashStep;
+use crate::engine::state::SharedVmgs;
+use crate::engine::state::VmgsState;
+use crate::engine::state::is_virgin;
+use crate::engine::state::remember_good;
+use crate::log;
+use crate::vmgs::Change;
+use crate::vmgs::block::BlockFile;
+use crate::vmgs::root::FLAG_EXPORTED;
+
+/// Clients of one kind that are served at a time.
+const MAX_CLIENTS: usize = 16;
+
+/// What `TPM2_Startup` the service sends by itself after power-on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Startup {
+    /// None: firmware does it.
+    #[default]
+    None,
+    /// `TPM_SU_CLEAR`.
+    Clear,
+    /// `TPM_SU_STATE`.
+    State,
+}
+
+/// What clients may do.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Policy {
+    /// Sent after power-on.
+    pub startup: Startup,
+    /// State blobs may leave and enter through the control channel (migration).
+    pub state_export: bool,
+    /// Commands in locality 4 are refused.
+    pub reject_locality_4: bool,
+    /// The service ends when the control client is gone.
+    pub terminate: bool,
+}
+
+/// Why the service ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// A control client asked for it.
+    Shutdown,
+    /// The client is gone and `terminate` was asked for.
+    ClientGone,
+    /// A signal.
+    Signal,
+}
+
+/// Everything that the threads share.
+pub struct Service<F> {
+    engine: Mutex<Engine>,
+    cancel: Canceller,
+    vmgs: SharedVmgs<F>,
+    engine_version: u32,
+    policy: Policy,
+    locality: AtomicU8,
+    data_fd_in_use: AtomicBool,
+    end: Sender<End>,
+}
+
+impl<F: BlockFile + 'static> Service<F> {
+    /// Wraps an engine whose state lives in `vmgs`.
+    pub fn new(engine: Engine, vmgs: SharedVmgs<F>, policy: Policy, end: Sender<End>) -> Self {
+        Self {
+            cancel: engine.canceller(),
+            engine_version: engine.version(),
+            engine: Mutex::new(engine),
+            vmgs,
+            policy,
+            locality: AtomicU8::new(0),
+            data_fd_in_use: AtomicBool::new(false),
+            end,
+        }
+    }
+
+    fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn vmgs(&self) -> MutexGuard<'_, crate::vmgs::Vmgs<F>> {
+        self.vmgs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn finish(&self, why: End) {
+        // The receiver is gone only when the service is ending anyway.
+        let _ = self.end.send(why);
+    }
+
+    /// Powers the TPM on. A TPM is manufactured only if the image says that it never had one.
+    pub fn power_on(&self, delete_volatile: bool) -> Result<(), EngineError> {
+        let virgin = is_virgin(&self.vmgs());
+        let mut engine = self.engine();
+        engine.start(virgin)?;
+        self.locality.store(0, Ordering::SeqCst);
+        if virgin {
+            log::info("manufactured a new TPM");
+        }
+        let mut vmgs = self.vmgs();
+        if let Err(e) = remember_good(&mut vmgs) {
+            log::error(&format!("keeping a good copy of the TPM's state: {e}"));
+            drop(vmgs);
+            engine.stop();
+            return Err(EngineError::State("stopped, because its state cannot be stored"));
+        }
+        if delete_volatile && vmgs.list().iter().any(|(id, _, _)| *id == crate::vmgs::FileId::VTPM_VOLATILE) {
+            let removed = vmgs.commit(&[Change::Delete(crate::vmgs::FileId::VTPM_VOLATILE)]);
+            if let Err(e) = removed {
+                log::error(&format!("deleting the volatile state: {e}"));
+            }
+        }
+        drop(vmgs);
+        let startup = match self.policy.startup {
+            Startup::None => return Ok(()),
+            Startup::Clear => 0,
+            Startup::State => 1,
+        };
+        engine.process(0, &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, startup]).map(|_| ())
+    }
+
+    /// Serves data clients until the process ends.
+    pub fn serve_data(self: &Arc<Self>, listener: Listener) {
+        self.accept_loop(listener, "data", |service, stream| service.data_client(stream));
+    }
+
+    /// Serves control clients until the process ends.
+    pub fn serve_control(self: &Arc<Self>, listener: Listener) {
+        self.accept_loop(listener, "control", |service, stream| service.control_client(stream));
+    }
+
+    /// Serves one data client that is connected already.
+    pub fn serve_data_stream(self: &Arc<Self>, stream: Stream) {
+        self.spawn("data", move |service| service.data_client(stream));
+    }
+
+    /// Powers the TPM off and ends the anchor's lease in good order.
+    pub fn retire(&self) -> Result<(), crate::vmgs::VmgsError> {
+        self.engine().stop();
+        self.vmgs().release()
+    }
+
+    /// Serves one control client that is connected already.
+    pub fn serve_control_stream(self: &Arc<Self>, stream: Stream) {
+        self.spawn("control", move |service| service.control_client(stream));
+    }
+
+    fn spawn(self: &Arc<Self>, name: &str, run: impl FnOnce(&Arc<Self>) + Send + 'static) {
+        let service = self.clone();
+        let spawned = std::thread::Builder::new().name(name.into()).spawn(move || run(&service));
+        if let Err(e) = spawned {
+            log::error(&format!("no thread for a {name} client: {e}"));
+        }
+    }
+
+    fn accept_loop(self: &Arc<Self>, listener: Listener, name: &'static str, serve: fn(&Arc<Self>, Stream)) {
+        self.spawn(name, move |service| {
+            let clients = Arc::new(AtomicUsize::new(0));
+            loop {
+                let stream = match listener.accept() {
+                    Ok(stream) => stream,
+                    Err(e) => {
+                        log::error(&format!("accepting a {name} client: {e}"));
+                        std::thread::sleep(std::time::Duration::from_millis(100));
+                        continue;
+                    }
+                };
+                if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
+                    clients.fetch_sub(1, Ordering::SeqCst);
+                    log::warn(&format!("more than {MAX_CLIENTS} {name} clients; one was turned away"));
+                    continue;
+                }
+                let clients = clients.clone();
+                service.spawn(name, move |service| {
+                    serve(service, stream);
+                    clients.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+        });
+    }
+
+    fn data_client(self: &Arc<Self>, mut stream: Stream) {
+        loop {
+            let (reply, last) = match data::receive(&mut stream) {
+                Ok(Received::Command(incoming)) => {
+                    let locality = incoming.prefix.unwrap_or_else(|| self.locality.load(Ordering::SeqCst));
+                    let response = self.execute(locality, &incoming.command);
+                    (data::encode(&response, incoming.prefix.is_some()), false)
+                }
+                Ok(Received::BadLength) => (data::bad_length(), true),
+                Ok(Received::End) | Err(_) => return,
+            };
+            if stream.write_all(&reply).is_err() || last {
+                return;
+            }
+        }
+    }
+
+    fn execute(&self, locality: u8, command: &[u8]) -> Vec<u8> {
+        if locality > 4 || (locality == 4 && self.policy.reject_locality_4) {
+            return data::failure();
+        }
+        let mut engine = self.engine();
+        if !engine.is_running() {
+            return data::before_init();
+        }
+        match engine.process(locality, command) {
+            Ok(response) if (data::HEADER..=data::MAX_COMMAND).contains(&response.len()) => response,
+            Ok(_) | Err(_) => data::failure(),
+        }
+    }
+
+    fn control_client(self: &Arc<Self>, mut stream: Stream) {
+        loop {
+            // Room for the largest fixed message; what is announced beyond it is read on demand.
+            let (mut message, mut fd) = match stream.receive(4096 + 64) {
+                Ok((m, fd)) if !m.is_empty() => (m, fd),
+                _ => break,
+            };
+            let mut parsed = wire::parse(&message);
+            while let Parsed::Announces(total) = parsed {
+                match stream.receive(total - message.len()) {
+                    Ok((more, _)) if !more.is_empty() => message.extend_from_slice(&more),
+                    _ => return self.control_client_gone(),
+                }
+                parsed = wire::parse(&message);
+            }
+            let (response, ends) = match parsed {
+                Parsed::Whole(Request::Shutdown) => (Response::ok(), true),
+                Parsed::Whole(Request::SetDataFd) => (self.take_data_fd(fd.take()), false),
+                Parsed::Whole(request) => (self.answer(request), false),
+                Parsed::Refused(code) => (Response::refused(code), false),
+                Parsed::Announces(_) => (Response::refused(code::BAD_PARAMETER), false),
+            };
+            zeroize::Zeroize::zeroize(&mut message);
+            let sent = stream.write_all(response.as_bytes());
+            if ends {
+                return self.finish(End::Shutdown);
+            }
+            if sent.is_err() {
+                break;
+            }
+        }
+        self.control_client_gone();
+    }
+
+    fn control_client_gone(&self) {
+        if self.policy.terminate {
+            self.finish(End::ClientGone);
+        }
+    }
+
+    fn take_data_fd(self: &Arc<Self>, fd: Option<std::os::fd::OwnedFd>) -> Response {
+        let Some(fd) = fd else { return Response::refused(code::BAD_PARAMETER) };
+        if self.data_fd_in_use.swap(true, Ordering::SeqCst) {
+            return Response::refused(code::IO);
+        }
+        self.spawn("data", move |service| {
+            service.data_client(Stream::from_fd(fd));
+            service.data_fd_in_use.store(false, Ordering::SeqCst);
+        });
+        Response::ok()
+    }
+
+    fn answer(&self, request: Request) -> Response {
+        let done = |result: Result<(), EngineError>| match result {
+            Ok(()) => Response::ok(),
+            Err(e) => refusal(&e),
+        };
+        match request {
+            Request::GetCapability => Response::ok().word(wire::CAPABILITIES),
+            Request::Init { flags } => {
+                done(self.power_on(flags & wire::INIT_DELETE_VOLATILE != 0).inspect_err(|e| {
+                    log::error(&format!("powering the TPM on: {e}"));
+                }))
+            }
+            Request::Stop => {
+                self.engine().stop();
+                Response::ok()
+            }
+            Request::SetLocality(l) if l > 4 => Response::refused(code::BAD_LOCALITY),
+            Request::SetLocality(4) if self.policy.reject_locality_4 => Response::refused(code::BAD_LOCALITY),
+            Request::SetLocality(l) => {
+                self.locality.store(l, Ordering::SeqCst);
+                Response::ok()
+            }
+            Request::GetEstablished => match self.engine().established() {
+                Ok(bit) => Response::ok().bytes(&[bit.into(), 0, 0, 0]),
+                Err(e) => refusal(&e),
+            },
+            Request::ResetEstablished(l) if l > 4 => Response::refused(code::BAD_LOCALITY),
+            Request::ResetEstablished(l) => done(self.engine().reset_established(l)),
+            Request::HashStart => done(self.engine().hash(HashStep::Start)),
+            Request::HashData(data) => done(self.engine().hash(HashStep::Data(&data))),
+            Request::HashEnd => done(self.engine().hash(HashStep::End)),
+            Request::Cancel => self.cancel_command(),
+            Request::StoreVolatile => done(self.store_volatile()),
+            Request::GetStateBlob { kind, offset } => self.export(kind, offset),
+            Request::SetStateBlob { flags, kind, data } => self.import(flags, kind, &data),
+            // The state at rest is encrypted, always.
+            Request::GetConfig => Response::ok().word(1),
+            Request::SetBufferSize(wanted) => match self.engine().buffer_size(wanted) {
+                Ok((size, min, max)) => Response::ok().word(size).word(min).word(max),
+                Err(e) => refusal(&e),
+            },
+            Request::GetInfo { flags, offset } => self.info(flags, offset),
+            // The image is locked from open to close.
+            Request::LockStorage => Response::ok(),
+            Request::Shutdown | Request::SetDataFd => Response::refused(code::BAD_ORDINAL),
+        }
+    }
+
+    /// Does not wait for the engine: that is the point of it.
+    fn cancel_command(&self) -> Response {
+        let off = self.engine.try_lock().is_ok_and(|engine| !engine.is_running());
+        if off {
+            return Response::refused(code::BAD_ORDINAL);
+        }
+        match self.cancel.cancel() {
+            Ok(()) => Response::ok(),
+            Err(e) => refusal(&e),
+        }
+    }
+
+    fn store_volatile(&self) -> Result<(), EngineError> {
+        let engine = self.engine();
+        if !engine.is_running() {
+            return Err(EngineError::State("off"));
+        }
+        let blob = zeroize::Zeroizing::new(engine.state(Blob::Volatile)?);
+        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version);
+        crate::engine::StateStore::store(&mut store, Blob::Volatile, &blob)
+            .map_err(|_| EngineError::Refused(9))
+    }
+
+    fn export(&self, kind: u32, offset: u32) -> Response {
+        let Some(blob) = Blob::from_protocol(kind) else { return Response::refused(code::BAD_PARAMETER) };
+        let engine = self.engine();
+        if !engine.is_running() {
+            return Response::refused(code::BAD_ORDINAL);
+        }
+        if !self.policy.state_export {
+            log::warn("a client asked for TPM state; refused (start with --state-export allow to permit it)");
+            return Response::refused(code::FAIL);
+        }
+        let data = match blob {
+            Blob::Save => Vec::new(),
+            _ => match engine.state(blob) {
+                Ok(data) => data,
+                Err(e) => return refusal(&e),
+            },
+        };
+        log::warn(&format!(
+            "TPM state ({blob:?}) leaves through the control channel: this identity can now live twice"
+        ));
+        if let Err(e) = self.vmgs().commit(&[Change::Flag(FLAG_EXPORTED)]) {
+            log::error(&format!("recording the export: {e}"));
+            return Response::refused(code::FAIL);
+        }
+        let rest = data.get(offset as usize..).unwrap_or_default();
+        Response::ok().word(0).word(data.len() as u32).word(rest.len() as u32).bytes(rest)
+    }
+
+    fn import(&self, flags: u32, kind: u32, data: &[u8]) -> Response {
+        let Some(blob) = Blob::from_protocol(kind) else { return Response::refused(code::BAD_PARAMETER) };
+        let mut engine = self.engine();
+        if engine.is_running() {
+            return Response::refused(code::BAD_ORDINAL);
+        }
+        if !self.policy.state_export || flags & wire::STATE_ENCRYPTED != 0 {
+            log::warn("a client tried to replace TPM state; refused");
+            return Response::refused(code::FAIL);
+        }
+        if data.is_empty() {
+            return Response::ok();
+        }
+        if blob == Blob::Permanent
+            && let Err(e) = engine.validate(blob, data)
+        {
+            log::warn(&format!("TPM state from the control channel is not valid: {e}"));
+            return refusal(&e);
+        }
+        log::warn(&format!("TPM state ({blob:?}) was replaced through the control channel"));
+        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version);
+        match crate::engine::StateStore::store(&mut store, blob, data) {
+            Ok(()) => Response::ok(),
+            Err(_) => Response::refused(code::FAIL),
+        }
+    }
+
+    fn info(&self, flags: u64, offset: u32) -> Response {
+        // Bits 0 to 2 are the library's own; others have no answer here and are ignored, as the protocol wants.
+        let mut text = self.engine().info((flags & 7) as u32).into_bytes();
+        text.push(0);
+        let rest = text.get(offset as usize..).unwrap_or_default();
+        Response::ok().word(text.len() as u32).word(rest.len() as u32).bytes(rest)
+    }
+}
+
+fn refusal(error: &EngineError) -> Response {
+    Response::refused(match error {
+        EngineError::Refused(code) => *code,
+        EngineError::State(_) => code::BAD_ORDINAL,
+        _ => code::FAIL,
+    })
+}

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Control messages as bytes (`swtpm_ioctls(3)`, UNIX-socket form): big-endian, command number, then a body.
+//!
+//! Messages do not say how long they are, and clients pad bodies to the size of a C union. So one received message is
+//! one command and spare bytes behind it are dropped, except for the two commands that announce how much data follows.
+
+/// TPM 1.2 result codes that the protocol answers with.
+pub mod code {
+    /// Done.
+    pub const OK: u32 = 0;
+    /// The body is not what the command needs.
+    pub const BAD_PARAMETER: u32 = 3;
+    /// It did not work.
+    pub const FAIL: u32 = 9;
+    /// Unknown command, or not in this state.
+    pub const BAD_ORDINAL: u32 = 0x0a;
+    /// Does not fit.
+    pub const SIZE: u32 = 0x17;
+    /// Sockets or descriptors.
+    pub const IO: u32 = 0x1f;
+    /// Locality above 4.
+    pub const BAD_LOCALITY: u32 = 0x3d;
+}
+
+/// Command numbers.
+pub mod number {
+    #![allow(missing_docs)]
+    pub const GET_CAPABILITY: u32 = 1;
+    pub const INIT: u32 = 2;
+    pub const SHUTDOWN: u32 = 3;
+    pub const GET_ESTABLISHED: u32 = 4;
+    pub const SET_LOCALITY: u32 = 5;
+    pub const HASH_START: u32 = 6;
+    pub const HASH_DATA: u32 = 7;
+    pub const HASH_END: u32 = 8;
+    pub const CANCEL: u32 = 9;
+    pub const STORE_VOLATILE: u32 = 10;
+    pub const RESET_ESTABLISHED: u32 = 11;
+    pub const GET_STATEBLOB: u32 = 12;
+    pub const SET_STATEBLOB: u32 = 13;
+    pub const STOP: u32 = 14;
+    pub const GET_CONFIG: u32 = 15;
+    pub const SET_DATAFD: u32 = 16;
+    pub const SET_BUFFERSIZE: u32 = 17;
+    pub const GET_INFO: u32 = 18;
+    pub const LOCK_STORAGE: u32 = 19;
+}
+
+/// Capabilities of this server: every bit up to 14, the command header on the data channel, and storage locking.
+pub const CAPABILITIES: u32 = 0x1_ffff;
+/// Largest state blob that is taken in.
+pub const MAX_STATE: u32 = 512 << 10;
+/// Largest piece of a measured launch in one message.
+pub const MAX_HASH: u32 = 4096;
+/// `INIT` flag: delete the volatile state once it has been read.
+pub const INIT_DELETE_VOLATILE: u32 = 1;
+/// State-blob flag: the blob is encrypted.
+pub const STATE_ENCRYPTED: u32 = 2;
+
+/// A parsed request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Request {
+    GetCapability,
+    Init { flags: u32 },
+    Shutdown,
+    GetEstablished,
+    SetLocality(u8),
+    HashStart,
+    HashData(Vec<u8>),
+    HashEnd,
+    Cancel,
+    StoreVolatile,
+    ResetEstablished(u8),
+    GetStateBlob { kind: u32, offset: u32 },
+    SetStateBlob { flags: u32, kind: u32, data: Vec<u8> },
+    Stop,
+    GetConfig,
+    SetDataFd,
+    SetBufferSize(u32),
+    GetInfo { flags: u64, offset: u32 },
+    LockStorage,
+}
+
+/// What became of a received message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Parsed {
+    /// A whole request.
+    Whole(Request),
+    /// A request that announces this many bytes in all; the rest is still to come.
+    Announces(usize),
+    /// Answer with this code.
+    Refused(u32),
+}
+
+fn be32(b: &[u8], at: usize) -> Option<u32> {
+    let bytes: [u8; 4] = b.get(at..at.checked_add(4)?)?.try_into().ok()?;
+    Some(u32::from_be_bytes(bytes))
+}
+
+/// Parses one received message.
+pub fn parse(message: &[u8]) -> Parsed {
+    use Parsed::Refused;
+    use Parsed::Whole;
+    let Some(command) = be32(message, 0) else { return Refused(code::BAD_PARAMETER) };
+    let body = &message[4..];
+    let word = |at: usize| be32(body, at);
+    let bad = Refused(code::BAD_PARAMETER);
+    match command {
+        number::GET_CAPABILITY => Whole(Request::GetCapability),
+        number::INIT => match (word(0), body.len()) {
+            (Some(flags), 4) => Whole(Request::Init { flags }),
+            _ => bad,
+        },
+        number::SHUTDOWN => Whole(Request::Shutdown),
+        number::GET_ESTABLISHED => Whole(Request::GetEstablished),
+        number::SET_LOCALITY => body.first().map_or(bad, |l| Whole(Request::SetLocality(*l))),
+        number::HASH_START => Whole(Request::HashStart),
+        number::HASH_DATA => match announced(body, 0, MAX_HASH) {
+            Ok(Ok(data)) => Whole(Request::HashData(data)),
+            Ok(Err(total)) => Parsed::Announces(total),
+            Err(code) => Refused(code),
+        },
+        number::HASH_END => Whole(Request::HashEnd),
+        number::CANCEL => Whole(Request::Cancel),
+        number::STORE_VOLATILE => Whole(Request::StoreVolatile),
+        number::RESET_ESTABLISHED => body.first().map_or(bad, |l| Whole(Request::ResetEstablished(*l))),
+        number::GET_STATEBLOB => match (word(0), word(4), word(8)) {
+            (Some(_), Some(kind), Some(offset)) => Whole(Request::GetStateBlob { kind, offset }),
+            _ => bad,
+        },
+        number::SET_STATEBLOB => match (word(0), word(4), announced(body, 8, MAX_STATE)) {
+            (Some(flags), Some(kind), Ok(Ok(data))) => Whole(Request::SetStateBlob { flags, kind, data }),
+            (_, _, Ok(Err(total))) => Parsed::Announces(total),
+            (_, _, Err(code)) => Refused(code),
+            _ => bad,
+        },
+        number::STOP => Whole(Request::Stop),
+        number::GET_CONFIG => Whole(Request::GetConfig),
+        number::SET_DATAFD => Whole(Request::SetDataFd),
+        number::SET_BUFFERSIZE => word(0).map_or(bad, |size| Whole(Request::SetBufferSize(size))),
+        number::GET_INFO => match (word(0), word(4), word(8)) {
+            (Some(high), Some(low), Some(offset)) => {
+                Whole(Request::GetInfo { flags: u64::from(high) << 32 | u64::from(low), offset })
+            }
+            _ => bad,
+        },
+        number::LOCK_STORAGE => Whole(Request::LockStorage),
+        _ => Refused(code::BAD_ORDINAL),
+    }
+}
+
+/// Data behind a length at `at`: the data, or the length of the whole message if some of it is missing.
+fn announced(body: &[u8], at: usize, most: u32) -> Result<Result<Vec<u8>, usize>, u32> {
+    let length = be32(body, at).ok_or(code::BAD_PARAMETER)?;
+    if length > most {
+        return Err(code::SIZE);
+    }
+    let end = at + 4 + length as usize;
+    Ok(match body.get(at + 4..end) {
+        Some(data) => Ok(data.to_vec()),
+        None => Err(4 + end),
+    })
+}
+
+/// A response: the result and, only if it is zero, more words and bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Response(Vec<u8>);
+
+impl Response {
+    /// Success with nothing behind it.
+    pub fn ok() -> Self {
+        Self(code::OK.to_be_bytes().to_vec())
+    }
+
+    /// A refusal: four bytes and no more.
+    pub fn refused(code: u32) -> Self {
+        Self(code.to_be_bytes().to_vec())
+    }
+
+    /// Appends a word.
+    #[must_use]
+    pub fn word(mut self, word: u32) -> Self {
+        self.0.extend_from_slice(&word.to_be_bytes());
+        self
+    }
+
+    /// Appends bytes.
+    #[must_use]
+    pub fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    /// The message.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn message(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|w| w.to_be_bytes()).collect()
+    }
+
+    #[test]
+    fn both_sizes_of_a_locality_body_are_taken() {
+        assert_eq!(parse(&[0, 0, 0, 5, 3]), Parsed::Whole(Request::SetLocality(3)));
+        assert_eq!(parse(&[0, 0, 0, 5, 3, 0, 0, 0]), Parsed::Whole(Request::SetLocality(3)));
+        assert_eq!(parse(&[0, 0, 0, 5]), Parsed::Refused(code::BAD_PARAMETER));
+    }
+
+    #[test]
+    fn init_has_exactly_one_word() {
+        assert_eq!(parse(&message(&[2, 1])), Parsed::Whole(Request::Init { flags: 1 }));
+        assert_eq!(parse(&message(&[2])), Parsed::Refused(code::BAD_PARAMETER));
+        assert_eq!(parse(&message(&[2, 1, 1])), Parsed::Refused(code::BAD_PARAMETER));
+    }
+
+    #[test]
+    fn a_state_blob_may_come_in_two_messages() {
+        let mut m = message(&[13, 0, 1, 5]);
+        assert_eq!(parse(&m), Parsed::Announces(21));
+        m.extend_from_slice(b"state");
+        let data = b"state".to_vec();
+        assert_eq!(parse(&m), Parsed::Whole(Request::SetStateBlob { flags: 0, kind: 1, data }));
+        assert_eq!(parse(&message(&[13, 0, 1, MAX_STATE + 1])), Parsed::Refused(code::SIZE));
+        assert_eq!(parse(&message(&[7, u32::MAX])), Parsed::Refused(code::SIZE));
+    }
+
+    #[test]
+    fn unknown_commands_are_bad_ordinals() {
+        for n in [0, 20, 0x8001_0000, u32::MAX] {
+            assert_eq!(parse(&message(&[n, 0, 0])), Parsed::Refused(code::BAD_ORDINAL));
+        }
+        assert_eq!(parse(&[0, 0, 1]), Parsed::Refused(code::BAD_PARAMETER));
+    }
+
+    proptest! {
+        #[test]
+        fn no_message_panics(command in 0u32..22, body in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let mut m = command.to_be_bytes().to_vec();
+            m.extend_from_slice(&body);
+            if let Parsed::Announces(total) = parse(&m) {
+                prop_assert!(total > m.len() && total <= 16 + MAX_STATE as usize);
+            }
+        }
+    }
+}

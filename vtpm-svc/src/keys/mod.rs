@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where the datastore key comes from.
+//!
+//! The key is asked for once, before the image is opened, and by name of the image. A provider may be as simple as a
+//! file; the interface is shaped so that a key broker fits too, which gives the key only after it has verified an
+//! attestation report that answers its challenge ([`Evidence`]).
+
+pub mod file;
+pub mod hook;
+pub mod passphrase;
+
+use std::path::PathBuf;
+
+use crate::vmgs::Key;
+use crate::vmgs::root::uuid_text;
+
+/// What the key is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To open an image.
+    Open,
+    /// To make a new image; a provider that manages keys makes one.
+    Create,
+    /// To replace the key of an image; a provider that manages keys makes the next one.
+    Rekey,
+}
+
+impl Purpose {
+    /// One word, as hooks get it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Create => "create",
+            Self::Rekey => "rekey",
+        }
+    }
+}
+
+/// Proof of where the service runs, made for a broker's challenge.
+pub trait Evidence {
+    /// An attestation report whose report data is `challenge`.
+    fn report(&self, challenge: &[u8; 64]) -> Result<Vec<u8>, KeyError>;
+}
+
+/// A request for a key.
+pub struct KeyRequest<'a> {
+    /// The image's unique id, from its container: public, and bound to the key by whoever gives the key out.
+    pub image: [u8; 16],
+    /// What the key is for.
+    pub purpose: Purpose,
+    /// Proof, if the service has any to offer.
+    pub evidence: Option<&'a dyn Evidence>,
+}
+
+impl KeyRequest<'_> {
+    /// The image's id as text.
+    pub fn image_text(&self) -> String {
+        uuid_text(&self.image)
+    }
+}
+
+/// Why there is no key.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// A file cannot be read.
+    #[error("key {path}: {source}")]
+    Io {
+        /// The file or program.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+    /// Everyone may read the file.
+    #[error("key {path}: its mode {mode:#o} lets other users read it; run `chmod 600 {path}`")]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// The contents are not a key.
+    #[error("key {origin}: {found}; expected 32 bytes or 64 hexadecimal digits")]
+    NotAKey {
+        /// Where it came from.
+        origin: String,
+        /// What was found instead, without showing it.
+        found: String,
+    },
+    /// A passphrase that is no passphrase.
+    #[error("the passphrase in {0} is empty")]
+    EmptyPassphrase(PathBuf),
+    /// Key derivation failed.
+    #[error("deriving the key from the passphrase: {0}")]
+    Derivation(String),
+    /// systemd gave no credentials.
+    #[error(
+        "no credential `{0}`: $CREDENTIALS_DIRECTORY is not set, so this process was not started by systemd with \
+         LoadCredential= or LoadCredentialEncrypted="
+    )]
+    NoCredentials(String),
+    /// The hook said no.
+    #[error("key hook {program} failed ({status}): {message}")]
+    Hook {
+        /// The program.
+        program: PathBuf,
+        /// Exit status.
+        status: String,
+        /// What it printed on standard error, one line.
+        message: String,
+    },
+    /// A key of zeros.
+    #[error("the key is all zero")]
+    Zero,
+}
+
+/// A source of keys.
+pub trait KeyProvider {
+    /// For messages.
+    fn describe(&self) -> String;
+    /// Gives the key, or says why not.
+    fn obtain(&self, request: &KeyRequest<'_>) -> Result<Key, KeyError>;
+}
+
+/// The key options of the command line; exactly one must be given.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[group(multiple = false)]
+pub struct KeyArgs {
+    /// File with the datastore key: 32 bytes, or 64 hexadecimal digits
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// File whose first line is a passphrase; the key is derived from it with argon2id
+    #[arg(long, value_name = "FILE")]
+    pub passphrase_file: Option<PathBuf>,
+    /// Name of a systemd credential that holds the key (LoadCredential=, LoadCredentialEncrypted=)
+    #[arg(long, value_name = "NAME")]
+    pub key_credential: Option<String>,
+    /// Program that prints the key; it gets the request as JSON on standard input
+    #[arg(long, value_name = "PROGRAM")]
+    pub key_hook: Option<PathBuf>,
+}
+
+impl KeyArgs {
+    /// The provider that was chosen, if any.
+    pub fn provider(&self) -> Option<Box<dyn KeyProvider>> {
+        provider_of(&self.key_file, &self.passphrase_file, &self.key_credential, &self.key_hook)
+    }
+}
+
+/// The key options for the key that takes over; only used when a key is replaced or an image is copied.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[group(multiple = false)]
+pub struct NewKeyArgs {
+    /// File with the new datastore key
+    #[arg(long, value_name = "FILE")]
+    pub new_key_file: Option<PathBuf>,
+    /// File whose first line is the new passphrase
+    #[arg(long, value_name = "FILE")]
+    pub new_passphrase_file: Option<PathBuf>,
+    /// Name of a systemd credential that holds the new key
+    #[arg(long, value_name = "NAME")]
+    pub new_key_credential: Option<String>,
+    /// Program that prints the new key
+    #[arg(long, value_name = "PROGRAM")]
+    pub new_key_hook: Option<PathBuf>,
+}
+
+impl NewKeyArgs {
+    /// The provider that was chosen, if any.
+    pub fn provider(&self) -> Option<Box<dyn KeyProvider>> {
+        provider_of(
+            &self.new_key_file,
+            &self.new_passphrase_file,
+            &self.new_key_credential,
+            &self.new_key_hook,
+        )
+    }
+}
+
+fn provider_of(
+    key_file: &Option<PathBuf>,
+    passphrase: &Option<PathBuf>,
+    credential: &Option<String>,
+    program: &Option<PathBuf>,
+) -> Option<Box<dyn KeyProvider>> {
+    if let Some(path) = key_file {
+        return Some(Box::new(file::KeyFile { path: path.clone() }));
+    }
+    if let Some(path) = passphrase {
+        return Some(Box::new(passphrase::Passphrase { path: path.clone() }));
+    }
+    if let Some(name) = credential {
+        return Some(Box::new(file::Credential { name: name.clone() }));
+    }
+    program.as_ref().map(|path| Box::new(hook::Hook { program: path.clone() }) as Box<dyn KeyProvider>)
+}
+
+/// A key from bytes that are either the key itself or its hexadecimal form.
+fn decode(origin: String, bytes: &[u8]) -> Result<Key, KeyError> {
+    let zero = |_| KeyError::Zero;
+    if let Ok(raw) = <&[u8; 32]>::try_from(bytes) {
+        return Key::from_bytes(raw).map_err(zero);
+    }
+    let text = bytes.trim_ascii();
+    let not_a_key = |found: String| KeyError::NotAKey { origin: origin.clone(), found };
+    if text.len() != 64 {
+        return Err(not_a_key(format!("{} bytes", bytes.len())));
+    }
+    let mut raw = zeroize::Zeroizing::new([0; 32]);
+    for (out, pair) in raw.iter_mut().zip(text.chunks_exact(2)) {
+        let digit = |b: u8| char::from(b).to_digit(16);
+        let (Some(high), Some(low)) = (digit(pair[0]), digit(pair[1])) else {
+            return Err(not_a_key("64 characters that are not all hexadecimal digits".into()));
+        };
+        *out = (high << 4 | low) as u8;
+    }
+    Key::from_bytes(&raw).map_err(zero)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn request() -> KeyRequest<'static> {
+        KeyRequest { image: [0x11; 16], purpose: Purpose::Open, evidence: None }
+    }
+
+    fn write(dir: &tempfile::TempDir, name: &str, data: &[u8], mode: u32) -> PathBuf {
+        let path = dir.path().join(name);
+        std::fs::write(&path, data).expect("write");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).expect("mode");
+        path
+    }
+
+    #[test]
+    fn raw_and_hexadecimal_files_are_the_same_key() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let raw = write(&dir, "raw", &[0xab; 32], 0o600);
+        let hex = write(&dir, "hex", format!("{}\n", "ab".repeat(32)).as_bytes(), 0o600);
+        let key = |path| file::KeyFile { path }.obtain(&request()).expect("key");
+        assert_eq!(key(raw).expose(), key(hex).expose());
+    }
+
+    #[test]
+    fn poor_key_files_are_refused_without_being_shown() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let refuse = |name: &str, data: &[u8], mode| {
+            let path = write(&dir, name, data, mode);
+            file::KeyFile { path }.obtain(&request()).expect_err("refused").to_string()
+        };
+        assert!(refuse("open", &[1; 32], 0o644).contains("chmod 600"));
+        assert!(refuse("short", b"hunter2", 0o600).contains("7 bytes"));
+        assert!(!refuse("nothex", &[b'z'; 64], 0o600).contains('z'), "the contents are not printed");
+        assert!(refuse("zero", &[0; 32], 0o600).contains("zero"));
+    }
+
+    /// Expected value from the reference program: `printf correct horse | argon2 <salt> -id -t 3 -m 16 -p 1 -l 32`,
+    /// computed with Python's argon2-cffi (`hash_secret_raw`).
+    #[test]
+    fn a_passphrase_gives_the_argon2id_key_of_the_reference_implementation() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = write(&dir, "pass", b"correct horse\nignored\n", 0o600);
+        let key = passphrase::Passphrase { path }.obtain(&request()).expect("key");
+        let hex: String = key.expose().iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(hex, "89a939de1ca01a9432f87603f247ff01f8a62125c2741c3edd53c1ce319c809c");
+    }
+
+    #[test]
+    fn a_hook_gets_the_request_and_gives_the_key_or_a_reason() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let good =
+            write(&dir, "good", b"#!/bin/sh\ngrep -q '\"purpose\":\"open\"' && printf %064d 1\n", 0o700);
+        let key = hook::Hook { program: good }.obtain(&request()).expect("key");
+        assert_eq!(key.expose()[31], 1);
+        let bad =
+            write(&dir, "bad", b"#!/bin/sh\necho 'policy: debug guests get no key' >&2\nexit 3\n", 0o700);
+        let text = hook::Hook { program: bad }.obtain(&request()).expect_err("refused").to_string();
+        assert!(text.contains("policy: debug guests") && text.contains('3'), "{text}");
+    }
+}

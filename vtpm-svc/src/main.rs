@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The `vtpm-svc` program: one process per guest, or one command on a guest-state file.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::Subcommand;
+
+#[derive(Parser)]
+#[command(
+    name = "vtpm-svc",
+    version,
+    about = "A vTPM and its guest-state file, served from outside the guest"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve a TPM 2.0 over sockets, as swtpm does
+    Socket(Box<vtpm_svc::control::options::SocketArgs>),
+    /// Make, examine and change guest-state files
+    Vmgs(vtpm_svc::cli_vmgs::VmgsArgs),
+}
+
+fn main() -> ExitCode {
+    let result: Result<(), Box<dyn std::error::Error>> = match Cli::parse().command {
+        Command::Socket(args) => vtpm_svc::service::run(&args).map_err(Into::into),
+        Command::Vmgs(args) => {
+            vtpm_svc::cli_vmgs::run(&args, &mut std::io::stdout().lock()).map_err(Into::into)
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            vtpm_svc::log::error(&e.to_string());
+            ExitCode::FAILURE
+        }
+    }
+}

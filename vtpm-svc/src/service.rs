@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `vtpm-svc socket`: from options to a served TPM, in an order that matters.
+//!
+//! Sockets, key, image, anchor and library are opened first, with the rights of whoever started the process. Then the
+//! cage is closed, and only then does the engine see the stored state and clients see the sockets.
+
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::mpsc;
+
+use crate::control::options;
+use crate::control::options::Channel;
+use crate::control::options::OptionError;
+use crate::control::options::SocketArgs;
+use crate::control::server::End;
+use crate::control::server::Service;
+use crate::control::socket::Listener;
+use crate::control::socket::Stream;
+use crate::engine::Engine;
+use crate::engine::EngineError;
+use crate::engine::state::VmgsState;
+use crate::keys::KeyError;
+use crate::keys::KeyRequest;
+use crate::keys::Purpose;
+use crate::log;
+use crate::process;
+use crate::sandbox;
+use crate::vmgs::FsFile;
+use crate::vmgs::Vmgs;
+use crate::vmgs::VmgsError;
+use crate::vmgs::image;
+
+/// What every report of this service about itself has to say.
+pub const TRUST: &str = "The vTPM of this VM runs on the host; its operator can read and change its keys, \
+                         measurements and storage. It does not protect this VM from the host.";
+
+/// Why the service did not start or ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// Command line.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// A required option is missing.
+    #[error("{0}")]
+    Missing(&'static str),
+    /// A socket.
+    #[error("socket {what}: {source}")]
+    Socket {
+        /// Which.
+        what: String,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The operating system.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// The key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The image.
+    #[error("{path}: {source}")]
+    Image {
+        /// The image.
+        path: String,
+        /// What is wrong with it.
+        source: VmgsError,
+    },
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The cage.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::SandboxError),
+}
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServiceError {
+    move |source| ServiceError::Io { what: what.into(), source }
+}
+
+enum Open {
+    Listening(Listener),
+    Connected(Stream),
+}
+
+fn open_channel(channel: &Channel) -> Result<Open, ServiceError> {
+    let named = |what: String| move |source| ServiceError::Socket { what, source };
+    Ok(match channel {
+        Channel::Unix { path, mode } => {
+            let name = path.display().to_string();
+            // A socket that an earlier run left behind is in the way; anything else is not ours to remove.
+            if path.symlink_metadata().is_ok_and(|m| m.file_type().is_socket()) {
+                std::fs::remove_file(path).map_err(named(name.clone()))?;
+            }
+            let listener = UnixListener::bind(path).map_err(named(name.clone()))?;
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(*mode)).map_err(named(name))?;
+            Open::Listening(Listener::Unix(listener))
+        }
+        Channel::Tcp { address } => {
+            let listener = std::net::TcpListener::bind(address).map_err(named(address.to_string()))?;
+            Open::Listening(Listener::Tcp(listener))
+        }
+        Channel::Listening(fd) => {
+            let fd = process::inherited(*fd).map_err(named(format!("descriptor {fd}")))?;
+            Open::Listening(Listener::Unix(UnixListener::from(fd)))
+        }
+        Channel::Connected(fd) => {
+            let fd = process::inherited(*fd).map_err(named(format!("descriptor {fd}")))?;
+            Open::Connected(Stream::from_fd(fd))
+        }
+    })
+}
+
+fn open_image(args: &SocketArgs, path: &Path) -> Result<Vmgs<FsFile>, ServiceError> {
+    let at = |source| ServiceError::Image { path: path.display().to_string(), source };
+    let file = FsFile::open(path).map_err(VmgsError::opening).map_err(at)?;
+    let provider = args.key.provider().ok_or(ServiceError::Missing(
+        "a key is needed: --key-file, --passphrase-file, --key-credential or --key-hook",
+    ))?;
+    let request =
+        KeyRequest { image: image::unique_id(&file).map_err(at)?, purpose: Purpose::Open, evidence: None };
+    let key = provider.obtain(&request)?;
+    let vmgs = Vmgs::open(file, Some(key), Some(&args.anchor.folder()), args.anchor.accept()).map_err(at)?;
+    if !vmgs.is_encrypted() {
+        return Err(at(VmgsError::NotEncrypted));
+    }
+    for warning in vmgs.warnings() {
+        log::warn(&format!("{}: {warning}", path.display()));
+    }
+    Ok(vmgs)
+}
+
+/// Runs the service until a client or a signal ends it.
+pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
+    if args.print_capabilities {
+        println!("{}", capabilities());
+        return Ok(());
+    }
+    let (mut policy, not_need_init) = args.policy()?;
+    if let Some(text) = &args.log {
+        let path = options::file_setting("log", text)?;
+        let truncate = text.split(',').any(|s| s == "truncate");
+        let file = std::fs::File::options()
+            .create(true)
+            .append(!truncate)
+            .write(true)
+            .truncate(truncate)
+            .open(&path);
+        log::to_file(file.map_err(io_error(format!("log {}", path.display())))?);
+    }
+    let mut control = None;
+    if let Some(text) = &args.ctrl {
+        let (channel, terminate) = options::channel("ctrl", text)?;
+        policy.terminate |= terminate;
+        control = Some(open_channel(&channel)?);
+    }
+    let server = args.server.as_deref().map(|t| options::channel("server", t)).transpose()?;
+    let data = server.map(|(channel, _)| open_channel(&channel)).transpose()?;
+    if control.is_none() && data.is_none() {
+        return Err(ServiceError::Missing("nothing to serve on: give --ctrl, --server or both"));
+    }
+    let path = args
+        .vmgs
+        .as_deref()
+        .ok_or(ServiceError::Missing("--vmgs FILE is required; make one with `vtpm-svc vmgs create`"))?;
+    // Locks and the anchor's lease belong to the process that serves, so the fork comes first.
+    if args.daemon {
+        process::daemonize().map_err(io_error("going to the background"))?;
+    }
+    let vmgs = open_image(args, path)?;
+    if let Some(text) = &args.pid {
+        let file = options::file_setting("pid", text)?;
+        std::fs::write(&file, format!("{}\n", std::process::id()))
+            .map_err(io_error(format!("pid file {}", file.display())))?;
+    }
+    process::block_signals().map_err(io_error("blocking signals"))?;
+
+    let vmgs = Arc::new(Mutex::new(vmgs));
+    let state = vmgs.clone();
+    let engine = Engine::take(|version| Box::new(VmgsState::new(state, version)))?;
+    let (ended, end) = mpsc::channel();
+    let service = Arc::new(Service::new(engine, vmgs, policy, ended.clone()));
+    for missing in process::hide_memory().into_iter().chain(sandbox::close(args.seccomp != "action=none")?) {
+        log::warn(&missing);
+    }
+    log::info(TRUST);
+    if not_need_init {
+        service.power_on(false)?;
+    }
+    match data {
+        Some(Open::Listening(l)) => service.serve_data(l),
+        Some(Open::Connected(s)) => service.serve_data_stream(s),
+        None => {}
+    }
+    match control {
+        Some(Open::Listening(l)) => service.serve_control(l),
+        Some(Open::Connected(s)) => service.serve_control_stream(s),
+        None => {}
+    }
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            if process::wait_for_signal().is_ok() {
+                // The receiver lives until the process ends.
+                let _ = ended.send(End::Signal);
+            }
+        })
+        .map_err(io_error("starting a thread"))?;
+    log::info("ready");
+    // A closed channel cannot be: a sender lives in `service`.
+    let why = end.recv().unwrap_or(End::Signal);
+    log::info(&format!("ending ({why:?})"));
+    service.retire().map_err(|source| ServiceError::Image { path: path.display().to_string(), source })
+}
+
+fn capabilities() -> serde_json::Value {
+    serde_json::json!({
+        "type": "swtpm",
+        "program": "vtpm-svc",
+        "version": env!("CARGO_PKG_VERSION"),
+        "vtpm_mode": "host-served",
+        "trust": TRUST,
+        "features": ["tpm-2.0", "cmdarg-seccomp", "flags-opt-startup", "nvram-backend-vmgs"],
+    })
+}
