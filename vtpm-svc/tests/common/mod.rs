@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A running service, or a running swtpm beside it, for the tests of this package.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::panic)]
 
 pub mod decoder;
 
