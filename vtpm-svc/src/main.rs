@@ -22,7 +22,7 @@ enum Command {
     /// Serve a TPM 2.0 over sockets, as swtpm does
     Socket(Box<vtpm_svc::control::options::SocketArgs>),
     /// Make, examine and change guest-state files
-    Vmgs(vtpm_svc::cli_vmgs::VmgsArgs),
+    Vmgs(Box<vtpm_svc::cli_vmgs::VmgsArgs>),
 }
 
 fn main() -> ExitCode {
