@@ -53,6 +53,9 @@ pub struct Faults {
     pub refuse_registration: Trigger,
     /// Answer a page-state change with an error, without asking the monitor.
     pub psc_error: Trigger,
+    /// End a page-state change by page after a range, as if it were done: the guest finds the cursor short of the end and
+    /// has to ask again. Each finished range is an occasion.
+    pub psc_stop: Trigger,
     /// Let `PVALIDATE` say that nothing changed.
     pub pvalidate_no_change: Trigger,
     /// Let `PVALIDATE` fail with a size mismatch.

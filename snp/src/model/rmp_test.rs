@@ -158,6 +158,52 @@ fn runs_cover_all_ram_in_order() {
     );
 }
 
+#[test]
+fn of_many_vcpus_that_validate_one_page_exactly_one_changes_it() {
+    let pages = private(TwoMib::SizeMismatch);
+    let changed = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for frame in 0..1024 {
+                    if pages.pvalidate(frame * PAGE, true, 0, 1) == DONE {
+                        changed.fetch_add(1, Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(changed.into_inner(), 1024);
+    let s = pages.statistics();
+    assert_eq!((s.validated, s.no_change, s.findings), (1024, 3 * 1024, 3 * 1024));
+    assert_eq!(pages.findings().len(), 1000, "details of the first thousand only");
+}
+
+#[test]
+fn sixteen_gib_are_validated_in_2m_pages_and_found_in_few_runs() {
+    let pages = PageStates::new(&[0..0xc000_0000, 0x1_0000_0000..0x4_4000_0000], TwoMib::Accept);
+    for range in [0..0xc000_0000, 0x1_0000_0000..0x4_4000_0000u64] {
+        pages.set_private(range.start, (range.end - range.start) / PAGE, true);
+        for gpa in range.step_by(0x20_0000) {
+            assert_eq!(pages.pvalidate(gpa, true, 1, 1), DONE);
+        }
+    }
+    assert_eq!(pages.statistics().pvalidate_2m, 8192);
+    let mut runs = 0;
+    pages.for_each_run(|_, state| runs += u32::from(state.usable()));
+    assert_eq!(runs, 2);
+}
+
+#[test]
+fn slots_can_be_added_up_to_a_limit() {
+    let pages = PageStates::new(&[], TwoMib::Accept);
+    for i in 0..MAX_SLOTS as u64 {
+        assert!(pages.add_ram(i * 0x10_0000..i * 0x10_0000 + PAGE));
+    }
+    assert!(!pages.add_ram(0x8000_0000..0x8000_1000));
+    assert!(pages.state(0x10_0000).is_some() && pages.state(0x10_1000).is_none());
+}
+
 proptest! {
     #[test]
     fn no_operand_panics_and_a_validated_page_is_always_private(

@@ -478,6 +478,10 @@ impl VcpuModel {
             (Some(Pending::PscMsr), Reply::MapGpaRange { ret }) => self.finish_psc_msr(ret == 0),
             (Some(Pending::Psc(x, mut psc)), Reply::MapGpaRange { ret: 0 }) => {
                 psc.range_done();
+                if vm.faults.psc_stop.fire() {
+                    psc.write_back(guest);
+                    return x.resume(guest);
+                }
                 self.psc(guest, x, psc)
             }
             (Some(Pending::Psc(mut x, psc)), Reply::MapGpaRange { .. }) => {

@@ -6,10 +6,15 @@ use proptest::prelude::*;
 use super::*;
 use crate::ghcb::exit;
 use crate::ghcb::psc::Entry;
+use crate::model::commands::FinishArgs;
 use crate::model::commands::Init2;
+use crate::model::commands::Start;
+use crate::model::commands::Update;
 use crate::model::cpuid::CpuidRegisters;
 use crate::model::faults::Faults;
 use crate::model::faults::Trigger;
+use crate::model::firmware::message;
+use crate::model::firmware::message::Message;
 use crate::model::firmware::testing::platform;
 use crate::model::memory::View;
 use crate::model::memory::testing::TestMemory;
@@ -648,7 +653,105 @@ fn certificates_are_asked_for_and_too_few_pages_are_reported() {
     assert_eq!(s.reply(Reply::Certs { ret: 1, npages: 0 }), Outcome::RunFails(Errno::EINVAL));
 }
 
+/// A finished guest with its secrets page at 0x5_0000, pages for messages at 0x8000 and 0x9000, and certificates at 0xa000.
+fn launched() -> (Setup, [u8; 32]) {
+    let mut s = Setup::new();
+    s.vm.launch_start(&Start { policy: 0x3_0000, ..Start::default() }, &mut rand_core::OsRng).unwrap();
+    let mut update = Update { gfn_start: 0x50, len: PAGE, page_type: 5, ..Update::default() };
+    s.vm.launch_update(&mut update, &mut [0; 4096], &s.mem).unwrap();
+    s.vm.launch_finish(&FinishArgs::default(), &[VmsaState::reset(), VmsaState::reset()]).unwrap();
+    s.vm.pages.set_private(0x8000, 3, false);
+    let key = s.mem.bytes(0x5_0020, View::Private);
+    s.mem.write(0xa000, View::Shared, &[0xee; 4096]).unwrap();
+    s.vcpu.write_ghcb_msr(GHCB);
+    (s, key)
+}
+
+fn send_report_request(s: &Setup, key: &[u8; 32], sequence: u64) {
+    let request = Message { sequence, message_type: 5, version: 1, vmpck: 0, payload: vec![0; 96] };
+    s.mem.write(0x8000, View::Shared, &message::seal(&request, key).unwrap()[..]).unwrap();
+}
+
+/// The response in the guest's page, as its sequence number and status.
+fn response(s: &Setup, key: &[u8; 32]) -> (u64, u8) {
+    let page = s.mem.bytes(0x9000, View::Shared);
+    let message = message::open(&page, message::header(&page).unwrap(), key).unwrap();
+    (message.sequence, message.payload[0])
+}
+
+#[test]
+fn a_guest_request_is_answered_in_the_response_page() {
+    let (mut s, key) = launched();
+    send_report_request(&s, &key, 1);
+    assert_eq!(s.nae(exit::GUEST_REQUEST, 0x8000, 0x9000, &[]), Outcome::Resume);
+    assert_eq!((s.infos(), response(&s, &key)), ((Some(0), Some(0)), (2, 0)));
+    // The same message again: the firmware's status (INVALID_PARAM) in the lower half of exit info 2.
+    assert_eq!(s.nae(exit::GUEST_REQUEST, 0x8000, 0x9000, &[]), Outcome::Resume);
+    assert_eq!(s.infos(), (Some(0), Some(0x16)));
+}
+
+#[test]
+fn an_extended_request_without_certificates_gets_an_empty_table() {
+    let (mut s, key) = launched();
+    send_report_request(&s, &key, 1);
+    let fields = [(Field::Rax, 0xa000), (Field::Rbx, 1)];
+    assert_eq!(s.nae(exit::EXTENDED_GUEST_REQUEST, 0x8000, 0x9000, &fields), Outcome::Resume);
+    assert_eq!((s.infos(), response(&s, &key)), ((Some(0), Some(0)), (2, 0)));
+    let table: [u8; 25] = s.mem.bytes(0xa000, View::Shared);
+    assert_eq!((&table[..24], table[24]), (&[0; 24][..], 0xee));
+}
+
+#[test]
+fn too_few_pages_for_certificates_use_up_no_sequence_number() {
+    let (mut s, key) = launched();
+    s.vm.set_certs_enabled();
+    send_report_request(&s, &key, 1);
+    let fields = [(Field::Rax, 0xa000), (Field::Rbx, 0)];
+    s.nae(exit::EXTENDED_GUEST_REQUEST, 0x8000, 0x9000, &fields);
+    s.reply(Reply::Certs { ret: 28, npages: 2 });
+    assert_eq!((s.infos(), s.field(Field::Rbx)), ((Some(0), Some(1 << 32)), Some(2)));
+    // Linux repeats the same number as a plain request.
+    s.nae(exit::GUEST_REQUEST, 0x8000, 0x9000, &[]);
+    assert_eq!((s.infos(), response(&s, &key)), ((Some(0), Some(0)), (2, 0)));
+    // With enough pages the report comes with what the monitor wrote.
+    send_report_request(&s, &key, 3);
+    s.nae(exit::EXTENDED_GUEST_REQUEST, 0x8000, 0x9000, &[(Field::Rax, 0xa000), (Field::Rbx, 2)]);
+    assert_eq!(s.reply(Reply::Certs { ret: 0, npages: 2 }), Outcome::Resume);
+    assert_eq!((s.infos(), response(&s, &key)), ((Some(0), Some(0)), (4, 0)));
+}
+
+#[test]
+fn a_request_in_a_private_page_is_refused_by_the_firmware() {
+    let (mut s, key) = launched();
+    send_report_request(&s, &key, 1);
+    s.vm.pages.set_private(0x8000, 1, true);
+    assert_eq!(s.nae(exit::GUEST_REQUEST, 0x8000, 0x9000, &[]), Outcome::Resume);
+    assert_eq!(s.infos(), (Some(0), Some(0x16)));
+    assert!(s.vm.pages.findings().contains(&Finding::BufferNotShared { gpa: 0x8000 }));
+}
+
+#[test]
+fn a_busy_firmware_leaves_the_message_for_a_second_try() {
+    let mut s = Setup::with(Faults { guest_request_busy: Trigger::times(1), ..Faults::default() });
+    assert_eq!(s.nae(exit::GUEST_REQUEST, 0x8000, 0x9000, &[]), Outcome::Resume);
+    assert_eq!(s.infos(), (Some(0), Some(2 << 32)));
+}
+
 // --- Faults
+
+#[test]
+fn a_page_state_change_can_be_stopped_half_way() {
+    let mut s = Setup::with(Faults { psc_stop: Trigger::times(1), ..Faults::default() });
+    s.psc_buffer(
+        0,
+        1,
+        &[entry(0x10, PageOperation::Shared, false), entry(0x20, PageOperation::Shared, false)],
+    );
+    assert_eq!(s.psc(), range(0x1_0000, 1, 0));
+    assert_eq!(s.reply(Reply::MapGpaRange { ret: 0 }), Outcome::Resume);
+    assert_eq!((s.infos(), s.psc_state(2)), ((Some(0), Some(0)), (1, vec![1, 0])));
+    assert_eq!(s.psc(), range(0x2_0000, 1, 0), "the guest asks again");
+}
 
 #[test]
 fn injected_faults_show_as_the_guest_would_see_them() {
