@@ -1,4 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Attestation: what a report says, and where each field lies in it.
 
+pub mod cert;
+pub mod chain;
+pub mod policy;
 pub mod report;
+pub mod tcb;
+pub mod verify;

@@ -213,6 +213,11 @@ impl fmt::Debug for PublicKey {
 pub struct Signature(p384::ecdsa::Signature);
 
 impl Signature {
+    /// The signature as the `p384` crate takes it.
+    pub(crate) fn inner(&self) -> &p384::ecdsa::Signature {
+        &self.0
+    }
+
     /// Signs `message`.
     pub fn make(key: &SigningKey, message: &[u8]) -> Self {
         Signature(key.sign(message))

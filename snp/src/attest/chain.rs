@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From a report's signing key to a root that the verifier trusts.
+//!
+//! Chains are ARK → ASK → VCEK (a chip's own key) or ARK → ASVK → VLEK (a key that AMD gives to a cloud provider). AMD's
+//! roots of Milan, Genoa and Turin are built in, with the intermediates of their VCEKs. A root from elsewhere, such as the
+//! emulated platform's, counts only when the caller names it.
+
+use std::sync::LazyLock;
+
+use super::cert::Cert;
+use super::cert::CertError;
+use super::cert::Crl;
+use super::report::Signer;
+use super::tcb::Product;
+
+/// AMD's certificates: root and VCEK intermediate of each product.
+static AMD: LazyLock<Vec<(Product, Vec<Cert>)>> = LazyLock::new(|| {
+    [
+        (Product::Milan, include_bytes!("roots/milan.pem").as_slice()),
+        (Product::Genoa, include_bytes!("roots/genoa.pem").as_slice()),
+        (Product::Turin, include_bytes!("roots/turin.pem").as_slice()),
+    ]
+    .into_iter()
+    .map(|(product, pem)| (product, Cert::read_all(pem).unwrap_or_default()))
+    .collect()
+});
+
+/// AMD's root certificate of `product`.
+pub fn amd_root(product: Product) -> Option<&'static Cert> {
+    AMD.iter().find(|(p, _)| *p == product).and_then(|(_, certs)| certs.first())
+}
+
+/// Whom the verifier believes.
+#[derive(Clone, Debug, Default)]
+pub struct Trust {
+    /// A root in place of AMD's. Reports of the emulated platform have one; it proves nothing about hardware.
+    pub other_root: Option<Cert>,
+}
+
+impl Trust {
+    /// The root that may stand at the end of `product`'s chain.
+    pub fn root(&self, product: Product) -> Option<&Cert> {
+        self.other_root.as_ref().or_else(|| amd_root(product))
+    }
+}
+
+/// The certificates between a report and a root.
+#[derive(Clone, Debug)]
+pub struct Chain<'a> {
+    /// VCEK or VLEK.
+    pub endorsement: &'a Cert,
+    /// ASK or ASVK.
+    pub intermediate: Option<&'a Cert>,
+    /// The trusted root, from the verifier's side.
+    pub root: Option<&'a Cert>,
+    /// Where the report comes from, by the endorsement certificate.
+    pub product: Product,
+    /// Whether the endorsement certificate's key signed the report.
+    pub signs: bool,
+    /// Whether the intermediate signed the endorsement certificate.
+    issued: Result<(), CertError>,
+}
+
+/// Which kind of key an endorsement certificate is for.
+pub fn kind_of(endorsement: &Cert) -> Signer {
+    if endorsement.has_hwid() { Signer::Vcek } else { Signer::Vlek }
+}
+
+impl<'a> Chain<'a> {
+    /// Puts the chain of the endorsement certificate in `given` together; `signs` says whether a key signed the report.
+    ///
+    /// Finding is not checking: see [`Chain::check_signatures`].
+    pub fn find(
+        given: &'a [Cert],
+        trust: &'a Trust,
+        signs: impl Fn(&Cert) -> bool,
+    ) -> Result<Self, CertError> {
+        let candidates = || given.iter().filter(|cert| cert.endorsement_key().is_some() && !cert.is_ca());
+        let signer = candidates().find(|cert| signs(cert));
+        let endorsement = signer.or_else(|| candidates().next()).ok_or_else(|| CertError::Format {
+            what: "certificates",
+            reason: "no VCEK or VLEK certificate (with a P-384 key) among those given".into(),
+        })?;
+        let product = endorsement.product()?;
+        let amd = AMD.iter().filter(|(p, _)| *p == product).flat_map(|(_, certs)| certs.iter().skip(1));
+        let builtin = amd.filter(|_| trust.other_root.is_none());
+        let mut intermediate = None;
+        let mut issued = Err(CertError::Format {
+            what: "certificates",
+            reason: format!(
+                "'{}' is issued by '{}', whose certificate is not among those given",
+                endorsement.name(),
+                endorsement.issuer_name()
+            ),
+        });
+        for cert in given.iter().chain(builtin).filter(|c| endorsement.is_issued_in_the_name_of(c)) {
+            intermediate = Some(cert);
+            issued = endorsement.check_signed_by(cert);
+            if issued.is_ok() {
+                break;
+            }
+        }
+        let root = trust.root(product);
+        Ok(Chain { endorsement, intermediate, root, product, signs: signer.is_some(), issued })
+    }
+
+    /// Checks names and signatures from the root down to the endorsement certificate.
+    pub fn check_signatures(&self) -> Result<(), CertError> {
+        let missing = |reason: String| CertError::Format { what: "certificates", reason };
+        let root = self.root.ok_or_else(|| missing(format!("no root for {}", self.product)))?;
+        self.issued.clone()?;
+        let intermediate = self.intermediate.ok_or_else(|| missing("no intermediate certificate".into()))?;
+        for authority in [root, intermediate] {
+            if !authority.is_ca() {
+                return Err(missing(format!("'{}' may not issue certificates", authority.name())));
+            }
+        }
+        // The root's own signature says nothing: it is believed because the verifier has it, not because it vouches for itself.
+        if !intermediate.is_issued_in_the_name_of(root) {
+            return Err(CertError::NotSigned {
+                subject: intermediate.name(),
+                issuer: root.name(),
+                reason: format!("it is issued by '{}'", intermediate.issuer_name()),
+            });
+        }
+        intermediate.check_signed_by(root)
+    }
+
+    /// The certificate that is not valid at `now` (seconds since 1970), if any.
+    pub fn outdated(&self, now: u64) -> Option<&'a Cert> {
+        let certs = [Some(self.endorsement), self.intermediate, self.root];
+        certs.into_iter().flatten().find(|cert| {
+            let (from, to) = cert.validity();
+            now < from || now > to
+        })
+    }
+
+    /// Checks `list` and whether it revokes a certificate of this chain; the error says what is wrong.
+    pub fn check_revocation(&self, list: &Crl, now: u64) -> Result<(), String> {
+        let authorities = [self.root, self.intermediate].into_iter().flatten();
+        let mut result = Err(format!("the list is issued by '{}', not in this chain", list.issuer_name()));
+        for authority in authorities {
+            match list.check_signed_by(authority) {
+                Ok(()) => {
+                    result = Ok(());
+                    break;
+                }
+                Err(CertError::NotSigned { reason, .. }) if !reason.starts_with("it is issued by") => {
+                    result = Err(format!("the list is not signed by '{}': {reason}", authority.name()));
+                }
+                Err(_) => {}
+            }
+        }
+        result?;
+        let (made, due) = list.period();
+        if now < made || due.is_some_and(|due| now > due) {
+            return Err("the list is not current: fetch a new one".into());
+        }
+        let certs = [Some(self.endorsement), self.intermediate, self.root].into_iter().flatten();
+        match certs.filter(|cert| cert.shares_issuer_with(list)).find(|cert| cert.is_revoked_by(list)) {
+            Some(cert) => Err(format!("'{}' is revoked", cert.name())),
+            None => Ok(()),
+        }
+    }
+}

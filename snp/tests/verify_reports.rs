@@ -1,0 +1,439 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Real reports from Milan, Genoa and Turin verify; every damaged one, and every mismatch, fails for its own reason.
+//!
+//! The Milan report is in the `sev` crate's package. The others are read from the folder that `CVMM_REPORT_FIXTURES` names;
+//! without it these tests say that they were skipped. Mismatches that AMD's keys would have to sign are made with a
+//! made-up chain of trust.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+use snp::attest::cert::Cert;
+use snp::attest::cert::Crl;
+use snp::attest::chain::Trust;
+use snp::attest::policy::Policy;
+use snp::attest::report::Report;
+use snp::attest::report::ReportBuilder;
+use snp::attest::report::field;
+use snp::attest::tcb::Product;
+use snp::attest::verify::Demands;
+use snp::attest::verify::Evidence;
+use snp::attest::verify::Verdict;
+use snp::attest::verify::signs;
+use snp::attest::verify::verify;
+use support::chain::Authority;
+use support::chain::NOW;
+use support::chain::integer;
+
+/// 1 November 2025: every real certificate here was valid then.
+const NOVEMBER_2025: u64 = 1_761_955_200;
+
+struct Real {
+    name: &'static str,
+    product: Product,
+    version: u32,
+    report: Vec<u8>,
+    certificates: Vec<Cert>,
+}
+
+/// The folder of the `sev` crate's test data in the registry's unpacked package.
+fn sev_package() -> PathBuf {
+    let metadata = std::process::Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--offline", "--manifest-path"])
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+        .output()
+        .unwrap();
+    let metadata: serde_json::Value = serde_json::from_slice(&metadata.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    let sev = packages.iter().find(|package| package["name"] == "sev").unwrap();
+    PathBuf::from(sev["manifest_path"].as_str().unwrap()).with_file_name("tests/certs_data")
+}
+
+fn real_reports() -> Vec<Real> {
+    let sev = sev_package();
+    let hex_report = std::fs::read_to_string(sev.join("report_milan.hex")).unwrap();
+    let mut reports = vec![Real {
+        name: "milan-v2",
+        product: Product::Milan,
+        version: 2,
+        report: hex::decode(hex_report.trim()).unwrap(),
+        certificates: Cert::read_all(&std::fs::read(sev.join("vcek_milan.der")).unwrap()).unwrap(),
+    }];
+    let folder = match std::env::var_os("CVMM_REPORT_FIXTURES").map(PathBuf::from) {
+        Some(folder) if folder.is_dir() => folder,
+        _ => {
+            eprintln!("SKIPPED: reports of Genoa, Turin and VLEK: CVMM_REPORT_FIXTURES names no folder");
+            return reports;
+        }
+    };
+    let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+    for (name, product, version, leaf, issuers) in [
+        ("genoa-v5", Product::Genoa, 5, "genoa-v5.vcek.der", None),
+        ("turin-v5", Product::Turin, 5, "turin-v5.vcek.der", None),
+        // The VLEK's issuer is not built in.
+        ("milan-vlek-v3", Product::Milan, 3, "milan-vlek-v3.vlek.der", Some("milan_ask_ark_asvk.pem")),
+    ] {
+        let mut certificates = Cert::read_all(&read(leaf)).unwrap();
+        if let Some(issuers) = issuers {
+            certificates.extend(Cert::read_all(&read(issuers)).unwrap());
+        }
+        let report = read(&format!("{name}.report.bin"));
+        reports.push(Real { name, product, version, report, certificates });
+    }
+    reports
+}
+
+fn any_software() -> Policy {
+    Policy::parse("any_measurement = true\nvmpl = [0, 1, 2, 3]\nallow_debug = true\nallow_migration = true")
+        .unwrap()
+}
+
+fn judge(report: &Report, certificates: &[Cert], policy: &Policy, now: u64) -> Verdict {
+    let evidence = Evidence { report, certificates, crl: None };
+    verify(&evidence, &Demands { policy, nonce: None, trust: &Trust::default(), now })
+}
+
+#[test]
+fn real_reports_verify_with_amds_built_in_roots() {
+    for real in real_reports() {
+        let report = Report::parse(&real.report).unwrap();
+        assert_eq!(report.version(), real.version, "{}", real.name);
+        let verdict = judge(&report, &real.certificates, &any_software(), NOVEMBER_2025);
+        assert!(verdict.verified, "{}: {:#?}", real.name, verdict);
+        // The rule of the measurement, as a user would write it.
+        let policy = format!(
+            "measurements = [\"{}\"]\nvmpl = [{}]\nallow_debug = true",
+            hex::encode(report.measurement()),
+            report.vmpl()
+        );
+        let verdict = judge(&report, &real.certificates, &Policy::parse(&policy).unwrap(), NOVEMBER_2025);
+        assert!(verdict.verified, "{}: {:#?}", real.name, verdict);
+        assert!(verdict.checks.iter().any(|check| check.rule == "measurement"));
+        let other = format!("measurements = [\"{}\"]\nvmpl = [0, 1]", "00".repeat(48));
+        let verdict = judge(&report, &real.certificates, &Policy::parse(&other).unwrap(), NOVEMBER_2025);
+        assert!(verdict.failed().contains(&"measurement"), "{}", real.name);
+    }
+}
+
+#[test]
+fn every_single_bit_flip_in_the_signed_range_is_found() {
+    for real in real_reports() {
+        let policy = any_software();
+        let flip = |bit: usize| {
+            let mut bytes = real.report.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            // Another version is refused before any rule.
+            let Ok(report) = Report::parse(&bytes) else {
+                return assert!(bit < 32, "{} bit {bit}", real.name);
+            };
+            assert!(!signs(&report, &real.certificates[0]), "{} bit {bit}", real.name);
+            if bit.is_multiple_of(61) {
+                let verdict = judge(&report, &real.certificates, &policy, NOVEMBER_2025);
+                assert!(!verdict.verified, "{} bit {bit}", real.name);
+                assert!(verdict.failed().contains(&"report-signature"), "{} bit {bit}", real.name);
+            }
+        };
+        // All signed bits of the first report, and of the others one or two in every byte unless time is given; then some
+        // of R and S.
+        let stride = if real.version == 2 || std::env::var_os("CVMM_LONG_TESTS").is_some() { 1 } else { 7 };
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..0x150 * 8).step_by(stride).for_each(flip));
+            scope.spawn(|| (0x150 * 8..0x2a0 * 8).step_by(stride).for_each(flip));
+            scope.spawn(|| (0x2a0 * 8..0x330 * 8).step_by(23).for_each(flip));
+        });
+    }
+}
+
+#[test]
+fn every_swapped_certificate_is_found() {
+    let reports = real_reports();
+    for a in &reports {
+        for b in reports.iter().filter(|b| b.name != a.name) {
+            let report = Report::parse(&a.report).unwrap();
+            let failed = judge(&report, &b.certificates, &any_software(), NOVEMBER_2025).failed();
+            assert!(failed.contains(&"report-signature"), "{} with {}: {failed:?}", a.name, b.name);
+            if a.product != b.product && a.version > 2 {
+                assert!(failed.contains(&"product"), "{} with {}: {failed:?}", a.name, b.name);
+            }
+        }
+        // Every single bit of the certificate's signed part counts; some of them make it unreadable.
+        let der = a.certificates[0].der().to_vec();
+        for bit in (0..der.len() * 8).step_by(397) {
+            let mut damaged = der.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            let Ok(cert) = Cert::from_der(&damaged) else { continue };
+            let mut certificates = vec![cert];
+            certificates.extend(a.certificates[1..].iter().cloned());
+            let report = Report::parse(&a.report).unwrap();
+            let verdict = judge(&report, &certificates, &any_software(), NOVEMBER_2025);
+            assert!(!verdict.verified, "{} bit {bit}", a.name);
+        }
+    }
+}
+
+#[test]
+fn certificates_count_only_within_their_dates_and_with_their_issuer() {
+    for real in real_reports() {
+        let report = Report::parse(&real.report).unwrap();
+        for now in [0, 1_500_000_000, 4_000_000_000] {
+            let verdict = judge(&report, &real.certificates, &any_software(), now);
+            assert_eq!(verdict.failed(), ["certificate-dates"], "{} at {now}", real.name);
+        }
+        if real.certificates.len() > 1 {
+            let verdict = judge(&report, &real.certificates[..1], &any_software(), NOVEMBER_2025);
+            assert_eq!(verdict.failed(), ["certificate-chain"], "{} without its ASVK", real.name);
+        }
+        // A stranger's root, even one of the right name, is not AMD's.
+        let trust = Trust { other_root: Some(Authority::new().root) };
+        let evidence = Evidence { report: &report, certificates: &real.certificates, crl: None };
+        let policy = any_software();
+        let demands = Demands { policy: &policy, nonce: None, trust: &trust, now: NOW };
+        assert!(verify(&evidence, &demands).failed().contains(&"certificate-chain"), "{}", real.name);
+    }
+    let report = Report::parse(&real_reports()[0].report).unwrap();
+    assert_eq!(judge(&report, &[], &any_software(), NOVEMBER_2025).failed(), ["certificates"]);
+}
+
+#[test]
+fn built_in_roots_have_the_published_fingerprints() {
+    use sha2::Digest as _;
+    for (product, fingerprint) in [
+        (Product::Milan, "69d063b45344d26a2e94e1f4210de49ef555308287d4c174445c95639a540bcd"),
+        (Product::Genoa, "4c6598d19c18719c5dfd4a7d335f674e5bfe1d8f800cea2cf270c10d103db2f1"),
+        (Product::Turin, "1f084161a44bb6d93778a904877d4819cafa5d05ef4193b2ded9dd9c73dd3f6a"),
+    ] {
+        let root = snp::attest::chain::amd_root(product).unwrap();
+        assert_eq!(hex::encode(sha2::Sha256::digest(root.der())), fingerprint, "{product}");
+    }
+}
+
+/// The report that [`Authority::endorsement`] for Milan vouches for.
+fn builder() -> ReportBuilder {
+    ReportBuilder::new(3)
+        .set(field::POLICY, &0x3_0000u64.to_le_bytes())
+        .set(field::REPORTED_TCB, &[3, 0, 0, 0, 0, 0, 8, 0xd2])
+        .set(field::COMMITTED_TCB, &[3, 0, 0, 0, 0, 0, 8, 0xd2])
+        .set(field::LAUNCH_TCB, &[3, 0, 0, 0, 0, 0, 8, 0xd2])
+        .set(field::CPUID_FMS, &[0x19, 1, 1])
+        .set(field::CHIP_ID, &[0x77; 64])
+        .set(field::MEASUREMENT, &[0xaa; 48])
+        .set(field::REPORT_DATA, &[0x11; 64])
+        .set(field::GUEST_SVN, &5u32.to_le_bytes())
+        .set(field::ID_KEY_DIGEST, &[0xbb; 48])
+        .set(field::AUTHOR_KEY_DIGEST, &[0xcc; 48])
+        .set(field::HOST_DATA, &[0xdd; 32])
+        .set(field::FAMILY_ID, &[1; 16])
+        .set(field::IMAGE_ID, &[2; 16])
+}
+
+fn failures(authority: &Authority, report: &Report, endorsement: Cert, policy: &str) -> Vec<&'static str> {
+    let certificates = [endorsement, authority.intermediate.clone()];
+    let trust = Trust { other_root: Some(authority.root.clone()) };
+    let evidence = Evidence { report, certificates: &certificates, crl: None };
+    let policy = Policy::parse(policy).unwrap();
+    let demands = Demands { policy: &policy, nonce: Some([0x11; 64]), trust: &trust, now: NOW };
+    verify(&evidence, &demands).failed()
+}
+
+#[test]
+fn each_mismatch_fails_for_its_own_reason() {
+    let authority = Authority::new();
+    let milan = || authority.endorsement("Milan-B0", &[]);
+    let any = "any_measurement = true";
+    let fails = |builder: ReportBuilder, endorsement: Cert, policy: &str| {
+        failures(&authority, &authority.report(builder), endorsement, policy)
+    };
+    assert_eq!(fails(builder(), milan(), any), [] as [&str; 0]);
+
+    // Each part of the TCB, the chip, the product, the kind of key.
+    for (offset, value) in [(0, 4u8), (1, 1), (6, 7), (7, 0xd3)] {
+        let mut tcb = [3, 0, 0, 0, 0, 0, 8, 0xd2];
+        tcb[offset] = value;
+        let report = builder().set(field::REPORTED_TCB, &tcb);
+        assert_eq!(fails(report, milan(), any), ["certificate-tcb"], "TCB byte {offset}");
+    }
+    assert_eq!(fails(builder().set(field::CHIP_ID, &[0x78; 64]), milan(), any), ["certificate-chip"]);
+    assert_eq!(fails(builder().set(field::CHIP_ID, &[0; 64]), milan(), any), ["certificate-chip"]);
+    assert_eq!(fails(builder().set(field::CPUID_FMS, &[0x19, 0x11, 1]), milan(), any), ["product"]);
+    assert_eq!(fails(builder().set(field::KEY_INFO, &[1 << 2]), milan(), any), ["signer"]);
+    assert_eq!(fails(builder().set(field::KEY_INFO, &[2]), milan(), any), ["chip-key"]);
+    assert_eq!(fails(builder().set(field::SIG_ALGO, &[2]), milan(), any), ["signature-algorithm"]);
+    let without_tcb = authority.endorsement("Milan-B0", &[("1.3.6.1.4.1.3704.1.3.8", vec![])]);
+    assert_eq!(fails(builder(), without_tcb, any), ["certificate-tcb"]);
+    // INTEGERs that DER does not allow are not read as some number.
+    for odd in [vec![2, 1, 0xd2], vec![2, 2, 0, 0x52], vec![2, 2, 1, 0xd2], vec![4, 1, 2]] {
+        let cert = authority.endorsement("Milan-B0", &[("1.3.6.1.4.1.3704.1.3.8", odd)]);
+        assert_eq!(fails(builder(), cert, any), ["certificate-tcb"]);
+    }
+
+    // The caller's rules.
+    assert_eq!(fails(builder().set(field::REPORT_DATA, &[0x12; 64]), milan(), any), ["nonce"]);
+    let hex = |byte: &str, len: usize| byte.repeat(len);
+    for (rule, good, bad) in [
+        (
+            "measurement",
+            format!("measurements = ['{}']", hex("aa", 48)),
+            format!("measurements = ['{}']", hex("ab", 48)),
+        ),
+        (
+            "id-key",
+            format!("id_key_digests = ['{}']", hex("bb", 48)),
+            format!("id_key_digests = ['{}']", hex("ba", 48)),
+        ),
+        (
+            "author-key",
+            format!("author_key_digests = ['{}']", hex("cc", 48)),
+            "author_key_digests = []".into(),
+        ),
+        (
+            "host-data",
+            format!("host_data = ['{}']", hex("dd", 32)),
+            format!("host_data = ['{}']", hex("de", 32)),
+        ),
+        ("family-id", format!("family_id = '{}'", hex("01", 16)), format!("family_id = '{}'", hex("02", 16))),
+        ("image-id", format!("image_id = '{}'", hex("02", 16)), format!("image_id = '{}'", hex("01", 16))),
+        ("guest-svn", "minimum_svn = 5".into(), "minimum_svn = 6".into()),
+        ("vmpl", "vmpl = [1, 0]".into(), "vmpl = [1]".into()),
+        ("smt", "allow_smt = true".into(), "allow_smt = false".into()),
+        ("allowed-signer", "signers = ['vcek']".into(), "signers = ['vlek']".into()),
+        ("certificate-chip", format!("chips = ['{}']", hex("77", 64)), String::new()),
+        ("chip", String::new(), format!("chips = ['{}']", hex("78", 64))),
+        ("provider", String::new(), "providers = ['CN=example']".into()),
+        (
+            "minimum-tcb",
+            "[minimum_tcb.milan]\nsnp = 8\nmicrocode = 0xd2".into(),
+            "[minimum_tcb.genoa]\nsnp = 1".into(),
+        ),
+    ] {
+        assert_eq!(fails(builder(), milan(), &format!("{any}\n{good}")), [] as [&str; 0], "{good}");
+        if !bad.is_empty() {
+            assert_eq!(fails(builder(), milan(), &format!("{any}\n{bad}")), [rule], "{bad}");
+        }
+    }
+    let minimum = format!("{any}\n[minimum_tcb.milan]\nmicrocode = 0xd3");
+    assert_eq!(
+        fails(builder(), milan(), &minimum),
+        ["minimum-tcb", "minimum-committed-tcb", "minimum-launch-tcb"]
+    );
+    for (rule, bit, allow) in
+        [("debug", 19, "allow_debug = true"), ("migration", 18, "allow_migration = true")]
+    {
+        let report = builder().set(field::POLICY, &(0x3_0000u64 | 1 << bit).to_le_bytes());
+        assert_eq!(fails(report.clone(), milan(), any), [rule]);
+        assert_eq!(fails(report, milan(), &format!("{any}\n{allow}")), [] as [&str; 0]);
+    }
+}
+
+#[test]
+fn turin_has_an_fmc_and_a_short_chip_id() {
+    let authority = Authority::new();
+    let turin = |fmc: Vec<u8>| {
+        let changes = [("1.3.6.1.4.1.3704.1.3.9", fmc), ("1.3.6.1.4.1.3704.1.4", vec![0x77; 8])];
+        authority.endorsement("Turin-B1", &changes)
+    };
+    let mut chip = [0; 64];
+    chip[..8].fill(0x77);
+    let report = |chip: &[u8; 64]| {
+        builder()
+            .set(field::CPUID_FMS, &[0x1a, 0x02, 1])
+            .set(field::CHIP_ID, chip)
+            .set(field::REPORTED_TCB, &[1, 3, 0, 8, 0, 0, 0, 0xd2])
+    };
+    let fails = |builder: ReportBuilder, cert: Cert| {
+        failures(&authority, &authority.report(builder), cert, "any_measurement = true")
+    };
+    assert_eq!(fails(report(&chip), turin(integer(1))), [] as [&str; 0]);
+    assert_eq!(fails(report(&chip), turin(integer(2))), ["certificate-tcb"]);
+    assert_eq!(fails(report(&chip), turin(vec![])), ["certificate-tcb"]);
+    assert_eq!(
+        fails(report(&[0x77; 64]), turin(integer(1))),
+        ["certificate-chip"],
+        "bytes after the first 8"
+    );
+}
+
+#[test]
+fn a_vlek_has_a_provider_and_no_chip() {
+    let authority = Authority::new();
+    let name = b"CN=cloud";
+    let csp = [&[0x16, name.len() as u8], &name[..]].concat();
+    let changes = [("1.3.6.1.4.1.3704.1.4", vec![]), ("1.3.6.1.4.1.3704.1.5", csp)];
+    let vlek = || authority.endorsement("Milan", &changes);
+    let report = authority.report(builder().set(field::KEY_INFO, &[1 << 2]).set(field::CHIP_ID, &[0; 64]));
+    let fails = |policy: &str| failures(&authority, &report, vlek(), policy);
+    assert_eq!(fails("any_measurement = true"), [] as [&str; 0]);
+    assert_eq!(
+        fails("any_measurement = true\nproviders = ['CN=cloud']\nsigners = ['vlek']"),
+        [] as [&str; 0]
+    );
+    assert_eq!(fails("any_measurement = true\nproviders = ['CN=other']"), ["provider"]);
+}
+
+#[test]
+fn revocation_lists_are_checked_before_they_are_believed() {
+    let authority = Authority::new();
+    let certificates = [authority.endorsement("Milan-B0", &[]), authority.intermediate.clone()];
+    let trust = Trust { other_root: Some(authority.root.clone()) };
+    let report = authority.report(builder());
+    let found = |list: Vec<u8>| {
+        let list = Crl::read(&list).unwrap();
+        let evidence = Evidence { report: &report, certificates: &certificates, crl: Some(&list) };
+        let policy = Policy::parse("any_measurement = true").unwrap();
+        let verdict = verify(&evidence, &Demands { policy: &policy, nonce: None, trust: &trust, now: NOW });
+        let check = verdict.checks.iter().find(|check| check.rule == "revocation").unwrap().clone();
+        assert_eq!(check.pass, verdict.verified);
+        (check.pass, check.found)
+    };
+    assert!(found(authority.crl(&[9], NOW - 5, NOW + 5)).0);
+    // Serial 0 is the endorsement certificate's, but the intermediate issued that one, not the root.
+    assert!(found(authority.crl(&[0], NOW - 5, NOW + 5)).0);
+    let (pass, text) = found(authority.crl(&[2, 9], NOW - 5, NOW + 5));
+    assert!(!pass && text.contains("'SEV-Test' is revoked"), "{text}");
+    let (pass, text) = found(authority.crl(&[], NOW - 50, NOW - 5));
+    assert!(!pass && text.contains("not current"), "{text}");
+    let (pass, text) = found(Authority::new().crl(&[], NOW - 5, NOW + 5));
+    assert!(!pass && text.contains("not signed by 'ARK-Test'"), "{text}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn damaged_certificates_lists_and_reports_never_panic(
+        damage in proptest::collection::vec((any::<usize>(), any::<u8>()), 1..8),
+        cut in any::<usize>(),
+        noise in proptest::collection::vec(any::<u8>(), 0..1400),
+    ) {
+        use std::sync::LazyLock;
+        static SAMPLES: LazyLock<(Vec<u8>, Vec<u8>, Vec<u8>)> = LazyLock::new(|| {
+            let authority = Authority::new();
+            let real = real_reports().remove(0);
+            (real.certificates[0].der().to_vec(), authority.crl(&[1, 2], 5, 6), real.report)
+        });
+        let damaged = |sample: &[u8]| {
+            let mut bytes = sample.to_vec();
+            for (at, value) in &damage {
+                let at = at % bytes.len();
+                bytes[at] = *value;
+            }
+            if cut % 5 == 0 {
+                bytes.truncate(cut / 5 % bytes.len());
+            }
+            bytes
+        };
+        let (cert, list, report) = &*SAMPLES;
+        let certificates: Vec<Cert> = Cert::read_all(&damaged(cert)).unwrap_or_default();
+        let _ = Crl::read(&damaged(list));
+        let _ = Crl::read(&noise);
+        let _ = Cert::read_all(&noise);
+        let _ = Report::parse(&noise);
+        if let Ok(report) = Report::parse(&damaged(report)) {
+            let verdict = judge(&report, &certificates, &any_software(), NOVEMBER_2025);
+            prop_assert!(!verdict.verified || &damaged(cert) == cert);
+        }
+    }
+}
