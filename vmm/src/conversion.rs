@@ -152,6 +152,11 @@ impl Conversions {
         })
     }
 
+    /// Whether the page at `gpa` is shared RAM, so that the host may write it.
+    pub fn is_shared(&self, gpa: u64) -> bool {
+        self.private.is_private(gpa) == Some(false)
+    }
+
     /// The monitor's view of a page, in words.
     pub fn describe(&self, gpa: u64) -> &'static str {
         match self.private.is_private(gpa) {

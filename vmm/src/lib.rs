@@ -4,6 +4,7 @@
 //! The walk of the main job: [`config`] → `snp::image` makes a plan → `snp::digest` → [`platform`] and [`launch`] create the
 //! VM from the plan → [`vcpu`] threads run it, and each exit goes to one dispatcher → [`outcome`] says how it ended.
 
+pub mod certs;
 pub mod cli;
 pub mod config;
 pub mod conversion;

@@ -22,6 +22,7 @@ use signal_hook::iterator::Signals;
 use vmm_sys_util::signal::Killable;
 use vmm_sys_util::signal::SIGRTMIN;
 
+use crate::certs::Certificates;
 use crate::conversion::Conversions;
 use crate::launch;
 use crate::launch::LaunchError;
@@ -100,8 +101,14 @@ enum Event {
     Signal(i32),
 }
 
-/// Creates `guest` on `platform` and runs it to its end. `interactive` connects standard input to the guest's console.
-pub fn run(platform: &dyn Platform, guest: Guest, interactive: bool) -> Result<Outcome, MonitorError> {
+/// Creates `guest` on `platform` and runs it to its end. What the guest writes to its console goes to `console`;
+/// `interactive` connects standard input to it.
+pub fn run(
+    platform: &dyn Platform,
+    guest: Guest,
+    console: Box<dyn Write + Send>,
+    interactive: bool,
+) -> Result<Outcome, MonitorError> {
     let create = |step| move |source| MonitorError::Create { step, source };
     // Signals are caught from here on, so that one that arrives during the launch is not lost.
     let mut signals = Signals::new([SIGINT, SIGTERM])
@@ -122,7 +129,7 @@ pub fn run(platform: &dyn Platform, guest: Guest, interactive: bool) -> Result<O
         vcpu.set_lint().map_err(create("setting a vCPU's APIC"))?;
         vcpus.push(vcpu);
     }
-    let machine = Machine::new(vm.as_ref(), Box::new(Console))?;
+    let machine = Machine::new(vm.as_ref(), console)?;
     let conversions = match &guest.snp {
         None => {
             launch::load_plain(&guest.plan, &ram, &mut vcpus)?;
@@ -130,14 +137,25 @@ pub fn run(platform: &dyn Platform, guest: Guest, interactive: bool) -> Result<O
         }
         Some(options) => {
             launch::launch_snp(vm.as_ref(), &guest.plan, options, &ram, &mut vcpus)?;
-            Some(Conversions::new(Arc::clone(&vm), ram, memfds))
+            Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds))
+        }
+    };
+    let table = platform.certificates().filter(|_| guest.snp.is_some());
+    let certificates = match table {
+        None => None,
+        Some(table) => {
+            vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
+                step: "offering certificates to the guest".into(),
+                source,
+            })?;
+            Some(Certificates::new(table, ram))
         }
     };
     // The plan's buffers hold the kernel and the initrd; the guest has its own copy now.
     drop(guest.plan);
 
     let serial = Arc::clone(&machine.serial);
-    let shared = Arc::new(Shared { machine, conversions, stop: AtomicBool::new(false) });
+    let shared = Arc::new(Shared { machine, conversions, certificates, stop: AtomicBool::new(false) });
     let (events, inbox) = mpsc::channel();
     spawn_signals(&mut signals, events.clone())?;
     let _raw = if interactive { RawMode::enter().map_err(MonitorError::Terminal)? } else { None };
@@ -243,7 +261,7 @@ fn stop(threads: Vec<JoinHandle<()>>, shared: &Shared) {
 }
 
 /// The guest's console output: standard output, each byte at once.
-struct Console;
+pub struct Console;
 
 impl Write for Console {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {

@@ -111,6 +111,11 @@ pub trait Platform: Send + Sync {
     fn snp_cpuid(&self) -> SnpCpuid;
     /// Tells what an image knows about itself beside the plan. Not measured; a platform with hardware has no use for it.
     fn annotate(&self, _annotations: Annotations) {}
+    /// The certificates that belong to this platform's reports, as a table for guests (GHCB specification, 4.1.8.1), where the
+    /// platform knows them itself.
+    fn certificates(&self) -> Option<Vec<u8>> {
+        None
+    }
     /// Creates a VM.
     fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError>;
 }
@@ -148,6 +153,8 @@ pub trait Vm: Send + Sync {
         finish: &mut kvm_sev_snp_launch_finish,
         id: Option<(&[u8; 96], &[u8; 4096])>,
     ) -> Result<(), SevError>;
+    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS` (Linux 7.0): extended guest requests become [`Exit::ReqCerts`]. Before any vCPU runs.
+    fn snp_enable_req_certs(&self) -> Result<(), SevError>;
 }
 
 /// One virtual CPU; it is created by one thread and run by another.

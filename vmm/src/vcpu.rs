@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use devices::bus::Action;
 use snp::ghcb::term::SevTerm;
 
+use crate::certs::Certificates;
 use crate::conversion::Conversions;
 use crate::machine::Machine;
 use crate::outcome::Outcome;
@@ -27,6 +28,8 @@ pub struct Shared {
     pub machine: Machine,
     /// Page-state changes; `None` in plain guests.
     pub conversions: Option<Conversions>,
+    /// Certificates that the guest may ask for.
+    pub certificates: Option<Certificates>,
     /// Set once the guest is to stop.
     pub stop: AtomicBool,
 }
@@ -176,9 +179,13 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
         Exit::SystemEvent { kind, .. } => {
             return Err(RunError::Unexpected { vcpu, what: format!("SYSTEM_EVENT {kind}") });
         }
-        Exit::ReqCerts { ret, .. } => {
-            // No certificates are offered yet; the guest gets an error that its driver reports.
+        Exit::ReqCerts { gpa, npages, ret } => {
+            // As for page-state changes, the answer is always written.
             *ret = libc::EIO as u32;
+            if let (Some(certificates), Some(conversions)) = (&shared.certificates, &shared.conversions) {
+                let answer = certificates.answer(gpa, *npages, |page| conversions.is_shared(page));
+                (*ret, *npages) = (answer.ret as u32, answer.npages);
+            }
             Step::Continue
         }
         Exit::Shutdown => Step::Stop(Outcome::Crashed { vcpu }),

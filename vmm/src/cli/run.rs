@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cvmm --kernel …`: runs a guest.
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
@@ -22,6 +21,7 @@ use crate::config::ConfigError;
 use crate::cpuid;
 use crate::launch::LaunchOptions;
 use crate::monitor;
+use crate::monitor::Console;
 use crate::monitor::Guest;
 use crate::platform::Platform;
 use crate::platform::emulated;
@@ -144,8 +144,8 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     }
     let files = args.image.read().map_err(Failure::usage)?;
     let (platform, guest) = if args.snp { snp_guest(args, files)? } else { plain_guest(args, files)? };
-    let interactive = std::io::stdin().is_terminal() || !args.image.cmdline.is_empty();
-    let outcome = monitor::run(platform.as_ref(), guest, interactive).map_err(Failure::monitor)?;
+    let outcome =
+        monitor::run(platform.as_ref(), guest, Box::new(Console), true).map_err(Failure::monitor)?;
     eprintln!("cvmm: {outcome}");
     Ok(outcome.exit_code())
 }

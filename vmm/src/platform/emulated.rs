@@ -25,6 +25,7 @@ pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
 use snp::image::sites::Annotations;
 use snp::model::firmware::Platform as Firmware;
+use snp::model::firmware::certs;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::SnpCpuid;
 
@@ -117,6 +118,10 @@ impl Platform for EmulatedPlatform {
 
     fn annotate(&self, annotations: Annotations) {
         *self.annotations.lock().unwrap_or_else(PoisonError::into_inner) = Some(annotations);
+    }
+
+    fn certificates(&self) -> Option<Vec<u8>> {
+        Some(certs::chain_table(self.firmware.chain.certificates()))
     }
 
     fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {

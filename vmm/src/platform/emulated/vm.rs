@@ -294,6 +294,11 @@ impl Vm for EmulatedVm {
         let vmsas: Vec<_> = lock(&vm.members).iter().map(|m| lock(&m.recorded).vmsa(features)).collect();
         vm.model.launch_finish(&args, &vmsas).map_err(failed(COMMAND))
     }
+
+    fn snp_enable_req_certs(&self) -> Result<(), SevError> {
+        self.0.model.set_certs_enabled();
+        Ok(())
+    }
 }
 
 fn failed(command: &'static str) -> impl Fn(CommandError) -> SevError {

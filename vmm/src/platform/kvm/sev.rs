@@ -28,6 +28,9 @@ const _: () = {
     assert!(size_of::<kvm_sev_snp_launch_finish>() == 88);
 };
 
+/// `KVM_SEV_SNP_ENABLE_REQ_CERTS` of Linux 7.0, which `kvm-bindings` does not have yet.
+const ENABLE_REQ_CERTS: u32 = 103;
+
 /// Issues one command. `data` points to the command's struct, or is 0.
 fn command(vm: &KvmVm, name: &'static str, id: u32, data: u64) -> Result<(), SevError> {
     let Some(sev) = &vm.sev else {
@@ -74,4 +77,8 @@ pub(super) fn launch_finish(
         finish.id_auth_uaddr = auth.as_ptr() as u64;
     }
     command(vm, "KVM_SEV_SNP_LAUNCH_FINISH", LAUNCH_FINISH, std::ptr::from_mut(finish) as u64)
+}
+
+pub(super) fn enable_req_certs(vm: &KvmVm) -> Result<(), SevError> {
+    command(vm, "KVM_SEV_SNP_ENABLE_REQ_CERTS", ENABLE_REQ_CERTS, 0)
 }

@@ -153,4 +153,8 @@ impl Vm for KvmVm {
     ) -> Result<(), SevError> {
         sev::launch_finish(self, finish, id)
     }
+
+    fn snp_enable_req_certs(&self) -> Result<(), SevError> {
+        sev::enable_req_certs(self)
+    }
 }
