@@ -5,11 +5,16 @@
 //! QEMU's software emulation ([`nested`]). [`probe`] decides which. Guest kernels come from [`kernels`], their user space
 //! from [`initrd`]; [`workspace`] knows where everything lies.
 
+pub mod cases;
 pub mod cpio;
+pub mod digest;
+pub mod guest;
 pub mod initrd;
 pub mod kernels;
 pub mod machine;
 pub mod modules;
 pub mod nested;
 pub mod probe;
+pub mod suite;
+pub mod tiny;
 pub mod workspace;

@@ -2,10 +2,14 @@
 //! The door for every chore of the project: `cargo xtask <chore>`. One file per chore.
 
 mod apt;
+mod bench;
+mod build;
+mod demo;
 mod guest;
 mod in_l1;
 mod setup;
 mod steps;
+mod test;
 
 use std::process::ExitCode;
 
@@ -17,6 +21,12 @@ use clap::Parser;
 enum Chore {
     /// Install and fetch what the other chores need: packages, guest kernels, guest programs.
     Setup(setup::Args),
+    /// Boot an unmodified Debian kernel as an SNP guest without SNP hardware, and check its attestation report.
+    Demo,
+    /// Run every test: each package's own, then the integration tests.
+    Test(test::Args),
+    /// Measure beside a peer.
+    Bench(bench::Args),
     /// Say whether guests run on this host's KVM or nested, and why.
     Probe,
     /// Run a command inside the outer guest (L1) of a nested run.
@@ -26,6 +36,9 @@ enum Chore {
 fn main() -> ExitCode {
     let result = match Chore::parse() {
         Chore::Setup(args) => setup::run(&args).map(|()| ExitCode::SUCCESS),
+        Chore::Demo => demo::run(),
+        Chore::Test(args) => test::run(&args),
+        Chore::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Chore::Probe => cvmm_tests::probe::decide().map(|decision| {
             println!("{decision}");
             ExitCode::SUCCESS

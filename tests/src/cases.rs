@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The integration tests, one file per subject. A new subject adds its file and its line in [`all`].
+
+pub mod bad_input;
+pub mod boot;
+pub mod endings;
+
+use crate::suite::Case;
+
+/// Every case, cheap ones first.
+pub fn all() -> Vec<Case> {
+    [bad_input::cases(), boot::cases(), endings::cases()].into_iter().flatten().collect()
+}

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Unmodified Debian kernels boot to user space, plain and as SNP guests, and an SNP guest's report carries the digest that
+//! was predicted.
+//!
+//! The prediction is made on the host before the guest starts, and twice: by `cvmm measure`, and by [`crate::digest`] from
+//! the plan's dump. The report comes from the guest, through the kernel's own driver.
+
+use std::fs;
+use std::io::BufReader;
+use std::path::Path;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use anyhow::Result;
+use anyhow::bail;
+use anyhow::ensure;
+use guest_init::job::Ending;
+
+use crate::digest;
+use crate::digest::hex;
+use crate::guest::Console;
+use crate::guest::Guest;
+use crate::guest::Mode;
+use crate::guest::Report;
+use crate::kernels::Kernel;
+use crate::kernels::Role;
+use crate::machine::job;
+use crate::suite::Case;
+use crate::suite::Context;
+
+/// cvmm's exit code for a guest that asked for a reset.
+pub const REBOOTED: i32 = 3;
+
+/// What Linux logs as an SNP guest (arch/x86/mm/mem_encrypt.c).
+pub const SNP_LOG_LINE: &str = "Memory Encryption Features active: AMD SEV SEV-ES SEV-SNP";
+
+/// Which image of a kernel package.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Image {
+    /// As packaged; relocates itself to a random address.
+    BzImage,
+    /// The ELF file inside it.
+    Vmlinux,
+}
+
+/// The cases of this file.
+pub fn cases() -> Vec<Case> {
+    use Image::BzImage;
+    use Image::Vmlinux;
+    use Mode::Plain;
+    use Mode::Single;
+    use Mode::SplitStrict;
+    let table: &[(Role, Image, u32, &'static str, Mode, &'static str)] = &[
+        (Role::BackportsCloud, BzImage, 1, "256M", Plain, "info,reboot"),
+        (Role::BackportsCloud, Vmlinux, 2, "512M", Plain, "info,reboot"),
+        (Role::BackportsCloud, BzImage, 4, "4608M", Plain, "info,memory,reboot"),
+        (Role::StableCloud, BzImage, 2, "512M", Plain, "info,reboot"),
+        (Role::BackportsCloud, BzImage, 1, "256M", Single, "info,report,reboot"),
+        (Role::BackportsCloud, BzImage, 2, "512M", SplitStrict, "info,report,ext-report,key,memory,reboot"),
+        (Role::BackportsCloud, Vmlinux, 2, "512M", SplitStrict, "info,report,reboot"),
+        (Role::BackportsCloud, BzImage, 4, "4608M", SplitStrict, "info,report,memory,reboot"),
+        // Debian's 6.1 cloud kernel has no sev-guest driver, so the generic one shows the report.
+        (Role::StableCloud, BzImage, 2, "256M", SplitStrict, "info,reboot"),
+        (Role::StableGeneric, BzImage, 1, "512M", SplitStrict, "info,report,reboot"),
+    ];
+    table
+        .iter()
+        .map(|&(role, image, cpus, memory, mode, actions)| {
+            let (kind, mode_name) = match mode {
+                Plain => ("plain", ""),
+                Single => ("snp", "/single"),
+                SplitStrict => ("snp", "/split-strict"),
+            };
+            let file = if image == BzImage { "bzimage" } else { "vmlinux" };
+            let name = format!("boot/{kind}/{}/{file}/{cpus}cpu/{memory}{mode_name}", role.name());
+            Case::new(name, move |context| {
+                let guest = Guest {
+                    kernel: kernel_file(context, role, image)?,
+                    initrd: context.workspace.guest_initrd(role),
+                    memory,
+                    cpus,
+                    mode,
+                    actions,
+                    report_data: if actions.contains("report") { "5a".repeat(64) } else { String::new() },
+                    verbose: false,
+                };
+                boots(context, &guest)
+            })
+        })
+        .collect()
+}
+
+fn kernel_file(context: &Context, role: Role, image: Image) -> Result<PathBuf> {
+    let kernel = Kernel::find(&context.workspace, role)?;
+    match image {
+        Image::BzImage => Ok(kernel.image),
+        Image::Vmlinux => {
+            let path = context.workspace.work().join(format!("vmlinux-{}", kernel.release));
+            if !path.exists() {
+                fs::write(&path, extract(&kernel.image)?)?;
+            }
+            Ok(path)
+        }
+    }
+}
+
+/// Boots `guest`, and checks what it says about itself and, for SNP, about its launch.
+fn boots(context: &Context, guest: &Guest) -> Result<()> {
+    let predicted = match guest.mode {
+        Mode::Plain => None,
+        Mode::Single | Mode::SplitStrict => Some(predict(context, guest)?),
+    };
+    let output = context.run(&guest.run_job(&context.cvmm))?;
+    ensure!(output.ending == Ending::Code(REBOOTED), "the run ended with {}", output.ending);
+    let console = Console::parse(&output.text());
+    ensure!(console.all("error").is_empty(), "the guest complains: {:?}", console.all("error"));
+
+    let online = if guest.cpus == 1 { "0".into() } else { format!("0-{}", guest.cpus - 1) };
+    ensure!(console.get("cpus")? == online, "online CPUs are {}, not {online}", console.get("cpus")?);
+    let memory: u64 = console.get("memory_kib")?.parse().context("memory_kib")?;
+    let given: u64 = guest.memory.trim_end_matches('M').parse::<u64>()? << 10;
+    // The kernel keeps some for itself: 64 MiB of bounce buffers (6 % of memory under SNP) and its image.
+    ensure!((given / 2..given).contains(&memory), "{memory} KiB of memory of {given} KiB given");
+
+    match predicted {
+        None => {
+            ensure!(console.all("log").is_empty(), "a plain guest says: {:?}", console.all("log"));
+            Ok(())
+        }
+        Some(predicted) => {
+            let log = console.get("log")?;
+            ensure!(log.contains(SNP_LOG_LINE), "the guest's log says {log:?}, not {SNP_LOG_LINE:?}");
+            let announced = format!("launch digest {predicted}");
+            ensure!(output.errors().contains(&announced), "cvmm did not announce {announced}");
+            for action in guest.actions.split(',') {
+                match action {
+                    "report" => check_report(&console, "report", guest, &predicted)?,
+                    "ext-report" => check_report(&console, "ext_report", guest, &predicted)?,
+                    "key" => {
+                        ensure!(console.bytes("key")?.iter().any(|&b| b != 0), "the derived key is zero")
+                    }
+                    _ => {}
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+fn check_report(console: &Console, key: &str, guest: &Guest, predicted: &str) -> Result<()> {
+    let bytes = console.bytes(key)?;
+    ensure!(bytes.len() == 0x4a0, "a report of {} bytes", bytes.len());
+    let report = Report(&bytes);
+    let measurement = hex(report.measurement().context("measurement")?);
+    ensure!(measurement == predicted, "the report's measurement is {measurement}, predicted was {predicted}");
+    let data = hex(report.report_data().context("report data")?);
+    ensure!(data == guest.report_data, "the report carries {data}, not {}", guest.report_data);
+    Ok(())
+}
+
+/// The digest that the launch must have, predicted by two programs that agree.
+pub fn predict(context: &Context, guest: &Guest) -> Result<String> {
+    let dump = context.workspace.work().join("plan.jsonl");
+    let mut job = guest.measure_job(&context.cvmm);
+    job.argv.extend(["--c-bit".into(), c_bit(context)?.to_string()]);
+    job.argv.extend(["--dump".into(), dump.display().to_string()]);
+    let output = context.run_on_host(&job);
+    ensure!(output.ending == Ending::Code(0), "cvmm measure ended with {}", output.ending);
+    let measured = output.text().trim().to_string();
+    let file = fs::File::open(&dump).with_context(|| format!("cannot open {}", dump.display()))?;
+    let independent = digest::of_dump(BufReader::new(file))?;
+    fs::remove_file(&dump).context("cannot remove the dump")?;
+    if measured != independent {
+        bail!("cvmm measure says {measured}, the firmware's rule over its dump gives {independent}");
+    }
+    Ok(measured)
+}
+
+/// Where the emulated platform puts the C-bit on the machine that runs guests: the highest physical address bit.
+fn c_bit(context: &Context) -> Result<u8> {
+    let mut cat = job("cat");
+    cat.argv.push("/proc/cpuinfo".into());
+    let text = context.machine()?.run(&cat).text();
+    let sizes = text.lines().find(|line| line.starts_with("address sizes")).context("no address sizes")?;
+    let bits: u8 = sizes
+        .split_whitespace()
+        .find_map(|word| word.parse().ok())
+        .with_context(|| format!("no number in {sizes:?}"))?;
+    Ok((bits - 1).min(46))
+}
+
+fn extract(_image: &Path) -> Result<Vec<u8>> {
+    bail!("not yet")
+}

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Runs integration test cases: one line with its time for each, a count at the end.
+//!
+//! A case gets a [`Context`] with the program under test and a machine to run it on. L1 is booted when the first case asks
+//! for it, serves all of them, and is replaced if a case has killed it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use anyhow::Result;
+use anyhow::bail;
+use guest_init::job::Job;
+
+use crate::machine::Machine;
+use crate::machine::Output;
+use crate::nested::Nested;
+use crate::probe;
+use crate::probe::Decision;
+use crate::workspace::Workspace;
+
+/// How a case ended, if it did not fail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It holds.
+    Passed,
+    /// It could not be tried here, and why.
+    Skipped(String),
+}
+
+/// What a case does.
+type Body = Box<dyn Fn(&Context) -> Result<Verdict>>;
+
+/// One integration test.
+pub struct Case {
+    /// Path-like name, such as `boot/snp/backports-cloud`.
+    pub name: String,
+    /// The test.
+    pub run: Body,
+}
+
+impl Case {
+    /// A case that passes if `run` does.
+    pub fn new(name: impl Into<String>, run: impl Fn(&Context) -> Result<()> + 'static) -> Self {
+        Case { name: name.into(), run: Box::new(move |context| run(context).map(|()| Verdict::Passed)) }
+    }
+}
+
+/// What cases work with.
+pub struct Context {
+    /// Where things lie.
+    pub workspace: Workspace,
+    /// The monitor under test.
+    pub cvmm: PathBuf,
+    decision: Decision,
+    l1: Mutex<Option<Arc<Nested>>>,
+    /// Output of the jobs of the current case, shown if it fails.
+    transcript: Mutex<String>,
+}
+
+impl Context {
+    /// A context for the programs that cargo built for `profile`.
+    pub fn new(profile: &str) -> Result<Self> {
+        let workspace = Workspace::find();
+        let cvmm = workspace.cargo_output(profile).join("cvmm");
+        if !cvmm.exists() {
+            bail!("{} is missing: build it with cargo first", cvmm.display());
+        }
+        let decision = probe::decide()?;
+        Ok(Context { workspace, cvmm, decision, l1: Mutex::new(None), transcript: Mutex::new(String::new()) })
+    }
+
+    /// Where guests run, and why.
+    pub fn decision(&self) -> &Decision {
+        &self.decision
+    }
+
+    /// A machine whose KVM can run Linux.
+    pub fn machine(&self) -> Result<Machine> {
+        if self.decision.host {
+            return Ok(Machine::Host);
+        }
+        let mut l1 = self.l1.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(nested) = l1.as_ref().filter(|nested| nested.alive()) {
+            return Ok(Machine::Nested(Arc::clone(nested)));
+        }
+        *l1 = None;
+        let nested = Nested::start(&self.workspace).context("cannot start the outer guest (L1)")?;
+        println!(
+            "     L1 up after {:.1} s: Linux {}, console in {}",
+            nested.boot_time().as_secs_f64(),
+            nested.kernel(),
+            nested.console().display()
+        );
+        if let Some(error) = nested.kvm_error() {
+            bail!("L1 has no KVM: {error}");
+        }
+        let nested = Arc::new(nested);
+        *l1 = Some(Arc::clone(&nested));
+        Ok(Machine::Nested(nested))
+    }
+
+    /// Runs a job that needs KVM, and keeps its output for the case's log.
+    pub fn run(&self, job: &Job) -> Result<Output> {
+        Ok(self.log(job, self.machine()?.run(job)))
+    }
+
+    /// Runs a job on this host, whatever its KVM.
+    pub fn run_on_host(&self, job: &Job) -> Output {
+        self.log(job, Machine::Host.run(job))
+    }
+
+    /// Adds a finished job to the case's log.
+    pub fn log(&self, job: &Job, output: Output) -> Output {
+        let mut transcript = self.transcript.lock().unwrap_or_else(PoisonError::into_inner);
+        *transcript += &format!(
+            "$ {}\n{}\n{}({} after {:.1} s)\n",
+            job.argv.join(" "),
+            output.text().trim_end(),
+            output.errors(),
+            output.ending,
+            output.elapsed.as_secs_f64()
+        );
+        output
+    }
+
+    fn take_transcript(&self) -> String {
+        std::mem::take(&mut *self.transcript.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The numbers of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Cases that hold.
+    pub passed: usize,
+    /// Cases that do not.
+    pub failed: usize,
+    /// Cases that could not be tried here.
+    pub skipped: usize,
+}
+
+/// Lines of a failed case's output that are shown; all of it is in the log file.
+const SHOWN: usize = 40;
+
+/// Runs those of `cases` whose name contains `filter`, in order.
+pub fn run(context: &Context, cases: &[Case], filter: &str) -> Result<Counts> {
+    let results = context.workspace.results();
+    fs::create_dir_all(&results).with_context(|| format!("cannot create {}", results.display()))?;
+    let mut counts = Counts::default();
+    for case in cases.iter().filter(|case| case.name.contains(filter)) {
+        let started = Instant::now();
+        let result = (case.run)(context);
+        let log = results.join(format!("{}.log", case.name.replace('/', "-")));
+        let transcript = context.take_transcript();
+        fs::write(&log, &transcript).with_context(|| format!("cannot write {}", log.display()))?;
+        match result {
+            Ok(Verdict::Passed) => {
+                counts.passed += 1;
+                line("ok", &case.name, started.elapsed(), "");
+            }
+            Ok(Verdict::Skipped(why)) => {
+                counts.skipped += 1;
+                line("skip", &case.name, started.elapsed(), &why);
+            }
+            Err(error) => {
+                counts.failed += 1;
+                line("FAIL", &case.name, started.elapsed(), &format!("{error:#}"));
+                let lines: Vec<&str> = transcript.lines().collect();
+                for shown in &lines[lines.len().saturating_sub(SHOWN)..] {
+                    println!("     | {shown}");
+                }
+                println!("     all of it: {}", log.display());
+            }
+        }
+    }
+    Ok(counts)
+}
+
+fn line(verdict: &str, name: &str, time: Duration, remark: &str) {
+    println!("{verdict:4} {name:58} {:7.2} s  {remark}", time.as_secs_f64());
+}
