@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::BufReader;
+use std::io::Read;
 use std::path::Path;
 use std::path::PathBuf;
 
@@ -99,10 +100,8 @@ fn read_object(path: &Path) -> Result<Vec<u8>> {
     let context = || format!("cannot read module {}", path.display());
     if path.extension().is_some_and(|extension| extension == "xz") {
         let mut object = Vec::new();
-        let mut file = BufReader::new(fs::File::open(path).with_context(context)?);
-        lzma_rs::xz_decompress(&mut file, &mut object)
-            .map_err(|error| anyhow::anyhow!("{error:?}"))
-            .with_context(context)?;
+        let file = BufReader::new(fs::File::open(path).with_context(context)?);
+        lzma_rust2::XzReader::new(file, false).read_to_end(&mut object).with_context(context)?;
         Ok(object)
     } else {
         fs::read(path).with_context(context)

@@ -6,7 +6,6 @@
 //! the plan's dump. The report comes from the guest, through the kernel's own driver.
 
 use std::fs;
-use std::io::BufReader;
 use std::path::Path;
 use std::path::PathBuf;
 
@@ -15,6 +14,8 @@ use anyhow::Result;
 use anyhow::bail;
 use anyhow::ensure;
 use guest_init::job::Ending;
+use snp::image::decompress;
+use snp::image::kernel;
 
 use crate::digest;
 use crate::digest::hex;
@@ -167,9 +168,11 @@ pub fn predict(context: &Context, guest: &Guest) -> Result<String> {
     let output = context.run_on_host(&job);
     ensure!(output.ending == Ending::Code(0), "cvmm measure ended with {}", output.ending);
     let measured = output.text().trim().to_string();
-    let file = fs::File::open(&dump).with_context(|| format!("cannot open {}", dump.display()))?;
-    let independent = digest::of_dump(BufReader::new(file))?;
-    fs::remove_file(&dump).context("cannot remove the dump")?;
+    let lines = fs::read(&dump).with_context(|| format!("cannot read {}", dump.display()))?;
+    let contents = dump.with_extension("jsonl.contents");
+    let bytes = fs::read(&contents).with_context(|| format!("cannot read {}", contents.display()))?;
+    let independent = digest::of_dump(lines.as_slice(), &bytes)?;
+    fs::remove_file(&contents).context("cannot remove the dump")?;
     if measured != independent {
         bail!("cvmm measure says {measured}, the firmware's rule over its dump gives {independent}");
     }
@@ -189,6 +192,11 @@ fn c_bit(context: &Context) -> Result<u8> {
     Ok((bits - 1).min(46))
 }
 
-fn extract(_image: &Path) -> Result<Vec<u8>> {
-    bail!("not yet")
+/// The ELF file inside a bzImage.
+fn extract(image: &Path) -> Result<Vec<u8>> {
+    let bytes = fs::read(image).with_context(|| format!("cannot read {}", image.display()))?;
+    match kernel::Kernel::parse(bytes).context("the kernel package's image")? {
+        kernel::Kernel::BzImage(image) => decompress::extract_vmlinux(&image).context("the kernel inside"),
+        kernel::Kernel::Elf(_) => bail!("{} is no bzImage", image.display()),
+    }
 }

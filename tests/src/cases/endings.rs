@@ -73,7 +73,7 @@ fn signalled(context: &Context, mode: Mode, signal: i32, code: i32) -> Result<()
 fn terminal_is_restored(context: &Context) -> Result<()> {
     let cvmm = guest(context, Mode::Plain, "sleep")?.run_job(&context.cvmm);
     let quoted: Vec<String> = cvmm.argv.iter().map(|word| format!("'{word}'")).collect();
-    let inside = format!("timeout -s TERM 15 {}; echo code $?; stty -a", quoted.join(" "));
+    let inside = format!("timeout --foreground -s TERM 20 {}; echo code $?; stty -a", quoted.join(" "));
     let mut script = job("script");
     script.argv.extend(["--quiet", "--return", "--command", &inside, "/dev/null"].map(String::from));
     script.limit = BOOT;
