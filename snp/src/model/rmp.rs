@@ -484,13 +484,10 @@ impl PageStates {
         count(&self.counters.rmpadjust_calls, 1);
         let (target, vmsa) = (rdx as u8, rdx >> 16 & 1 != 0);
         let gpa = gpa & !(PAGE - 1);
-        // Sizes other than 4 KiB and 2 MiB, reserved bits, a VMPL that does not exist, a VMSA of 2 MiB.
-        let huge = rcx as u32 == 1;
-        if rcx as u32 > 1
-            || rdx >> 17 != 0
-            || target > 3
-            || (huge && (vmsa || !gpa.is_multiple_of(PAGES_2M * PAGE)))
-        {
+        // Reserved bits, a VMPL that does not exist, a VMSA of 2 MiB. Of RCX bit 0 counts, as for PVALIDATE.
+        let huge = rcx & 1 == 1;
+        let unaligned = !gpa.is_multiple_of(PAGES_2M * PAGE);
+        if rdx >> 17 != 0 || target > 3 || (huge && (vmsa || unaligned)) {
             return InstructionResult::done(FAIL_INPUT);
         }
         if !c_bit {

@@ -103,12 +103,19 @@ fn a_2m_page_that_holds_a_launched_or_shared_page_is_a_size_mismatch() {
 }
 
 #[test]
-fn an_unaligned_2m_page_and_reserved_operand_bits_are_input_errors() {
+fn an_unaligned_2m_page_is_an_input_error() {
     let pages = private(TwoMib::Accept);
-    let input = InstructionResult::Done { eax: 1, carry: false };
-    assert_eq!(pages.pvalidate(0x1000, true, 1, 1), input);
-    assert_eq!(pages.pvalidate(0x1000, true, 2, 1), input);
-    assert_eq!(pages.pvalidate(0x1000, true, 0, 2), input);
+    assert_eq!(pages.pvalidate(0x1000, true, 1, 1), InstructionResult::Done { eax: 1, carry: false });
+}
+
+/// Linux passes the size and the action as bools in CL and DL, and leaves what is above undefined.
+#[test]
+fn of_size_and_action_only_bit_0_counts() {
+    let pages = private(TwoMib::SizeMismatch);
+    assert_eq!(pages.pvalidate(0x1000, true, !1, !0), DONE);
+    assert_eq!(pages.rmpadjust(0x1000, true, !1, 0x1_0001), DONE);
+    assert_eq!(pages.pvalidate(0x1000, true, !1, !1), DONE);
+    assert!(!pages.state(0x1000).unwrap().validated());
 }
 
 #[test]
