@@ -8,6 +8,8 @@ use rand_core::OsRng;
 
 use super::*;
 use crate::attest::report::Report;
+use crate::identity::block::IdAuth;
+use crate::identity::block::IdBlock;
 use crate::model::faults::Faults;
 use crate::model::firmware::message;
 use crate::model::firmware::message::Message;
@@ -347,6 +349,32 @@ fn a_signed_id_block_binds_the_guest_to_its_owner() {
     assert_eq!(report.id_key_digest()[..], sha2::Sha384::digest(key_struct(&owner.id))[..]);
     assert_eq!(report.author_key_digest()[..], sha2::Sha384::digest(key_struct(&owner.author))[..]);
     assert_eq!(report.key_info() & 1, 1);
+}
+
+/// The other side of the same structures: what `cvmm id-block` makes.
+#[test]
+fn the_projects_own_id_blocks_are_accepted() {
+    for with_author in [false, true] {
+        let (vm, _) = started();
+        let block = IdBlock {
+            launch_digest: vm.launch_digest().unwrap(),
+            family_id: [1; 16],
+            image_id: [2; 16],
+            guest_svn: 3,
+            policy: GuestPolicy(START.policy),
+        };
+        let owner = Owner::new();
+        let auth = IdAuth::sign(&block, &owner.id, with_author.then_some(&owner.author));
+        let (digest, policy) = (block.launch_digest, START.policy);
+        let identity = id_block::check(&block.encode(), &auth.encode(), with_author, digest, policy).unwrap();
+        assert_eq!((identity.family_id, identity.image_id, identity.guest_svn), ([1; 16], [2; 16], 3));
+        assert_eq!(identity.id_key_digest, Some(auth.id_key.digest()));
+        assert_eq!(identity.author_key_digest, auth.author.as_ref().map(|(key, _)| key.digest()));
+        let (block, auth) = (block.encode(), auth.encode());
+        let args =
+            FinishArgs { id: Some((&block, &auth)), auth_key_en: with_author, ..FinishArgs::default() };
+        vm.launch_finish(&args, &[]).unwrap();
+    }
 }
 
 #[test]

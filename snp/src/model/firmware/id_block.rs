@@ -2,7 +2,8 @@
 //! The firmware's check of an ID block: is this the guest that its owner signed?
 //!
 //! SEV-SNP Firmware ABI 1.58, section 8.18, tables 75 (ID block), 76 (ID authentication), and chapter 10 (keys and signatures:
-//! integers little-endian in 72 bytes).
+//! integers little-endian in 72 bytes). Written apart from [`crate::identity`], which makes such blocks, as the launch digest
+//! is computed apart from its prediction: an error in either shows as a refused launch.
 
 use p384::EncodedPoint;
 use p384::ecdsa::Signature;
