@@ -451,7 +451,7 @@ impl Rig {
                 Ok(request)
             }
             0x100 => {
-                assert_eq!(request >> 12 & 0xf, REASON_SET.into());
+                assert_eq!(request >> 12 & 0xf, u64::from(REASON_SET));
                 let code = (request >> 16 & 0xff) as u8;
                 let reason = Reason::ALL.iter().find(|reason| **reason as u8 == code);
                 Err(End::Terminated(*reason.unwrap()))
@@ -509,7 +509,7 @@ fn everything_is_validated_once_and_the_kernel_gets_what_was_staged() {
     assert_eq!(rig.run(&mut host), End::Kernel);
     let ram = (0..MEMORY).chain(HIGH..HIGH + HIGH_LEN).step_by(PAGE as usize);
     let missing: Vec<u64> = ram.filter(|gpa| !rig.validated[(gpa / PAGE) as usize]).collect();
-    assert_eq!(missing, []);
+    assert_eq!(missing, Vec::<u64>::new());
     assert_eq!(rig.private.at(KERNEL, kernel().len() as u64), kernel());
     let tail = kernel().len() as u64;
     assert!(rig.private.at(KERNEL + tail, 0x4000 - tail).iter().all(|byte| *byte == 0));
