@@ -37,7 +37,7 @@ impl Certificates {
         }
         let shared = (0..needed)
             .all(|page| page.checked_mul(PAGE).and_then(|o| gpa.checked_add(o)).is_some_and(&is_shared));
-        let written = gpa % PAGE == 0 && shared && self.ram.write(gpa, &self.table).is_ok();
+        let written = gpa.is_multiple_of(PAGE) && shared && self.ram.write(gpa, &self.table).is_ok();
         Answer { ret: if written { 0 } else { libc::EIO }, npages }
     }
 }
