@@ -144,7 +144,12 @@ impl EmulatedVcpu {
         }
     }
 
-    /// Whether the code at `rip` is the replacement of `wanted`; only then is the port write not the guest's own.
+    /// Where the port write stands that has exited with RIP at `rip`, if it is the replacement `wanted`; otherwise it is the
+    /// guest's own. Linux exits with RIP on the instruction; a KVM that emulates it may have moved on by its two bytes.
+    fn site(&mut self, rip: u64, wanted: &[u8]) -> Option<u64> {
+        [rip, rip.wrapping_sub(2)].into_iter().find(|at| self.is_site(*at, wanted))
+    }
+
     fn is_site(&mut self, rip: u64, wanted: &[u8]) -> bool {
         if self.sites.contains(&rip) {
             return true;
@@ -191,9 +196,9 @@ impl EmulatedVcpu {
 
     fn instruction(&mut self, opcode: Opcode) -> Result<Next, CallError> {
         let mut regs = self.kvm.get_regs()?;
-        if !self.is_site(regs.rip, &self.vm.ports.patched(opcode)) {
+        let Some(site) = self.site(regs.rip, &self.vm.ports.patched(opcode)) else {
             return Ok(Next::Pass);
-        }
+        };
         if opcode == Opcode::Vmgexit {
             let vm = Arc::clone(&self.vm);
             let outcome = self.model.vmgexit(&vm.model, &vm.views);
@@ -202,7 +207,7 @@ impl EmulatedVcpu {
         let translation =
             self.kvm.fd.translate_gva(regs.rax).map_err(CallError::of("KVM_TRANSLATE of an operand"))?;
         if translation.valid == 0 {
-            self.page_fault(regs)?;
+            self.page_fault(site, regs.rax)?;
             return Ok(Next::Enter);
         }
         let (gpa, c_bit) = self.split(translation.physical_address);
@@ -228,13 +233,13 @@ impl EmulatedVcpu {
     }
 
     /// The operand's address is not mapped: hardware faults on the instruction, the port write does not.
-    fn page_fault(&mut self, before: kvm_regs) -> Result<(), CallError> {
+    fn page_fault(&mut self, site: u64, operand: u64) -> Result<(), CallError> {
         self.complete_out()?;
         let mut regs = self.kvm.get_regs()?;
-        regs.rip = before.rip;
+        regs.rip = site;
         self.kvm.set_regs(&regs)?;
         let mut sregs = self.kvm.get_sregs()?;
-        sregs.cr2 = before.rax;
+        sregs.cr2 = operand;
         self.kvm.set_sregs(&sregs)?;
         let mut events: kvm_vcpu_events =
             self.kvm.fd.get_vcpu_events().map_err(CallError::of("KVM_GET_VCPU_EVENTS"))?;
@@ -248,7 +253,7 @@ impl EmulatedVcpu {
     /// The decompressor is done: its last two instructions were `mov rsi, r15; jmp *rax`, the first is patched.
     fn kernel_entry(&mut self) -> Result<Next, CallError> {
         let at = self.kvm.get_regs()?;
-        if !self.is_site(at.rip, &self.vm.ports.patched_hook()) {
+        if self.site(at.rip, &self.vm.ports.patched_hook()).is_none() {
             return Ok(Next::Pass);
         }
         let entry = self
@@ -289,7 +294,7 @@ impl EmulatedVcpu {
                     vm.order(creation);
                     return Ok(Next::Enter);
                 }
-                Outcome::RunFails(_) => return Err(CallError::errno("KVM_RUN", libc::EINVAL)),
+                Outcome::RunFails(errno) => return Err(CallError::errno("KVM_RUN", errno.0)),
                 Outcome::MapGpaRange(range) => {
                     self.told = Some(Told::MapGpaRange { range, ret: u64::MAX });
                     return Ok(Next::Tell);
