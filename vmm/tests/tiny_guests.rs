@@ -4,6 +4,8 @@
 //! The guests are assembled by hand, as ELF kernels that are entered in 64-bit mode. They use so few instructions that any KVM
 //! runs them, even one that is a slow software model. Without `/dev/kvm` the tests say so and do nothing.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
+
 use std::io;
 use std::io::Write;
 use std::sync::Arc;
