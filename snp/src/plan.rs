@@ -8,6 +8,8 @@
 //! Order is meaning: the SNP firmware hashes pages in the order of the launch commands
 //! (SEV-SNP Firmware ABI Specification, revision 1.58, section 8.17 `SNP_LAUNCH_UPDATE`).
 
+pub mod dump;
+
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;

@@ -19,6 +19,7 @@ use super::kernel::KernelError;
 use super::layout;
 use super::shim;
 use super::shim::Shim;
+use crate::pages::cpuid::C_BITS;
 use crate::pages::cpuid::CpuidError;
 use crate::pages::cpuid::CpuidTable;
 use crate::plan::Bytes;
@@ -157,7 +158,7 @@ pub enum ImageError {
     #[error("--initrd: the file is empty; leave the option out or give an initrd")]
     InitrdEmpty,
     /// C-bit that no table entry or plan can have.
-    #[error("C-bit {c_bit}: the CPUID table says {table:?}; expected the same position, from 33 to 51")]
+    #[error("C-bit {c_bit}: the CPUID table says {table:?}; expected the same position, from 32 to 51")]
     CBit {
         /// As given by the platform.
         c_bit: u8,
@@ -291,7 +292,7 @@ impl DirectBoot<'_> {
             Guest::Plain => (Mode::Plain, PLAIN_ADDRESS_LIMIT),
             Guest::Snp(Snp { c_bit, cpuid, .. }) => {
                 let table = cpuid.and_then(CpuidTable::c_bit);
-                if !(33..=51).contains(c_bit) || (cpuid.is_some() && table != Some(*c_bit)) {
+                if !C_BITS.contains(c_bit) || (cpuid.is_some() && table != Some(*c_bit)) {
                     return Err(ImageError::CBit { c_bit: *c_bit, table });
                 }
                 (Mode::Snp { c_mask: 1 << c_bit }, 1 << c_bit)

@@ -13,6 +13,8 @@ use crate::plan::PAGE_SIZE;
 
 /// Entries that fit into the page.
 pub const MAX_ENTRIES: usize = 64;
+/// Possible positions of the C-bit: above what 32-bit code can address, inside of a page-table entry's address.
+pub const C_BITS: std::ops::RangeInclusive<u8> = 32..=51;
 /// Position of the first entry in the page.
 const FIRST_ENTRY: usize = 16;
 /// Bytes of an entry.
@@ -85,17 +87,9 @@ pub enum CpuidError {
     /// The guest's start-up check of the C-bit uses RDRAND.
     #[error("the platform does not offer RDRAND (CPUID leaf 0x1, ECX bit 30), which an SNP guest needs")]
     NoRdrand,
-    /// The C-bit must be the highest physical address bit or below.
-    #[error(
-        "C-bit {c_bit} with {phys_bits} physical address bits: the C-bit must lie in 32..{phys_bits} \
-         and must fit CPUID leaf 0x8000001f"
-    )]
-    CBit {
-        /// Position of the C-bit.
-        c_bit: u8,
-        /// Guest's physical address bits.
-        phys_bits: u8,
-    },
+    /// Page-table entries have room for addresses of 52 bits.
+    #[error("C-bit {0}: expected a position from 32 to 51")]
+    CBit(u8),
     /// A page whose count the guest refuses.
     #[error("CPUID page: count at offset 0 is {0}, expected 1 to 64")]
     Count(u32),
@@ -182,9 +176,8 @@ impl CpuidTable {
         if self.get(1, 0).is_none_or(|e| e.ecx & LEAF1_RDRAND == 0) {
             return Err(CpuidError::NoRdrand);
         }
-        let phys_bits = self.get(0x8000_0008, 0).map_or(0, |e| e.eax as u8);
-        if !(32..64).contains(&c_bit) || c_bit > phys_bits.max(51) || self.c_bit() != Some(c_bit) {
-            return Err(CpuidError::CBit { c_bit, phys_bits });
+        if !C_BITS.contains(&c_bit) {
+            return Err(CpuidError::CBit(c_bit));
         }
         if self.entries.len() > MAX_ENTRIES {
             let leaves: Vec<String> = self.entries.iter().map(CpuidEntry::to_string).collect();
@@ -195,7 +188,7 @@ impl CpuidTable {
 
     /// One package of `vcpus` cores with one thread each, in the leaves where Linux looks for it.
     fn topology(&mut self, vcpus: u32) {
-        let vcpus = vcpus.max(1);
+        let vcpus = vcpus.clamp(1, 1 << 16);
         let shift = vcpus.next_power_of_two().trailing_zeros();
         self.entries.retain(|e| !matches!(e.function, 0xb | 0x1f));
         for (index, eax, ebx, ecx) in [(0, 0, 1, 0x100), (1, shift, vcpus, 0x201)] {
@@ -333,4 +326,218 @@ pub fn decode_page(page: &[u8; PAGE_SIZE as usize]) -> Result<Vec<PageEntry>, Cp
             edx: word(&e[36..40]),
         })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SEV: SnpCpuid = SnpCpuid { c_bit: 51, phys_bits: Some(0x30), coherency_sfw_no: false };
+
+    fn leaf(function: u32, eax: u32, ebx: u32, ecx: u32, edx: u32) -> CpuidEntry {
+        CpuidEntry { function, index: 0, indexed: false, eax, ebx, ecx, edx }
+    }
+
+    fn sub(function: u32, index: u32, registers: [u32; 4]) -> CpuidEntry {
+        let [eax, ebx, ecx, edx] = registers;
+        CpuidEntry { function, index, indexed: true, eax, ebx, ecx, edx }
+    }
+
+    /// A cut of what KVM offers on an EPYC 7313, with every bit set that has to go.
+    fn offered() -> Vec<CpuidEntry> {
+        vec![
+            leaf(0, 0x10, 0x6874_7541, 0x444d_4163, 0x6974_6e65),
+            leaf(1, 0xa0_0f11, 0x0510_0800, 0x7fff_ffff, 0x178b_fbff),
+            sub(7, 0, [0, 0x219c_97ab, 0x0041_060c, 0xac00_0010]),
+            sub(0xb, 0, [1, 2, 0x100, 9]),
+            sub(0xb, 1, [7, 32, 0x201, 9]),
+            sub(0xd, 0, [7, 0x340, 0x340, 0]),
+            sub(0xd, 1, [0xf, 0x340, 0, 0]),
+            sub(0xd, 2, [0x100, 0x240, 0, 0]),
+            leaf(2, 0, 0, 0, 0),
+            leaf(0x4000_0000, 0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d),
+            leaf(0x4000_0001, 0x0100_7efb, 0, 0, 0),
+            leaf(0x8000_0000, 0x8000_001e, 0x6874_7541, 0x444d_4163, 0x6974_6e65),
+            leaf(0x8000_0008, 0x3030_3030, 0x1bef_d205, 0x700f, 0),
+            leaf(0x8000_001e, 9, 0x104, 0x301, 0),
+            leaf(0x8000_001f, 0x0101_fd3f, 0x4173, 0x1fd, 6),
+            leaf(0x8000_0021, 0x245, 0, 0xff, 0),
+            leaf(0x8000_0026, 1, 2, 3, 4),
+        ]
+    }
+
+    fn table() -> CpuidTable {
+        CpuidTable::snp(&offered(), 4, &SEV).unwrap()
+    }
+
+    #[test]
+    fn what_the_firmware_refuses_is_stripped_and_nothing_else() {
+        let t = table();
+        let get = |function, index| *t.get(function, index).unwrap();
+        assert_eq!(get(1, 0).ecx, 0xfeff_ffff, "no TSC deadline; HYPERVISOR set; all others kept");
+        assert_eq!(get(7, 0), sub(7, 0, [0, 0x219c_97a9, 0x0040_060c, 0]), "no TSC_ADJUST, LA57, SPEC_CTRL");
+        assert_eq!((get(0xd, 0).ebx, get(0xd, 1).ebx), (0x240, 0x240));
+        assert_eq!(get(0xd, 2), sub(0xd, 2, [0x100, 0x240, 0, 0]), "sub-leaves of components stay");
+        assert_eq!(get(0x8000_0008, 0).ebx, 0x19ef_d205, "no virtual SSBD");
+        assert_eq!(get(0x8000_0021, 0), leaf(0x8000_0021, 0x45, 0, 0, 0));
+        assert_eq!(t.get(0x8000_0026, 0), None);
+        assert_eq!(t.get(2, 0), None, "no empty leaf");
+        assert_eq!(get(0x4000_0001, 0).eax, 0x0100_7efb, "paravirtual features stay");
+    }
+
+    #[test]
+    fn the_sev_leaf_says_snp_and_where_the_c_bit_is() {
+        let t = table();
+        assert_eq!(t.get(0x8000_001f, 0), Some(&leaf(0x8000_001f, 0x1a, 1 << 6 | 51, 0, 0)));
+        assert_eq!(t.get(0x8000_0000, 0).unwrap().eax, 0x8000_001f, "or Linux does not look at it");
+        assert_eq!(t.get(0x8000_0008, 0).unwrap().eax, 0x3030_3030);
+        assert_eq!(t.c_bit(), Some(51));
+        let sev = SnpCpuid { c_bit: 39, phys_bits: Some(40), coherency_sfw_no: true };
+        let t = CpuidTable::snp(&offered(), 1, &sev).unwrap();
+        assert_eq!(t.get(0x8000_001f, 0).unwrap().ebx, 1 << 31 | 1 << 6 | 39);
+        assert_eq!(t.get(0x8000_0008, 0).unwrap().eax & 0xff, 40);
+    }
+
+    #[test]
+    fn a_plain_guest_keeps_its_leaves_and_gets_the_hypervisor_bit() {
+        let t = CpuidTable::plain(&offered(), 1);
+        assert_eq!(t.get(1, 0).unwrap().ecx, u32::MAX);
+        assert_eq!(t.get(7, 0), offered().iter().find(|e| e.function == 7));
+        assert_eq!(t.get(0x8000_001f, 0).unwrap().eax, 0x0101_fd3f);
+    }
+
+    #[test]
+    fn each_vcpu_sees_its_own_apic_id_and_all_the_same_topology() {
+        for (id, entries) in [0, 3].map(|id| (id, table().for_vcpu(id))) {
+            let get = |function, index| {
+                *entries.iter().find(|e| e.function == function && e.index == index).unwrap()
+            };
+            assert_eq!(get(1, 0).ebx, id << 24 | 4 << 16 | 0x0800);
+            assert_eq!(get(0xb, 0), sub(0xb, 0, [0, 1, 0x100, id]), "one thread in a core");
+            assert_eq!(get(0xb, 1), sub(0xb, 1, [2, 4, 0x201, id]), "four cores in a package, two bits");
+            assert_eq!((get(0x8000_001e, 0).eax, get(0x8000_001e, 0).ebx), (id, id));
+            assert_eq!(get(0x8000_0008, 0).ecx, 2 << 12 | 3);
+        }
+    }
+
+    #[test]
+    fn the_page_and_kvm_get_the_same_answers() {
+        let t = table();
+        let page = decode_page(&t.page().unwrap()).unwrap();
+        let kvm = t.for_vcpu(0);
+        assert_eq!(page.len(), kvm.len());
+        for (p, k) in page.iter().zip(&kvm) {
+            assert_eq!((p.eax_in, p.ecx_in), (k.function, k.index));
+            assert_eq!((p.eax, p.ebx, p.ecx, p.edx), (k.eax, k.ebx, k.ecx, k.edx));
+            let xsave_size = k.function == 0xd && k.index <= 1;
+            assert_eq!((p.xcr0_in, p.xss_in), (u64::from(xsave_size), 0));
+        }
+    }
+
+    /// Linux: `struct snp_cpuid_table` and `struct snp_cpuid_fn`.
+    #[test]
+    fn the_page_is_laid_out_as_the_guest_reads_it() {
+        let e = PageEntry { eax_in: 1, ecx_in: 2, xcr0_in: 3, xss_in: 4, eax: 5, ebx: 6, ecx: 7, edx: 8 };
+        let page = encode_page(&[e, e]).unwrap();
+        let mut entry = Vec::new();
+        entry.extend_from_slice(&[1, 0, 0, 0, 2, 0, 0, 0]);
+        entry.extend_from_slice(&[3, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+        entry.extend_from_slice(&[5, 0, 0, 0, 6, 0, 0, 0, 7, 0, 0, 0, 8, 0, 0, 0]);
+        entry.extend_from_slice(&[0; 8]);
+        assert_eq!(page[..16], [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!((&page[16..64], &page[64..112]), (&entry[..], &entry[..]));
+        assert!(page[112..].iter().all(|b| *b == 0));
+    }
+
+    #[test]
+    fn too_many_leaves_are_listed_and_never_cut() {
+        let mut many = offered();
+        many.extend((0..60).map(|i| sub(0x8000_001d, i, [i + 1, 0, 0, 0])));
+        let error = CpuidTable::snp(&many, 1, &SEV).unwrap_err();
+        let CpuidError::TooMany { count, leaves } = &error else { panic!("{error}") };
+        assert!(*count > 64 && leaves.contains("0x8000001d.0x3b") && leaves.contains("0xd.0x2"), "{error}");
+        many.truncate(many.len() - (count - 64));
+        assert_eq!(CpuidTable::snp(&many, 1, &SEV).unwrap().entries().len(), 64);
+    }
+
+    #[test]
+    fn a_platform_without_a_needed_leaf_is_refused() {
+        for leaf in [0, 1, 0x4000_0000, 0x8000_0000, 0x8000_0008] {
+            let some: Vec<_> = offered().into_iter().filter(|e| e.function != leaf).collect();
+            let error = CpuidTable::snp(&some, 1, &SEV).unwrap_err();
+            assert!(matches!(error, CpuidError::Missing { leaf: l, .. } if l == leaf), "{error}");
+        }
+        let mut dull = offered();
+        dull[1].ecx &= !(1 << 30);
+        assert_eq!(CpuidTable::snp(&dull, 1, &SEV), Err(CpuidError::NoRdrand));
+        let wild = SnpCpuid { c_bit: 77, ..SEV };
+        assert!(matches!(CpuidTable::snp(&offered(), 1, &wild), Err(CpuidError::CBit(77))));
+    }
+
+    #[test]
+    fn pages_with_a_count_that_guests_refuse_are_errors() {
+        let mut page = table().page().unwrap();
+        for count in [0u32, 65, u32::MAX] {
+            page[..4].copy_from_slice(&count.to_le_bytes());
+            assert_eq!(decode_page(&page), Err(CpuidError::Count(count)));
+        }
+        assert_eq!(encode_page(&[]), Err(CpuidError::Count(0)));
+        assert_eq!(encode_page(&[PageEntry::default(); 65]), Err(CpuidError::Count(65)));
+    }
+
+    fn any_entry() -> impl Strategy<Value = CpuidEntry> {
+        let function = prop_oneof![
+            (0u32..0x20),
+            (0x4000_0000u32..0x4000_0002),
+            (0x8000_0000u32..0x8000_0028),
+            any::<u32>()
+        ];
+        (function, 0u32..3, any::<bool>(), any::<[u32; 4]>())
+            .prop_map(|(function, index, indexed, r)| CpuidEntry { function, index, indexed, ..sub(0, 0, r) })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_page_decodes_or_is_refused_and_comes_back_the_same(
+            bytes in proptest::collection::vec(any::<u8>(), PAGE_SIZE as usize),
+            count in 0u32..70,
+        ) {
+            let mut page: [u8; PAGE_SIZE as usize] = bytes.try_into().unwrap();
+            page[..4].copy_from_slice(&count.to_le_bytes());
+            match decode_page(&page) {
+                Ok(entries) => {
+                    prop_assert_eq!(entries.len(), count as usize);
+                    prop_assert_eq!(decode_page(&encode_page(&entries).unwrap()).unwrap(), entries);
+                }
+                Err(error) => {
+                    prop_assert_eq!(error, CpuidError::Count(count));
+                    prop_assert!(count == 0 || count > 64);
+                }
+            }
+        }
+
+        #[test]
+        fn any_platforms_leaves_give_a_table_that_a_guest_accepts_or_an_error(
+            mut entries in proptest::collection::vec(any_entry(), 0..80),
+            real in any::<bool>(),
+            vcpus in 0u32..300,
+            c_bit in any::<u8>(),
+        ) {
+            if real {
+                entries.extend(offered());
+            }
+            let sev = SnpCpuid { c_bit, ..SEV };
+            if let Ok(table) = CpuidTable::snp(&entries, vcpus, &sev) {
+                let page = decode_page(&table.page().unwrap()).unwrap();
+                prop_assert!(page.iter().any(|e| e.eax_in == 0x8000_001f && e.eax == 0x1a));
+                prop_assert!(page.iter().filter(|e| e.eax_in == 1).all(|e| e.ecx & 1 << 24 == 0));
+                prop_assert!(page.iter().all(|e| e.eax_in != 0x8000_0026));
+                prop_assert_eq!(table.for_vcpu(u32::MAX).len(), page.len());
+            }
+        }
+    }
 }

@@ -5,4 +5,5 @@
 
 pub mod chain;
 pub mod firmware;
+pub mod kernels;
 pub mod python;
