@@ -7,6 +7,7 @@
 //! twice its memory.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Condvar;
@@ -105,9 +106,16 @@ pub struct Conversions {
 }
 
 impl Conversions {
-    /// For a guest whose RAM is all private now.
-    pub fn new(vm: Arc<dyn Vm>, ram: GuestRam, memfds: Vec<Arc<OwnedFd>>) -> Self {
+    /// For a guest whose RAM is all private now, but for the ranges in `shared`.
+    pub fn new(vm: Arc<dyn Vm>, ram: GuestRam, memfds: Vec<Arc<OwnedFd>>, shared: &[Range<u64>]) -> Self {
         let private = PrivateMap::all_private(&ram);
+        for range in shared {
+            // Staged memory is RAM, or the launch would have failed.
+            let _ = ram.for_each_part(range.start, range.end - range.start, |region, offset, _, len| {
+                private.set(region, offset, len, false);
+                Ok(())
+            });
+        }
         Conversions { vm, ram, memfds, private, busy: Busy::default() }
     }
 

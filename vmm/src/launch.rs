@@ -5,6 +5,7 @@
 //! UPDATE in plan order, vCPU registers, FINISH. Every failure names its step.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use kvm_bindings::kvm_sev_init;
 use kvm_bindings::kvm_sev_snp_launch_finish;
 use kvm_bindings::kvm_sev_snp_launch_start;
 use kvm_bindings::kvm_sev_snp_launch_update;
+use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::plan::PAGE_SIZE;
 use snp::plan::PageType;
@@ -44,6 +46,15 @@ pub struct LaunchOptions {
     pub host_data: [u8; 32],
 }
 
+/// What stage0 fetches from memory that the host can write to. Not measured.
+#[derive(Clone, Debug, Default)]
+pub struct Staged {
+    /// Guest-physical address and contents.
+    pub bytes: Vec<(u64, Bytes)>,
+    /// RAM that is shared when the guest starts, ascending; all other RAM is private.
+    pub shared: Vec<Range<u64>>,
+}
+
 /// A launch step that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
@@ -72,6 +83,14 @@ pub enum LaunchError {
         gpa: u64,
         /// Its end.
         end: u64,
+    },
+    /// Staged bytes that are not for RAM.
+    #[error("staging {len:#x} bytes at {gpa:#x} for stage0: the guest has no RAM there")]
+    Staging {
+        /// Where they should go.
+        gpa: u64,
+        /// How many.
+        len: u64,
     },
     /// The update made no progress.
     #[error("{name}: KVM took no page at {gpa:#x} in {MAX_RETRIES} tries (EAGAIN)")]
@@ -132,18 +151,23 @@ pub fn init_snp(vm: &dyn Vm) -> Result<(), LaunchError> {
 pub fn launch_snp(
     vm: &dyn Vm,
     plan: &LaunchPlan,
+    staged: &Staged,
     options: &LaunchOptions,
     ram: &GuestRam,
     vcpus: &mut [Box<dyn Vcpu>],
 ) -> Result<(), LaunchError> {
+    let set = |address, size, attributes| {
+        vm.set_memory_attributes(kvm_memory_attributes { address, size, attributes, flags: 0 })
+    };
     for region in ram.regions() {
-        vm.set_memory_attributes(kvm_memory_attributes {
-            address: region.gpa,
-            size: region.mapping.len(),
-            attributes: ATTRIBUTE_PRIVATE,
-            flags: 0,
-        })
-        .map_err(call("making guest RAM private"))?;
+        set(region.gpa, region.mapping.len(), ATTRIBUTE_PRIVATE).map_err(call("making guest RAM private"))?;
+    }
+    for range in &staged.shared {
+        set(range.start, range.end - range.start, 0).map_err(call("sharing staging memory"))?;
+    }
+    for (gpa, bytes) in &staged.bytes {
+        let bytes = bytes.as_slice();
+        ram.write(*gpa, bytes).map_err(|_| LaunchError::Staging { gpa: *gpa, len: bytes.len() as u64 })?;
     }
     let mut start = kvm_sev_snp_launch_start { policy: options.policy.0, ..Default::default() };
     vm.snp_launch_start(&mut start).map_err(|source| LaunchError::Sev {

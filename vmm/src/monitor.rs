@@ -27,6 +27,7 @@ use crate::conversion::Conversions;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::LaunchOptions;
+use crate::launch::Staged;
 use crate::machine::Machine;
 use crate::machine::MachineError;
 use crate::memory::GuestRam;
@@ -58,6 +59,8 @@ pub struct Guest {
     pub cpuid: Vec<Vec<kvm_bindings::kvm_cpuid_entry2>>,
     /// How to launch it as an SNP guest; `None` for a plain one.
     pub snp: Option<LaunchOptions>,
+    /// What an SNP guest finds in shared memory when it starts.
+    pub staged: Staged,
 }
 
 /// Why a run failed.
@@ -136,8 +139,8 @@ pub fn run(
             None
         }
         Some(options) => {
-            launch::launch_snp(vm.as_ref(), &guest.plan, options, &ram, &mut vcpus)?;
-            Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds))
+            launch::launch_snp(vm.as_ref(), &guest.plan, &guest.staged, options, &ram, &mut vcpus)?;
+            Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
         }
     };
     let table = platform.certificates().filter(|_| guest.snp.is_some());
@@ -153,6 +156,7 @@ pub fn run(
     };
     // The plan's buffers hold the kernel and the initrd; the guest has its own copy now.
     drop(guest.plan);
+    drop(guest.staged);
 
     let serial = Arc::clone(&machine.serial);
     let shared = Arc::new(Shared { machine, conversions, certificates, stop: AtomicBool::new(false) });

@@ -23,6 +23,7 @@ use kvm_bindings::kvm_sev_snp_launch_start;
 use kvm_bindings::kvm_sev_snp_launch_update;
 use kvm_bindings::kvm_sregs;
 use snp::image::sites::Annotations;
+use snp::image::sites::ShimSites;
 use snp::pages::cpuid::SnpCpuid;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -110,7 +111,7 @@ pub trait Platform: Send + Sync {
     /// What the platform decides about an SNP guest's CPUID, the position of the C-bit first of all.
     fn snp_cpuid(&self) -> SnpCpuid;
     /// Tells what an image knows about itself beside the plan. Not measured; a platform with hardware has no use for it.
-    fn annotate(&self, _annotations: Annotations) {}
+    fn annotate(&self, _kernel: Annotations, _stage0: Option<ShimSites>) {}
     /// The certificates that belong to this platform's reports, as a table for guests (GHCB specification, 4.1.8.1), where the
     /// platform knows them itself.
     fn certificates(&self) -> Option<Vec<u8>> {

@@ -106,6 +106,7 @@ fn run_plain(code: &[u8], cpus: u32) -> Option<(Result<Outcome, String>, Vec<u8>
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
         snp: None,
+        staged: Default::default(),
     };
     Some(run(&platform, guest))
 }
@@ -235,6 +236,7 @@ fn emulated(code: &[u8]) -> Option<(Result<Outcome, String>, Vec<u8>)> {
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: vec![cpuid::to_kvm(&table.for_vcpu(0))],
         snp: Some(LaunchOptions { policy: GuestPolicy::DEFAULT, host_data: [0; 32] }),
+        staged: Default::default(),
     };
     Some(run(&platform, guest))
 }

@@ -89,6 +89,11 @@ impl Ports {
         [0xe6, self.of(opcode), 0x66, 0x90]
     }
 
+    /// What replaces [`HANDOVER`].
+    pub fn patched_handover(&self) -> [u8; 4] {
+        [0xe6, self.handover, 0x66, 0x90]
+    }
+
     /// What replaces the hook's first instruction, `mov rsi, r15`: `OUT port, AL` and a one-byte NOP. Whoever handles the
     /// exit does that move.
     pub fn patched_hook(&self) -> [u8; 3] {
@@ -240,7 +245,7 @@ impl ShimSites {
         let found: [u8; 4] = read(memory, self.handover)?;
         expect("stage0's end", self.handover, self.handover, &HANDOVER, &found)?;
         self.sites.patch(memory, 0, ports)?;
-        write(memory, self.handover, &[0xe6, ports.handover, 0x66, 0x90])
+        write(memory, self.handover, &ports.patched_handover())
     }
 }
 

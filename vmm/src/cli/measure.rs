@@ -10,7 +10,6 @@ use serde::Serialize;
 use snp::digest::launch_digest;
 use snp::image::direct::Guest;
 use snp::image::direct::Snp;
-use snp::image::direct::Validation;
 
 use super::Failure;
 use super::run::ImageArgs;
@@ -20,8 +19,8 @@ use super::run::ImageArgs;
 pub struct Args {
     #[command(flatten)]
     image: ImageArgs,
-    /// Position of the C-bit on the host that will launch the guest: it is part of the measured page tables
-    #[arg(long, value_name = "BIT", default_value_t = 51, value_parser = clap::value_parser!(u8).range(32..=51))]
+    /// Position of the C-bit on the host that will launch the guest: part of the measured page tables of `--validation launch`
+    #[arg(long, value_name = "BIT", default_value_t = 51, hide = true, value_parser = clap::value_parser!(u8).range(32..=51))]
     c_bit: u8,
     /// Print JSON
     #[arg(long)]
@@ -41,7 +40,7 @@ struct Output {
 /// Computes and prints the digest.
 pub fn main(args: &Args) -> Result<u8, Failure> {
     let files = args.image.read().map_err(Failure::usage)?;
-    let snp = Snp { c_bit: args.c_bit, cpuid: None, validation: Validation::AllByLaunch };
+    let snp = Snp { c_bit: args.c_bit, cpuid: None, validation: args.image.validation.into() };
     let image = args.image.boot(&files, Guest::Snp(snp)).image().map_err(Failure::usage)?;
     if let Some(path) = &args.dump {
         let write = || {

@@ -20,6 +20,7 @@ use crate::config::BootFiles;
 use crate::config::ConfigError;
 use crate::cpuid;
 use crate::launch::LaunchOptions;
+use crate::launch::Staged;
 use crate::monitor;
 use crate::monitor::Console;
 use crate::monitor::Guest;
@@ -51,6 +52,27 @@ pub struct ImageArgs {
     /// Number of vCPUs, 1 to 16
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(VCPUS_MAX)))]
     pub cpus: u32,
+    /// Who makes an SNP guest's RAM usable; `launch` measures all of it, for tests
+    #[arg(long, value_enum, default_value = "stage0", hide = true)]
+    pub validation: ValidationKind,
+}
+
+/// Who validates an SNP guest's RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ValidationKind {
+    /// The measured shim
+    Stage0,
+    /// The launch, one firmware command for each 4 KiB
+    Launch,
+}
+
+impl From<ValidationKind> for Validation {
+    fn from(kind: ValidationKind) -> Self {
+        match kind {
+            ValidationKind::Stage0 => Validation::Stage0,
+            ValidationKind::Launch => Validation::AllByLaunch,
+        }
+    }
 }
 
 /// Where an SNP guest runs.
@@ -86,7 +108,7 @@ pub struct Args {
     #[arg(long, requires = "snp")]
     strict: bool,
     /// Emulated platform: how PVALIDATE of 2 MiB is answered
-    #[arg(long, value_enum, default_value = "refuse", requires = "snp")]
+    #[arg(long, value_enum, default_value = "accept", requires = "snp")]
     pvalidate_2m: Pvalidate2m,
     /// Emulated platform: file with its attestation keys, made if absent
     /// [default: ~/.local/state/cvmm/emulated-platform.pem]
@@ -162,6 +184,7 @@ fn plain_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..args.image.cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
         snp: None,
+        staged: Staged::default(),
     };
     Ok((Box::new(platform), guest))
 }
@@ -187,10 +210,11 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
     let sev = platform.snp_cpuid();
     let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;
-    let snp = Snp { c_bit: sev.c_bit, cpuid: Some(&table), validation: Validation::AllByLaunch };
+    let snp = Snp { c_bit: sev.c_bit, cpuid: Some(&table), validation: args.image.validation.into() };
     let image = args.image.boot(&files, ImageGuest::Snp(snp)).image().map_err(Failure::usage)?;
     if args.platform == PlatformKind::Emulated {
-        platform.annotate(sites::annotate(&files.kernel).map_err(Failure::usage)?);
+        let kernel = sites::annotate(&files.kernel).map_err(Failure::usage)?;
+        platform.annotate(kernel, image.shim.as_ref().map(|shim| shim.sites.clone()));
     }
     let digest = launch_digest(&image.plan).map_err(Failure::monitor)?;
     eprintln!("cvmm: launch digest {digest} ({} pages)", image.plan.launch_pages());
@@ -199,6 +223,9 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..args.image.cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
         snp: Some(LaunchOptions { policy: args.policy, host_data: args.host_data.unwrap_or_default() }),
+        staged: image
+            .shim
+            .map_or_else(Staged::default, |shim| Staged { bytes: shim.staging, shared: shim.shared }),
     };
     Ok((platform, guest))
 }

@@ -24,6 +24,7 @@ use clap::ValueEnum;
 pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
 use snp::image::sites::Annotations;
+use snp::image::sites::ShimSites;
 use snp::model::firmware::Platform as Firmware;
 use snp::model::firmware::certs;
 use snp::model::rmp::TwoMib;
@@ -67,7 +68,14 @@ pub struct EmulatedPlatform {
     options: EmulatedOptions,
     sev: SnpCpuid,
     firmware: Arc<Firmware>,
-    annotations: Mutex<Option<Annotations>>,
+    annotations: Mutex<Notes>,
+}
+
+/// What was told about the image.
+#[derive(Clone, Default)]
+struct Notes {
+    kernel: Option<Annotations>,
+    stage0: Option<ShimSites>,
 }
 
 /// Why emulation is not possible here.
@@ -116,8 +124,9 @@ impl Platform for EmulatedPlatform {
         self.sev
     }
 
-    fn annotate(&self, annotations: Annotations) {
-        *self.annotations.lock().unwrap_or_else(PoisonError::into_inner) = Some(annotations);
+    fn annotate(&self, kernel: Annotations, stage0: Option<ShimSites>) {
+        *self.annotations.lock().unwrap_or_else(PoisonError::into_inner) =
+            Notes { kernel: Some(kernel), stage0 };
     }
 
     fn certificates(&self) -> Option<Vec<u8>> {

@@ -181,6 +181,7 @@ impl EmulatedVcpu {
                 let opcode = Opcode::ALL.into_iter().find(|opcode| ports.of(*opcode) == port);
                 match opcode {
                     None if port == ports.hook => self.kernel_entry(),
+                    None if port == ports.handover => self.handover(),
                     None => Ok(Next::Pass),
                     Some(opcode) => self.instruction(opcode),
                 }
@@ -248,6 +249,16 @@ impl EmulatedVcpu {
         events.exception.has_error_code = 1;
         events.exception.error_code = 0;
         self.kvm.fd.set_vcpu_events(&events).map_err(CallError::of("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// stage0 is done: the kernel is in place, checked, and not yet patched. RIP needs no change.
+    fn handover(&mut self) -> Result<Next, CallError> {
+        let at = self.kvm.get_regs()?;
+        if !self.is_site(at.rip, &self.vm.ports.patched_handover()) {
+            return Ok(Next::Pass);
+        }
+        self.vm.begin_kernel()?;
+        Ok(Next::Enter)
     }
 
     /// The decompressor is done: its last two instructions were `mov rsi, r15; jmp *rax`, the first is patched.

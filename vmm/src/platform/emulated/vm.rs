@@ -20,7 +20,6 @@ use kvm_ioctls::MsrFilterRange;
 use kvm_ioctls::MsrFilterRangeFlags;
 use rustix::fs::MemfdFlags;
 use snp::ghcb::msr::MSR_GHCB;
-use snp::image::sites::Annotations;
 use snp::image::sites::CodeMemory;
 use snp::image::sites::PatchError;
 use snp::image::sites::Ports;
@@ -38,6 +37,7 @@ use snp::policy::GuestPolicy;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::EmulatedOptions;
+use super::Notes;
 use super::registers::Recorded;
 use super::vcpu::EmulatedVcpu;
 use super::views::Views;
@@ -65,7 +65,7 @@ pub struct Inner {
     pub(super) ports: Ports,
     pub(super) model: VmModel,
     options: EmulatedOptions,
-    annotations: Option<Annotations>,
+    notes: Notes,
     members: Mutex<Vec<Member>>,
     begun: Mutex<bool>,
 }
@@ -113,26 +113,37 @@ impl Inner {
         }
     }
 
-    /// When the guest first runs, after the launch: patches what is in memory, and aliases the views until the kernel proper
-    /// runs. Not part of FINISH, which only measures.
+    /// When the guest first runs, after the launch: patches what is in memory. Not part of FINISH, which only measures.
     pub(super) fn begin(&self) -> Result<(), CallError> {
         let mut begun = lock(&self.begun);
         if *begun {
             return Ok(());
         }
-        if let Some(annotations) = &self.annotations {
-            annotations.patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
-            if annotations.decompressor.is_some() {
-                self.views.begin_alias(&self.kvm, &self.model.pages)?;
+        match &self.notes.stage0 {
+            Some(stage0) => {
+                stage0.patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
             }
+            None => self.begin_kernel()?,
         }
         *begun = true;
         Ok(())
     }
 
+    /// When the kernel's file is in memory and will run next: at the start, or when stage0 has checked it. Patches it, and
+    /// aliases the views until the kernel proper runs. stage0 itself needs no alias: it lies in the first MiB, and has the
+    /// C-bit in CR3 before it looks beyond.
+    pub(super) fn begin_kernel(&self) -> Result<(), CallError> {
+        let Some(annotations) = &self.notes.kernel else { return Ok(()) };
+        annotations.patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
+        if annotations.decompressor.is_some() {
+            self.views.begin_alias(&self.kvm, &self.model.pages)?;
+        }
+        Ok(())
+    }
+
     /// Patches the kernel proper, whose entry point turned out to be at `entry`.
     pub(super) fn patch_kernel(&self, entry: u64) -> Result<(), CallError> {
-        let Some(annotations) = &self.annotations else { return Ok(()) };
+        let Some(annotations) = &self.notes.kernel else { return Ok(()) };
         let base = annotations.kernel.base_from_entry(entry);
         annotations.kernel.patch(&mut Code(&self.views), base, &self.ports).map_err(patch_failed)
     }
@@ -155,7 +166,7 @@ impl EmulatedVm {
         kvm: KvmVm,
         options: EmulatedOptions,
         firmware: Arc<Firmware>,
-        annotations: Option<Annotations>,
+        notes: Notes,
     ) -> Result<Self, CallError> {
         let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
         cap.args[0] = KVM_MSR_EXIT_REASON_FILTER.into();
@@ -185,7 +196,7 @@ impl EmulatedVm {
             model,
             ports: Ports::default(),
             options,
-            annotations,
+            notes,
             members: Mutex::default(),
             begun: Mutex::default(),
         })))
