@@ -9,3 +9,4 @@ pub mod i8042;
 pub mod power;
 pub mod rtc;
 pub mod serial;
+pub mod tpm_crb;

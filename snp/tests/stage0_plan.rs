@@ -71,7 +71,8 @@ impl Boot {
         let initrd = Some(Arc::new(self.initrd.clone()));
         let snp = Snp { c_bit: self.c_bit, cpuid: None, validation: Validation::Stage0 };
         let (cmdline, memory, vcpus) = (self.cmdline, self.memory, self.vcpus);
-        DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus, guest: Guest::Snp(snp) }.image()
+        DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus, tpm: None, guest: Guest::Snp(snp) }
+            .image()
     }
 
     fn digest(&self) -> LaunchDigest {

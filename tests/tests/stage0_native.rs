@@ -531,7 +531,9 @@ fn the_plan_of_a_direct_boot_runs_and_puts_every_byte_in_its_place() {
         let boot = |validation| {
             let guest = Guest::Snp(Snp { c_bit: 40, cpuid: None, validation });
             let (initrd, cmdline) = (Some(Arc::new(vec![0x77; 5000])), "panic=-1");
-            DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 2, guest }.image().unwrap()
+            DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 2, tpm: None, guest }
+                .image()
+                .unwrap()
         };
         let (image, expected) = (boot(Validation::Stage0), boot(Validation::AllByLaunch));
         let mut rig = Rig::of_image(&image);

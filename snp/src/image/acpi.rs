@@ -7,6 +7,8 @@
 //!
 //! IRQ 0 keeps its number, as in KVM's default routing; there is no override to pin 2.
 
+pub mod tpm;
+
 use acpi_tables::Aml;
 use acpi_tables::aml;
 use acpi_tables::facs::FACS;
@@ -19,6 +21,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 
+use self::tpm::Tpm;
 use super::layout;
 
 /// PM1a event block: status at this port, enable at the next word. Reads as zero; writes have no effect.
@@ -87,7 +90,7 @@ impl Aml for IsaIrq {
     }
 }
 
-fn dsdt(vcpus: u32) -> Vec<u8> {
+fn dsdt(vcpus: u32, tpm: Option<&Tpm>) -> Vec<u8> {
     let mut body = Vec::new();
     let s5 = aml::Package::new(vec![&SLP_TYP_S5, &0u8, &0u8, &0u8]);
     aml::Name::new("_S5_".into(), &s5).to_aml_bytes(&mut body);
@@ -113,6 +116,9 @@ fn dsdt(vcpus: u32) -> Vec<u8> {
             vec![&aml::Name::new("_HID".into(), &"ACPI0007"), &aml::Name::new("_UID".into(), &cpu)],
         )
         .to_aml_bytes(&mut body);
+    }
+    if let Some(tpm) = tpm {
+        tpm.device(&mut body);
     }
     table(*b"DSDT", 2, &body)
 }
@@ -172,7 +178,7 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
 }
 
 /// All tables as they lie from [`layout::ACPI`] on; the root pointer is first.
-pub fn tables(vcpus: u32) -> Vec<u8> {
+pub fn tables(vcpus: u32, tpm: Option<&Tpm>) -> Vec<u8> {
     let mut area = vec![0; 64];
     let mut place = |table: &[u8]| {
         // The FACS must be 64-byte aligned; the others do not mind.
@@ -182,12 +188,16 @@ pub fn tables(vcpus: u32) -> Vec<u8> {
         address
     };
     let facs = place(&bytes(&FACS::new()));
-    let dsdt = place(&dsdt(vcpus));
+    let dsdt = place(&dsdt(vcpus, tpm));
     let fadt = place(&fadt(facs, dsdt));
     let madt = place(&madt(vcpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if let Some(tpm) = tpm {
+        let log = place(&tpm.log);
+        xsdt.add_entry(place(&table(*b"TPM2", 4, &tpm.body(log))));
+    }
     let xsdt = place(&bytes(&xsdt));
     let rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
     area[..rsdp.len()].copy_from_slice(&rsdp);

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::acpi;
+use super::acpi::tpm::Tpm;
 use super::bootparams;
 use super::bootparams::BootInfo;
 use super::entry;
@@ -79,6 +80,8 @@ pub struct DirectBoot<'a> {
     pub memory: u64,
     /// Number of vCPUs, 1 to [`VCPUS_MAX`].
     pub vcpus: u32,
+    /// The TPM that the tables announce, if there is one.
+    pub tpm: Option<Tpm>,
     /// Plain or SNP.
     pub guest: Guest<'a>,
 }
@@ -231,7 +234,7 @@ impl DirectBoot<'_> {
             records.push(Record::empty(layout::SECRETS, PAGE_SIZE, PageType::Secrets, "secrets page"));
             records.push(normal(layout::SETUP_DATA, bootparams::setup_data(), "setup_data"));
         }
-        records.push(normal(layout::ACPI, acpi::tables(self.vcpus), "ACPI tables"));
+        records.push(normal(layout::ACPI, acpi::tables(self.vcpus, self.tpm.as_ref()), "ACPI tables"));
         for (gpa, bytes) in self.kernel.runs() {
             records.push(Record::new(gpa, PageType::Normal, bytes, "kernel"));
         }

@@ -152,6 +152,7 @@ impl ImageArgs {
             cmdline: &self.cmdline,
             memory: self.memory,
             vcpus: self.cpus,
+            tpm: None,
             guest,
         }
     }
