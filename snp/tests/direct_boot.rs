@@ -58,6 +58,7 @@ fn vmlinux(notes: &[u8]) -> Kernel {
 
 fn boot<'a>(kernel: &'a Kernel, guest: Guest<'a>) -> DirectBoot<'a> {
     DirectBoot {
+        tpm: None,
         kernel,
         initrd: Some(Arc::new(vec![0x5a; 5000])),
         cmdline: "console=ttyS0",
@@ -416,7 +417,7 @@ fn the_longest_command_line_and_the_largest_initrd_fit() {
 /// ACPI 6.5, section 5.2: lengths, checksums, and the way from the root pointer to each table.
 #[test]
 fn acpi_tables_are_linked_and_sum_to_zero() {
-    let area = acpi::tables(255);
+    let area = acpi::tables(255, None);
     assert!(area.len() <= 0x1_0000, "they fit below 640 KiB");
     let word =
         |at: usize, len: usize| area[at..at + len].iter().rev().fold(0u64, |v, b| v << 8 | u64::from(*b));
@@ -485,7 +486,7 @@ fn iasl_disassembles_the_tables_without_a_complaint() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let area = acpi::tables(3);
+    let area = acpi::tables(3, None);
     for signature in [b"DSDT", b"FACP", b"APIC", b"XSDT", b"FACS"] {
         let at = area.windows(4).position(|w| w == signature).unwrap();
         let len = u32::from_le_bytes(area[at + 4..at + 8].try_into().unwrap()) as usize;
@@ -562,6 +563,7 @@ proptest! {
         let kernel = bzimage();
         let snp = Guest::Snp(Snp { c_bit, cpuid: None, validation: Validation::AllByLaunch });
         let boot = DirectBoot {
+            tpm: None,
             kernel: &kernel,
             initrd: initrd.map(|len| Arc::new(vec![1; len])),
             cmdline: &cmdline,

@@ -92,6 +92,7 @@ fn run_plain(code: &[u8], cpus: u32) -> Option<(Result<Outcome, String>, Vec<u8>
     let platform = kvm()?;
     let kernel = Kernel::parse(elf(code)).unwrap();
     let boot = DirectBoot {
+        tpm: None,
         kernel: &kernel,
         initrd: None,
         cmdline: "",
@@ -220,6 +221,7 @@ fn emulated(code: &[u8]) -> Option<(Result<Outcome, String>, Vec<u8>)> {
     // The registers and tables of a plain boot will do; the plan is code and tables, each page measured.
     let kernel = Kernel::parse(elf(code)).unwrap();
     let boot = DirectBoot {
+        tpm: None,
         kernel: &kernel,
         initrd: None,
         cmdline: "",
