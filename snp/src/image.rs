@@ -10,6 +10,7 @@ pub mod decompress;
 pub mod direct;
 pub mod entry;
 pub mod guid_table;
+pub mod igvm;
 pub mod kernel;
 pub mod layout;
 pub mod ovmf;

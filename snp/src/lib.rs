@@ -7,9 +7,11 @@
 
 pub mod attest;
 pub mod digest;
+pub mod explain;
 pub mod ghcb;
 pub mod identity;
 pub mod image;
+mod mapping;
 pub mod model;
 pub mod pages;
 pub mod plan;

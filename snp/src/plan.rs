@@ -12,9 +12,12 @@ pub mod dump;
 
 use std::borrow::Cow;
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::mapping::Mapping;
 use crate::vmsa::VmsaState;
 
 /// Size of the page that the firmware measures, in bytes.
@@ -60,10 +63,17 @@ impl fmt::Display for PageType {
     }
 }
 
-/// Bytes shared between records without copying: a window of a buffer.
+/// Where bytes come from.
+#[derive(Clone)]
+enum Buffer {
+    Owned(Arc<Vec<u8>>),
+    Mapped(Arc<Mapping>),
+}
+
+/// Bytes shared between records without copying: a window of a buffer or of a mapped file.
 #[derive(Clone)]
 pub struct Bytes {
-    buffer: Arc<Vec<u8>>,
+    buffer: Buffer,
     window: Range<usize>,
 }
 
@@ -71,19 +81,55 @@ impl Bytes {
     /// The window `window` of `buffer`; `None` if it does not lie inside.
     pub fn window(buffer: &Arc<Vec<u8>>, window: Range<usize>) -> Option<Self> {
         buffer.get(window.clone())?;
-        Some(Bytes { buffer: Arc::clone(buffer), window })
+        Some(Bytes { buffer: Buffer::Owned(Arc::clone(buffer)), window })
+    }
+
+    /// A file's bytes, which the kernel reads when they are needed and forgets when memory is short.
+    pub fn map(file: &File) -> io::Result<Self> {
+        let mapping = Mapping::new(file)?;
+        let window = 0..mapping.as_slice().len();
+        Ok(Bytes { buffer: Buffer::Mapped(Arc::new(mapping)), window })
+    }
+
+    /// The window `window` of these bytes; `None` if it does not lie inside.
+    pub fn sub(&self, window: Range<usize>) -> Option<Self> {
+        self.as_slice().get(window.clone())?;
+        let start = self.window.start;
+        Some(Bytes { buffer: self.buffer.clone(), window: start + window.start..start + window.end })
+    }
+
+    /// Takes in `next` if it follows these bytes in the same buffer, or if both are empty; says whether it did.
+    pub fn join(&mut self, next: &Bytes) -> bool {
+        let same = match (&self.buffer, &next.buffer) {
+            (Buffer::Owned(a), Buffer::Owned(b)) => Arc::ptr_eq(a, b),
+            (Buffer::Mapped(a), Buffer::Mapped(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        if self.window.is_empty() && next.window.is_empty() {
+            return true;
+        }
+        let follows = same && !next.window.is_empty() && self.window.end == next.window.start;
+        if follows && !self.window.is_empty() {
+            self.window.end = next.window.end;
+            return true;
+        }
+        false
     }
 
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        self.buffer.get(self.window.clone()).unwrap_or_default()
+        let all = match &self.buffer {
+            Buffer::Owned(vec) => vec.as_slice(),
+            Buffer::Mapped(mapping) => mapping.as_slice(),
+        };
+        all.get(self.window.clone()).unwrap_or_default()
     }
 }
 
 impl From<Vec<u8>> for Bytes {
     fn from(buffer: Vec<u8>) -> Self {
         let window = 0..buffer.len();
-        Bytes { buffer: Arc::new(buffer), window }
+        Bytes { buffer: Buffer::Owned(Arc::new(buffer)), window }
     }
 }
 

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The command line: `cvmm --kernel …` runs a guest, subcommands do everything else.
 
+mod id_block;
 mod measure;
 mod run;
+mod verify;
 
 use std::io;
 use std::io::Write;
@@ -45,7 +47,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Compute the launch digest of a guest, without a VM
-    Measure(measure::Args),
+    Measure(Box<measure::Args>),
+    /// Make, sign, show and check ID blocks: your signed statement of what may launch
+    IdBlock(id_block::Args),
+    /// Check an attestation report, its certificates, and your policy
+    Verify(Box<verify::Args>),
 }
 
 /// Why a command failed, and with which exit code.
@@ -73,6 +79,8 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Some(Command::Measure(args)) => measure::main(&args),
+        Some(Command::IdBlock(args)) => id_block::main(&args),
+        Some(Command::Verify(args)) => verify::main(&args),
         None => run::main(&cli.run),
     };
     let (message, code) = match result {

@@ -1,66 +1,410 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cvmm measure`: the launch digest of a guest, without a VM.
+//! `cvmm measure`: launch digests without a VM, and why they are what they are.
 
 use std::fs::File;
-use std::io::BufWriter;
 use std::io::Write;
+use std::path::Path;
 use std::path::PathBuf;
 
-use serde::Serialize;
-use snp::digest::launch_digest;
+use sha2::Digest as _;
+use sha2::Sha256;
+use snp::digest::LaunchDigest;
+use snp::digest::Trace;
+use snp::digest::VMSA_GPA;
+use snp::digest::trace;
+use snp::explain::CountDigest;
+use snp::explain::Explanation;
+use snp::explain::diff;
 use snp::image::direct::Guest;
 use snp::image::direct::Snp;
+use snp::image::igvm::Igvm;
+use snp::image::igvm::ZeroPages;
+use snp::image::ovmf::Ovmf;
+use snp::image::ovmf::OvmfLaunch;
+use snp::image::ovmf::Svsm;
+use snp::pages::hashes::KernelHashes;
+use snp::plan::Bytes;
+use snp::plan::LaunchPlan;
+use snp::plan::PageType;
+use snp::vcpu_model;
+use snp::vmm_type::VcpuSetup;
+use snp::vmm_type::VmmType;
 
 use super::Failure;
 use super::run::ImageArgs;
+
+/// Most vCPUs that are measured: as many as KVM can give to a guest.
+const VCPUS_MAX: u32 = 4096;
+
+/// How pages of an IGVM file without data enter the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum ZeroPagesArg {
+    /// NORMAL pages of zeros, as the IGVM specification says
+    Normal,
+    /// Type ZERO, as QEMU and Cloud Hypervisor load them
+    Zero,
+}
+
+/// Numbers of vCPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Counts(Vec<u32>);
+
+fn parse_counts(text: &str) -> Result<Counts, String> {
+    let number = |text: &str| match text.trim().parse::<u32>() {
+        Ok(n) if (1..=VCPUS_MAX).contains(&n) => Ok(n),
+        _ => Err(format!(
+            "'{text}' is no number of vCPUs: give 1 to {VCPUS_MAX}, lists (1,2,4) or ranges (1-8)"
+        )),
+    };
+    let mut counts = std::collections::BTreeSet::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(format!("'{part}' runs backwards"));
+        }
+        counts.extend(first..=last);
+    }
+    Ok(Counts(counts.into_iter().collect()))
+}
+
+fn parse_features(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16).ok(),
+        None => text.parse().ok(),
+    };
+    match parsed {
+        Some(features) if features & 1 == 1 => Ok(features),
+        Some(_) => {
+            Err("bit 0 (SNP) is set in every SNP guest: give 0x1 and what was requested besides".into())
+        }
+        None => Err(format!("'{text}' is not a number such as 0x1")),
+    }
+}
 
 /// Options of `cvmm measure`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     #[command(flatten)]
     image: ImageArgs,
+    /// OVMF firmware with SEV metadata, in place of direct boot; a --kernel is then measured by its hash
+    #[arg(long, value_name = "FILE", conflicts_with = "igvm")]
+    firmware: Option<PathBuf>,
+    /// SVSM that runs under the firmware
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "firmware",
+        requires = "vars_size",
+        conflicts_with = "kernel"
+    )]
+    svsm: Option<PathBuf>,
+    /// Size in bytes of the variable store between SVSM and firmware
+    #[arg(long, value_name = "BYTES", requires = "svsm")]
+    vars_size: Option<u64>,
+    /// IGVM file, in place of direct boot
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    igvm: Option<PathBuf>,
+    /// How pages without data in an IGVM file are launched
+    #[arg(long, value_enum, requires = "igvm")]
+    zero_pages: Option<ZeroPagesArg>,
+    /// Monitor that launches the firmware: cvmm, qemu, ec2, gce or krun
+    #[arg(long, value_name = "NAME", default_value = "cvmm")]
+    vmm: VmmType,
+    /// vCPU model of a firmware launch, as a name (EPYC-Milan) or a CPUID signature (0xa00f11)
+    #[arg(long, value_name = "MODEL", value_parser = |text: &str| vcpu_model::parse(text))]
+    vcpu_model: Option<u32>,
+    /// The guest's complete sev_features
+    #[arg(long, value_name = "BITS", default_value = "0x1", value_parser = parse_features)]
+    guest_features: u64,
+    /// Numbers of vCPUs, in place of --cpus: a list or range such as 1,2,4-8
+    #[arg(long, value_name = "LIST", value_parser = parse_counts, conflicts_with = "cpus")]
+    vcpus: Option<Counts>,
     /// Position of the C-bit on the host that will launch the guest: part of the measured page tables of `--validation launch`
     #[arg(long, value_name = "BIT", default_value_t = 51, hide = true, value_parser = clap::value_parser!(u8).range(32..=51))]
     c_bit: u8,
-    /// Print JSON
+    /// Print JSON: digests that a policy can list, and every step that leads to them
     #[arg(long)]
     json: bool,
-    /// Write the plan, one JSON object per line, for a check by other programs
+    /// Show every step with its running digest, and the guest's memory as a drawing
+    #[arg(long, conflicts_with = "json")]
+    explain: bool,
+    /// Compare two files of --json: where do the launches part, and why?
+    #[arg(long, num_args = 2, value_names = ["A", "B"], exclusive = true)]
+    diff: Option<Vec<PathBuf>>,
+    /// Write the plan for a check by other programs: one JSON object per line, and the contents into FILE.contents
     #[arg(long, value_name = "FILE")]
     dump: Option<PathBuf>,
 }
 
-#[derive(Serialize)]
-struct Output {
-    launch_digest: String,
-    launch_pages: u64,
-    vcpus: u32,
+/// What was measured: digests, steps, and notes for people.
+struct Measured {
+    explanation: Explanation,
+    plan: LaunchPlan,
+    notes: Vec<String>,
 }
 
-/// Computes and prints the digest.
+/// Computes and prints digests.
 pub fn main(args: &Args) -> Result<u8, Failure> {
-    let files = args.image.read().map_err(Failure::usage)?;
-    let snp = Snp { c_bit: args.c_bit, cpuid: None, validation: args.image.validation.into() };
-    let image = args.image.boot(&files, Guest::Snp(snp)).image().map_err(Failure::usage)?;
-    if let Some(path) = &args.dump {
-        let write = || {
-            let mut out = BufWriter::new(File::create(path)?);
-
-            out.flush()
-        };
-        write().map_err(|e| Failure::Monitor(format!("--dump {}: {e}", path.display())))?;
+    if let Some([first, second]) = args.diff.as_deref() {
+        return print_diff(first, second);
     }
-    let digest = launch_digest(&image.plan).map_err(Failure::usage)?;
-    let output = Output {
-        launch_digest: digest.to_string(),
-        launch_pages: image.plan.launch_pages(),
-        vcpus: args.image.cpus,
+    let measured = match (&args.igvm, &args.firmware) {
+        (Some(file), _) => igvm(args, file)?,
+        (None, Some(file)) => firmware(args, file)?,
+        (None, None) => direct(args)?,
     };
-    if args.json {
-        let text = serde_json::to_string_pretty(&output).map_err(Failure::monitor)?;
-        println!("{text}");
-    } else {
-        println!("{}", output.launch_digest);
+    if let Some(path) = &args.dump {
+        dump(&measured.plan, path)
+            .map_err(|e| Failure::Monitor(format!("--dump {}: {e}", path.display())))?;
     }
+    let mut out = String::new();
+    let explanation = &measured.explanation;
+    if args.json {
+        out = serde_json::to_string_pretty(explanation).map_err(Failure::monitor)?;
+        out.push('\n');
+    } else {
+        if args.explain {
+            for (name, value) in &explanation.inputs {
+                out.push_str(&format!("{name}: {value}\n"));
+            }
+            out.push_str(&format!("\n{}\n{}\n", explanation.steps(), explanation.memory_map()));
+        }
+        match explanation.digests.as_slice() {
+            [only] => out.push_str(&format!("{}\n", only.launch_digest)),
+            many => many.iter().for_each(|d| out.push_str(&format!("{:4}  {}\n", d.vcpus, d.launch_digest))),
+        }
+    }
+    for note in &measured.notes {
+        eprintln!("cvmm: {note}");
+    }
+    std::io::stdout().write_all(out.as_bytes()).map_err(Failure::monitor)?;
     Ok(0)
+}
+
+fn print_diff(first: &Path, second: &Path) -> Result<u8, Failure> {
+    let read = |path: &Path| {
+        let wrong = |reason: String| Failure::Usage(format!("--diff {}: {reason}", path.display()));
+        let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+        Explanation::parse(&text).map_err(|e| wrong(format!("not a file of `cvmm measure --json`: {e}")))
+    };
+    match diff(&read(first)?, &read(second)?) {
+        None => {
+            println!("the launches are the same");
+            Ok(0)
+        }
+        Some(divergence) => {
+            println!("{divergence}");
+            Ok(1)
+        }
+    }
+}
+
+fn counts(args: &Args) -> Vec<u32> {
+    args.vcpus.as_ref().map_or_else(|| vec![args.image.cpus], |counts| counts.0.clone())
+}
+
+/// A file named by an option, mapped.
+fn map(option: &str, path: &Path) -> Result<Bytes, Failure> {
+    let wrong = |e: std::io::Error| Failure::Usage(format!("{option} {}: {e}", path.display()));
+    let file = File::open(path).map_err(wrong)?;
+    // An empty file cannot be mapped, and no image is empty.
+    if file.metadata().map_err(wrong)?.len() == 0 {
+        return Ok(Bytes::from(Vec::new()));
+    }
+    Bytes::map(&file).map_err(wrong)
+}
+
+/// Puts an explanation together from the launch with the most vCPUs.
+fn explain(
+    plan: LaunchPlan,
+    trace: &Trace,
+    digests: Vec<CountDigest>,
+    inputs: Vec<(&str, String)>,
+    notes: Vec<String>,
+) -> Measured {
+    let mut explanation = Explanation::new(&plan.records, &plan.vcpus, trace);
+    explanation.inputs = inputs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    explanation.digests = digests;
+    Measured { explanation, plan, notes }
+}
+
+fn count_digest(vcpus: u32, digest: LaunchDigest) -> CountDigest {
+    CountDigest { vcpus, launch_digest: digest.to_string() }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}
+
+impl Args {
+    /// A name for a file's contents where it will be shown: hashing a large file once more takes longer than its digest.
+    fn fingerprint(&self, bytes: &[u8]) -> String {
+        if self.json || self.explain { sha256(bytes) } else { String::new() }
+    }
+}
+
+/// Direct boot: the ACPI tables depend on the number of vCPUs, so each number has its own plan.
+fn direct(args: &Args) -> Result<Measured, Failure> {
+    let files = args.image.read().map_err(Failure::usage)?;
+    let mut digests = Vec::new();
+    let mut last = None;
+    for vcpus in counts(args) {
+        let snp = Snp { c_bit: args.c_bit, cpuid: None, validation: args.image.validation.into() };
+        let image_args = ImageArgs { cpus: vcpus, ..args.image.clone() };
+        let image = image_args.boot(&files, Guest::Snp(snp)).image().map_err(Failure::usage)?;
+        let trace = trace(&image.plan).map_err(Failure::usage)?;
+        digests.push(count_digest(vcpus, trace.launch_digest()));
+        last = Some((image.plan, trace));
+    }
+    let (plan, trace) = last.ok_or_else(|| Failure::Usage("no number of vCPUs".into()))?;
+    let inputs = vec![
+        ("image", "direct boot".into()),
+        ("launch pages", plan.launch_pages().to_string()),
+        ("memory", format!("{:#x}", args.image.memory)),
+        ("cmdline", args.image.cmdline.clone()),
+        ("initrd sha256", files.initrd.as_deref().map_or("none".into(), |initrd| args.fingerprint(initrd))),
+    ];
+    Ok(explain(plan, &trace, digests, inputs, Vec::new()))
+}
+
+fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {
+    let wrong = |option: &str, path: &Path, error: String| {
+        Failure::Usage(format!("{option} {}: {error}", path.display()))
+    };
+    let image = map("--firmware", path)?;
+    let ovmf = Ovmf::parse(image.clone()).map_err(|e| wrong("--firmware", path, e.to_string()))?;
+    let svsm_path = args.svsm.as_deref();
+    let signature = match args.vcpu_model {
+        Some(signature) => signature,
+        None if args.vmm.uses_signature() || svsm_path.is_some() => {
+            let models = vcpu_model::names().join(", ");
+            return Err(Failure::Usage(format!(
+                "--vcpu-model is missing: the model is part of the digest of a firmware launch ({models}, or a signature)"
+            )));
+        }
+        None => 0,
+    };
+    let setup = VcpuSetup { signature, sev_features: args.guest_features };
+    let counts = counts(args);
+    let vcpus = counts.last().copied().unwrap_or(1);
+    let mut inputs = vec![
+        ("firmware sha256", args.fingerprint(image.as_slice())),
+        ("monitor", args.vmm.to_string()),
+        ("vcpu signature", format!("{signature:#x}")),
+        ("guest features", format!("{:#x}", args.guest_features)),
+    ];
+    let plan = if let Some(svsm_path) = svsm_path {
+        inputs.push(("image", "firmware under an SVSM".into()));
+        let svsm = Svsm::parse(&ovmf, map("--svsm", svsm_path)?, args.vars_size.unwrap_or(0));
+        let svsm = svsm.map_err(|e| wrong("--svsm", svsm_path, e.to_string()))?;
+        svsm.plan(vcpus, setup).map_err(|e| wrong("--svsm", svsm_path, e.to_string()))?
+    } else {
+        inputs.push(("image", "firmware".into()));
+        if args.image.initrd.is_some() && args.image.kernel.is_none() {
+            return Err(Failure::Usage(
+                "--initrd needs --kernel: the firmware checks both, or neither".into(),
+            ));
+        }
+        let kernel = match &args.image.kernel {
+            Some(kernel) => {
+                let initrd = args.image.initrd.as_deref().map(|path| map("--initrd", path)).transpose()?;
+                let initrd = initrd.as_ref().map(Bytes::as_slice).unwrap_or_default();
+                let kernel = map("--kernel", kernel)?;
+                let hashes = KernelHashes::of(kernel.as_slice(), initrd, args.image.cmdline.as_bytes());
+                inputs.push(("kernel sha256", args.fingerprint(kernel.as_slice())));
+                inputs.push(("initrd sha256", args.fingerprint(initrd)));
+                inputs.push(("cmdline", args.image.cmdline.clone()));
+                Some(hashes)
+            }
+            None => None,
+        };
+        let launch = OvmfLaunch { vmm: args.vmm, vcpus, setup, kernel: kernel.as_ref() };
+        ovmf.plan(&launch).map_err(|e| wrong("--firmware", path, e.to_string()))?
+    };
+    // One chain has the digest of every smaller number of vCPUs on its way.
+    let trace = trace(&plan).map_err(Failure::usage)?;
+    let digest = |vcpus: &u32| Some(count_digest(*vcpus, *trace.vcpus.get(*vcpus as usize - 1)?));
+    let digests = counts.iter().filter_map(digest).collect();
+    Ok(explain(plan, &trace, digests, inputs, Vec::new()))
+}
+
+fn igvm(args: &Args, path: &Path) -> Result<Measured, Failure> {
+    let wrong = |error: String| Failure::Usage(format!("--igvm {}: {error}", path.display()));
+    if counts(args) != [1] {
+        return Err(wrong("the file decides how many vCPUs are measured: leave --vcpus out".into()));
+    }
+    let image = map("--igvm", path)?;
+    let zero_pages = match args.zero_pages {
+        Some(ZeroPagesArg::Zero) => ZeroPages::Zero,
+        _ => ZeroPages::Normal,
+    };
+    let igvm = Igvm::parse(&image, zero_pages).map_err(|e| wrong(e.to_string()))?;
+    igvm.check_identity().map_err(|e| wrong(e.to_string()))?;
+    let (digest, after) = igvm.digests();
+    let save_areas = igvm.records.iter().filter(|r| r.page_type == PageType::Vmsa).count() as u32;
+    let mut notes = vec![format!("pages without data are {zero_pages}; choose with --zero-pages")];
+    if igvm.identity.is_some() {
+        notes.push("the ID block in the file is for this digest".into());
+    }
+    if let Err(reason) = igvm.kvm_plan() {
+        notes.push(reason.to_string());
+    }
+    let inputs = vec![
+        ("image", "IGVM".into()),
+        ("igvm sha256", args.fingerprint(image.as_slice())),
+        ("zero pages", zero_pages.to_string()),
+        ("policy", igvm.policy.map_or("none".into(), |policy| policy.to_string())),
+    ];
+    // All of it, save areas included, is a list of records here: that is what the file is.
+    let plan = LaunchPlan { records: igvm.records, vcpus: Vec::new() };
+    let trace = Trace { records: after, vcpus: Vec::new() };
+    Ok(explain(plan, &trace, vec![count_digest(save_areas, digest)], inputs, notes))
+}
+
+/// Writes the plan as lines of JSON, and all contents into a second file, `.contents` behind the name.
+fn dump(plan: &LaunchPlan, path: &Path) -> std::io::Result<()> {
+    let mut contents_path = path.as_os_str().to_owned();
+    contents_path.push(".contents");
+    let mut contents = std::io::BufWriter::new(File::create(contents_path)?);
+    let mut lines = std::io::BufWriter::new(File::create(path)?);
+    let mut offset = 0;
+    let mut run = |page_type: PageType, gpa: u64, len: u64, name: &str, bytes: &[u8]| {
+        let bytes_len = bytes.len();
+        let page_type = page_type as u8;
+        let line = serde_json::json!({
+            "page_type": page_type, "gpa": gpa, "len": len, "name": name, "offset": offset, "bytes": bytes_len,
+        });
+        offset += bytes_len;
+        contents.write_all(bytes)?;
+        writeln!(lines, "{line}")
+    };
+    for record in &plan.records {
+        run(record.page_type, record.gpa, record.len, &record.name, record.contents.as_slice())?;
+    }
+    for (id, vcpu) in plan.vcpus.iter().enumerate() {
+        let page = vcpu.encode();
+        run(PageType::Vmsa, VMSA_GPA, page.len() as u64, &format!("vCPU {id}"), &page)?;
+    }
+    contents.flush()?;
+    lines.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_and_ranges_of_vcpus() {
+        assert_eq!(parse_counts("1,8,2-4,3"), Ok(Counts(vec![1, 2, 3, 4, 8])));
+        for bad in ["", "0", "4097", "1,", "3-1", "1-", "-2", "one"] {
+            assert!(parse_counts(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn features_without_snp_are_refused() {
+        assert_eq!(parse_features("0x21"), Ok(0x21));
+        assert!(parse_features("0x20").is_err());
+    }
 }
