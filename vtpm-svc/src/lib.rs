@@ -3,7 +3,7 @@
 //!
 //! One process per guest: [`engine`] is the TPM (libtpms), [`vmgs`] the encrypted file that its state lives in, [`keys`]
 //! where that file's key comes from, [`control`] the sockets. [`service`] puts them together and [`sandbox`] locks the
-//! door behind it. [`cli_vmgs`] is what an operator does to a guest-state file.
+//! door behind it. [`measured`] plays the firmware's part of a measured boot. [`cli_vmgs`] is what an operator does to a guest-state file.
 //!
 //! What this protects against, and what it does not, is said in [`service::TRUST`] and in `docs/vtpm.md`.
 
@@ -12,7 +12,9 @@ pub mod control;
 pub mod engine;
 pub mod keys;
 pub mod log;
+pub mod measured;
 pub mod process;
 pub mod sandbox;
 pub mod service;
+pub mod tpm2;
 pub mod vmgs;

@@ -35,6 +35,7 @@ use crate::engine::state::VmgsState;
 use crate::engine::state::is_virgin;
 use crate::engine::state::remember_good;
 use crate::log;
+use crate::tpm2;
 use crate::vmgs::Change;
 use crate::vmgs::block::BlockFile;
 use crate::vmgs::root::FLAG_EXPORTED;
@@ -125,6 +126,7 @@ impl<F: BlockFile + 'static> Service<F> {
         engine.start(virgin)?;
         self.locality.store(0, Ordering::SeqCst);
         if virgin {
+            finish_manufacture(&mut engine)?;
             log::info("manufactured a new TPM");
         }
         let mut vmgs = self.vmgs();
@@ -425,6 +427,24 @@ impl<F: BlockFile + 'static> Service<F> {
         let rest = text.get(offset as usize..).unwrap_or_default();
         Response::ok().word(text.len() as u32).word(rest.len() as u32).bytes(rest)
     }
+}
+
+/// Leaves the new TPM with the PCR banks that measured boot extends, and no other: a bank that nobody caps would let
+/// the guest invent a history in it.
+fn finish_manufacture(engine: &mut Engine) -> Result<(), EngineError> {
+    let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
+    let banks = crate::measured::BANKS.map(|(alg, _)| alg);
+    let done = tpm2::startup_clear(&mut transport)
+        .and_then(|()| tpm2::pcr_allocate(&mut transport, &banks))
+        .and_then(|()| tpm2::shutdown_clear(&mut transport));
+    if let Err(e) = done {
+        log::error(&format!("manufacturing the TPM: {e}"));
+        engine.stop();
+        return Err(EngineError::State(
+            "not completely made; remove its state with the image and begin again",
+        ));
+    }
+    engine.start(false)
 }
 
 fn refusal(error: &EngineError) -> Response {
