@@ -47,19 +47,17 @@ pub fn spans(file: &[u8]) -> Result<Vec<Range<usize>>, PeError> {
     if header_size > file.len() || header_size < directories {
         return refuse(optional + 60, "headers within the file");
     }
-    let mut out = vec![0..checksum];
     let mut certificates = 0;
-    if count > 4 {
+    let mut out = if count > 4 {
         let entry = directories + 4 * 8;
         certificates = number(file, entry + 4, 4, "the size of the certificate table")?;
         if entry + 8 > header_size {
             return refuse(entry, "a certificate entry within the headers");
         }
-        out.push(checksum + 4..entry);
-        out.push(entry + 8..header_size);
+        vec![0..checksum, checksum + 4..entry, entry + 8..header_size]
     } else {
-        out.push(checksum + 4..header_size);
-    }
+        vec![0..checksum, checksum + 4..header_size]
+    };
     let mut bodies = Vec::new();
     for n in 0..sections {
         let at = optional + optional_size + n * 40;

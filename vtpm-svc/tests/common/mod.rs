@@ -167,8 +167,16 @@ impl Drop for Service {
     }
 }
 
+/// The two sockets come up one after the other, so a refusal is worth a second try.
 fn connect(path: &Path) -> UnixStream {
-    let s = UnixStream::connect(path).expect("connect");
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let s = loop {
+        match UnixStream::connect(path) {
+            Ok(s) => break s,
+            Err(e) => assert!(Instant::now() < deadline, "connecting to {}: {e}", path.display()),
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
     s.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
     s
 }
