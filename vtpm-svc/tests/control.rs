@@ -89,6 +89,7 @@ fn the_monitors_client_drives_ours_and_swtpm_alike() {
     let site = Site::new();
     let ours = site.start(&[]);
     let peer = Service::swtpm_control_only(site.dir.path());
+    drop((ours.first.take(), peer.first.take()));
     for path in [&ours.control, &peer.control] {
         let mut client = Client::connect(path).expect("connect");
         for _ in 0..2 {

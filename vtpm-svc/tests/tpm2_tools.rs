@@ -51,7 +51,12 @@ fn a_users_script_passes_as_it_does_on_swtpm() {
         }
         let log = std::fs::File::create(site.path("log")).expect("log");
         let child = c.stderr(log).spawn().expect("start");
-        let _service = Service { child, control: Default::default(), data: Default::default() };
+        let _service = Service {
+            child,
+            control: Default::default(),
+            data: Default::default(),
+            first: Default::default(),
+        };
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
         while std::net::TcpStream::connect(("127.0.0.1", ctrl)).is_err() {
             assert!(std::time::Instant::now() < deadline, "not ready: {}", site.log());

@@ -197,6 +197,13 @@ impl<F: BlockFile + 'static> Service<F> {
                         continue;
                     }
                 };
+                // Clients that have just left may not be counted off yet.
+                let mut patience = 200;
+                while clients.load(Ordering::SeqCst) >= MAX_CLIENTS && patience > 0 {
+                    patience -= 1;
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+                // This thread alone counts up.
                 if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
                     clients.fetch_sub(1, Ordering::SeqCst);
                     log::warn(&format!("more than {MAX_CLIENTS} {name} clients; one was turned away"));
@@ -222,8 +229,11 @@ impl<F: BlockFile + 'static> Service<F> {
                 Ok(Received::BadLength) => (data::bad_length(), true),
                 Ok(Received::End) | Err(_) => return,
             };
-            if stream.write_all(&reply).is_err() || last {
+            if stream.write_all(&reply).is_err() {
                 return;
+            }
+            if last {
+                return stream.drain();
             }
         }
     }

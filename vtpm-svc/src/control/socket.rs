@@ -70,6 +70,20 @@ impl Stream {
         Ok((data, first))
     }
 
+    /// Drops what has arrived: closing a socket with unread bytes would take back the answer that was just sent.
+    pub fn drain(&self) {
+        let mut junk = [0; 4096];
+        let fd = match self {
+            Self::Unix(s) => s.as_fd(),
+            Self::Tcp(s) => s.as_fd(),
+        };
+        for _ in 0..64 {
+            if !matches!(rustix::net::recv(fd, &mut junk, RecvFlags::DONTWAIT), Ok((1.., _))) {
+                return;
+            }
+        }
+    }
+
     /// Sends a message with a descriptor.
     pub fn send_with_fd(&self, data: &[u8], fd: &OwnedFd) -> io::Result<()> {
         let Self::Unix(s) = self else { return Err(io::ErrorKind::Unsupported.into()) };

@@ -94,6 +94,8 @@ pub struct Service {
     pub child: Child,
     pub control: PathBuf,
     pub data: PathBuf,
+    /// The connection that showed that it is ready. swtpm serves one control client, so it is used and not closed.
+    pub first: std::cell::Cell<Option<UnixStream>>,
 }
 
 impl Service {
@@ -109,9 +111,14 @@ impl Service {
                 c.get_program()
             )
         });
-        let mut service = Self { child, control, data };
+        let mut service = Self { child, control, data, first: Default::default() };
         let deadline = Instant::now() + Duration::from_secs(20);
-        while UnixStream::connect(&service.control).is_err() {
+        loop {
+            if let Ok(s) = UnixStream::connect(&service.control) {
+                s.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
+                service.first = Some(s).into();
+                break;
+            }
             let ended = service.child.try_wait().expect("wait");
             let text = || std::fs::read_to_string(&log).unwrap_or_default();
             assert!(ended.is_none(), "the service ended: {}", text());
@@ -146,7 +153,7 @@ impl Service {
     }
 
     pub fn connect_control(&self) -> UnixStream {
-        connect(&self.control)
+        self.first.take().unwrap_or_else(|| connect(&self.control))
     }
 
     pub fn connect_data(&self) -> UnixStream {
