@@ -51,12 +51,10 @@ impl Stream {
             Self::Unix(s) => s.as_fd(),
             Self::Tcp(s) => s.as_fd(),
         };
-        let got = rustix::net::recvmsg(
-            fd,
-            &mut [io::IoSliceMut::new(&mut data)],
-            &mut ancillary,
-            RecvFlags::CMSG_CLOEXEC,
-        )?;
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let got = rustix::io::retry_on_intr(|| {
+            rustix::net::recvmsg(fd, &mut [io::IoSliceMut::new(&mut data)], &mut ancillary, flags)
+        })?;
         data.truncate(got.bytes);
         let mut first = None;
         for message in ancillary.drain() {

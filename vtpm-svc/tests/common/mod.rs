@@ -192,7 +192,12 @@ fn connect(path: &Path) -> UnixStream {
 pub fn control(s: &mut UnixStream, message: &[u8]) -> Vec<u8> {
     s.write_all(message).expect("send");
     let mut reply = vec![0; 1 << 16];
-    let n = s.read(&mut reply).expect("reply");
+    let n = loop {
+        match s.read(&mut reply) {
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            other => break other.expect("reply"),
+        }
+    };
     reply.truncate(n);
     reply
 }
