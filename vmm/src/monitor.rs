@@ -114,7 +114,7 @@ pub fn run(
 ) -> Result<Outcome, MonitorError> {
     let create = |step| move |source| MonitorError::Create { step, source };
     // Signals are caught from here on, so that one that arrives during the launch is not lost.
-    let mut signals = Signals::new([SIGINT, SIGTERM])
+    let signals = Signals::new([SIGINT, SIGTERM])
         .map_err(|source| MonitorError::Host { what: "cannot catch signals", source })?;
 
     let kind = if guest.snp.is_some() { VmKind::Snp } else { VmKind::Plain };
@@ -161,7 +161,7 @@ pub fn run(
     let serial = Arc::clone(&machine.serial);
     let shared = Arc::new(Shared { machine, conversions, certificates, stop: AtomicBool::new(false) });
     let (events, inbox) = mpsc::channel();
-    spawn_signals(&mut signals, events.clone())?;
+    spawn_signals(signals, events.clone())?;
     let _raw = if interactive { RawMode::enter().map_err(MonitorError::Terminal)? } else { None };
     if interactive {
         spawn_input(serial, _raw.is_some(), events.clone())?;
@@ -184,12 +184,7 @@ fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandl
         .map_err(|source| MonitorError::Host { what: "cannot start a thread", source })
 }
 
-fn spawn_signals(signals: &mut Signals, events: Sender<Event>) -> Result<(), MonitorError> {
-    let mut signals = std::mem::replace(
-        signals,
-        Signals::new::<[i32; 0], i32>([])
-            .map_err(|source| MonitorError::Host { what: "cannot catch signals", source })?,
-    );
+fn spawn_signals(mut signals: Signals, events: Sender<Event>) -> Result<(), MonitorError> {
     spawn("signals".into(), move || {
         for signal in signals.forever() {
             if events.send(Event::Signal(signal)).is_err() {

@@ -12,11 +12,16 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicI32;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rustix::event::EventfdFlags;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use vmm_sys_util::signal::SIGRTMIN;
+
+/// How often, and how far apart, a vCPU that runs is interrupted before its order is left for its next exit.
+const KICKS: u32 = 100;
+const KICK_INTERVAL: Duration = Duration::from_micros(200);
 
 /// What a vCPU has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,9 +63,17 @@ impl Wake {
         // The descriptor counts; it can only refuse when it is full, and then it is readable already.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
         let thread = self.thread.load(Ordering::Acquire);
-        if thread != 0 && thread != rustix::thread::gettid().as_raw_nonzero().get() {
+        if thread == 0 || thread == rustix::thread::gettid().as_raw_nonzero().get() {
+            return;
+        }
+        // A signal that arrives just before the target enters the guest is lost, so it is sent until the order is taken.
+        for _ in 0..KICKS {
             // SAFETY: tgkill with ids of this process; a thread that has ended gives ESRCH.
             unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, SIGRTMIN()) };
+            std::thread::sleep(KICK_INTERVAL);
+            if !self.pending() {
+                return;
+            }
         }
     }
 
