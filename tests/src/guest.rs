@@ -70,8 +70,8 @@ impl Guest {
         ]
     }
 
-    /// Runs it.
-    pub fn run_job(&self, cvmm: &Path) -> Job {
+    /// Runs it; `keys` are the emulated platform's.
+    pub fn run_job(&self, cvmm: &Path, keys: &Path) -> Job {
         let mut job = job(cvmm);
         job.argv.extend(self.image_options());
         let snp: &[&str] = match self.mode {
@@ -80,7 +80,10 @@ impl Guest {
             Mode::SplitStrict => &["--snp", "--platform", "emulated", "--backing", "split", "--strict"],
         };
         job.argv.extend(snp.iter().map(ToString::to_string));
-        job.limit = Duration::from_secs(180);
+        if self.mode != Mode::Plain {
+            job.argv.extend(["--emulated-keys".into(), keys.display().to_string()]);
+        }
+        job.limit = Duration::from_secs(240);
         job
     }
 

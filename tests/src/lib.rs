@@ -8,6 +8,7 @@
 pub mod cases;
 pub mod cpio;
 pub mod digest;
+pub mod evidence;
 pub mod guest;
 pub mod initrd;
 pub mod kernels;

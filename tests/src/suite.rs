@@ -17,6 +17,7 @@ use anyhow::Result;
 use anyhow::bail;
 use guest_init::job::Job;
 
+use crate::evidence;
 use crate::machine::Machine;
 use crate::machine::Output;
 use crate::nested::Nested;
@@ -73,6 +74,11 @@ impl Context {
         }
         let decision = probe::decide()?;
         Ok(Context { workspace, cvmm, decision, l1: Mutex::new(None), transcript: Mutex::new(String::new()) })
+    }
+
+    /// The file with the emulated platform's keys.
+    pub fn keys(&self) -> Result<PathBuf> {
+        evidence::platform_keys(&self.workspace).context("keys of the emulated platform")
     }
 
     /// Where guests run, and why.

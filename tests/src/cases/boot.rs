@@ -19,6 +19,8 @@ use snp::image::kernel;
 
 use crate::digest;
 use crate::digest::hex;
+use crate::digest::unhex;
+use crate::evidence;
 use crate::guest::Console;
 use crate::guest::Guest;
 use crate::guest::Mode;
@@ -111,7 +113,7 @@ fn boots(context: &Context, guest: &Guest) -> Result<()> {
         Mode::Plain => None,
         Mode::Single | Mode::SplitStrict => Some(predict(context, guest)?),
     };
-    let output = context.run(&guest.run_job(&context.cvmm))?;
+    let output = context.run(&guest.run_job(&context.cvmm, &context.keys()?))?;
     ensure!(output.ending == Ending::Code(REBOOTED), "the run ended with {}", output.ending);
     let console = Console::parse(&output.text());
     ensure!(console.all("error").is_empty(), "the guest complains: {:?}", console.all("error"));
@@ -136,7 +138,10 @@ fn boots(context: &Context, guest: &Guest) -> Result<()> {
             for action in guest.actions.split(',') {
                 match action {
                     "report" => check_report(&console, "report", guest, &predicted)?,
-                    "ext-report" => check_report(&console, "ext_report", guest, &predicted)?,
+                    "ext-report" => {
+                        check_report(&console, "ext_report", guest, &predicted)?;
+                        check_signature(context, &console, guest, &predicted)?;
+                    }
                     "key" => {
                         ensure!(console.bytes("key")?.iter().any(|&b| b != 0), "the derived key is zero")
                     }
@@ -156,6 +161,21 @@ fn check_report(console: &Console, key: &str, guest: &Guest, predicted: &str) ->
     ensure!(measurement == predicted, "the report's measurement is {measurement}, predicted was {predicted}");
     let data = hex(report.report_data().context("report data")?);
     ensure!(data == guest.report_data, "the report carries {data}, not {}", guest.report_data);
+    Ok(())
+}
+
+/// The report holds against the platform's root, and against no other.
+fn check_signature(context: &Context, console: &Console, guest: &Guest, predicted: &str) -> Result<()> {
+    let (report, table) = (console.bytes("ext_report")?, console.bytes("certificates")?);
+    let (measurement, nonce) = (unhex(predicted)?, unhex(&guest.report_data)?);
+    let root = evidence::platform_root(&context.workspace)?;
+    evidence::verified(&report, &table, root.clone(), &measurement, &nonce)?;
+    let by_default = evidence::check(&report, &table, None, &measurement, &nonce)?;
+    ensure!(!by_default.verified, "a verifier that trusts AMD's roots accepts an emulated report");
+    let mut forged = report;
+    forged[0x90] ^= 1;
+    let verdict = evidence::check(&forged, &table, Some(root), &measurement, &nonce)?;
+    ensure!(!verdict.verified, "a report with another measurement under the same signature is accepted");
     Ok(())
 }
 

@@ -25,14 +25,15 @@ const BOOT: Duration = Duration::from_secs(120);
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("end/power-off-is-exit-code-0", |context| {
-            let output =
-                context.run(&guest(context, Mode::Plain, "info,poweroff")?.run_job(&context.cvmm))?;
+            let output = context.run(
+                &guest(context, Mode::Plain, "info,poweroff")?.run_job(&context.cvmm, &context.keys()?),
+            )?;
             ensure!(output.ending == Ending::Code(0), "{}", output.ending);
             Ok(())
         }),
         Case::new("end/snp-guest-powers-off-too", |context| {
             let guest = guest(context, Mode::SplitStrict, "info,poweroff")?;
-            let output = context.run(&guest.run_job(&context.cvmm))?;
+            let output = context.run(&guest.run_job(&context.cvmm, &context.keys()?))?;
             ensure!(output.ending == Ending::Code(0), "{}", output.ending);
             Ok(())
         }),
@@ -59,7 +60,7 @@ fn guest(context: &Context, mode: Mode, actions: &'static str) -> Result<Guest> 
 }
 
 fn signalled(context: &Context, mode: Mode, signal: i32, code: i32) -> Result<()> {
-    let job = guest(context, mode, "sleep")?.run_job(&context.cvmm);
+    let job = guest(context, mode, "sleep")?.run_job(&context.cvmm, &context.keys()?);
     let mut running = context.machine()?.start(&job);
     let up = running.wait_for("cvmm-guest: sleeping", BOOT);
     running.signal(signal);
@@ -71,7 +72,7 @@ fn signalled(context: &Context, mode: Mode, signal: i32, code: i32) -> Result<()
 
 /// Runs cvmm on a pseudo-terminal, ends it by a signal, and asks the terminal for its settings afterwards.
 fn terminal_is_restored(context: &Context) -> Result<()> {
-    let cvmm = guest(context, Mode::Plain, "sleep")?.run_job(&context.cvmm);
+    let cvmm = guest(context, Mode::Plain, "sleep")?.run_job(&context.cvmm, &context.keys()?);
     let quoted: Vec<String> = cvmm.argv.iter().map(|word| format!("'{word}'")).collect();
     let inside = format!("timeout --foreground -s TERM 20 {}; echo code $?; stty -a", quoted.join(" "));
     let mut script = job("script");

@@ -14,6 +14,8 @@ use anyhow::Result;
 use anyhow::ensure;
 use cvmm_tests::cases::boot;
 use cvmm_tests::digest::hex;
+use cvmm_tests::digest::unhex;
+use cvmm_tests::evidence;
 use cvmm_tests::guest::Console;
 use cvmm_tests::guest::Guest;
 use cvmm_tests::guest::Mode;
@@ -51,7 +53,7 @@ pub fn run() -> Result<ExitCode> {
         memory: "512M",
         cpus: 2,
         mode: Mode::SplitStrict,
-        actions: "info,report,reboot",
+        actions: "info,ext-report,reboot",
         report_data: nonce.clone(),
         verbose: true,
     };
@@ -62,7 +64,7 @@ pub fn run() -> Result<ExitCode> {
     })?;
     let what = format!("boot Linux {} as an SNP guest, emulated platform", kernel.release);
     let output = steps.step(&what, || {
-        let job = guest.run_job(&context.cvmm);
+        let job = guest.run_job(&context.cvmm, &context.keys()?);
         println!("           {}", job.argv.join(" "));
         let mut console = Prefixed::default();
         let output = context.machine()?.start(&job).wait_watching(|event| match event {
@@ -74,7 +76,7 @@ pub fn run() -> Result<ExitCode> {
     })?;
     let console = Console::parse(&output.text());
     steps.step("check what the guest reported", || {
-        let bytes = console.bytes("report")?;
+        let bytes = console.bytes("ext_report")?;
         let report = Report(&bytes);
         let measurement = hex(report.measurement().context("the report is too short")?);
         println!("           measurement in the report: {measurement}");
@@ -82,12 +84,17 @@ pub fn run() -> Result<ExitCode> {
         ensure!(measurement == predicted, "the report's measurement is not the predicted digest");
         let data = hex(report.report_data().context("the report is too short")?);
         ensure!(data == nonce, "the report carries {data}, not the nonce {nonce} of this run");
+        let root = evidence::platform_root(&workspace)?;
+        let certificates = console.bytes("certificates")?;
+        evidence::verified(&bytes, &certificates, root, &unhex(&predicted)?, &unhex(&nonce)?)?;
         ensure!(console.get("log")?.contains(boot::SNP_LOG_LINE), "the guest's log lacks the SNP line");
         Ok(())
     })?;
     steps.print_table();
-    println!("\nthe guest's kernel says:   {}", console.get("log")?);
-    println!("the guest's report says:   {predicted}, as predicted");
+    println!("\nguest's kernel: {}", console.get("log")?);
+    println!("launch digest in the guest's report: {predicted}");
+    println!("it is the digest that cvmm measure predicted");
+    println!("report verified against the emulated platform's chain");
     Ok(ExitCode::SUCCESS)
 }
 
