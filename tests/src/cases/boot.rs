@@ -189,7 +189,7 @@ pub fn predict(context: &Context, guest: &Guest) -> Result<String> {
     ensure!(output.ending == Ending::Code(0), "cvmm measure ended with {}", output.ending);
     let measured = output.text().trim().to_string();
     let lines = fs::read(&dump).with_context(|| format!("cannot read {}", dump.display()))?;
-    let contents = dump.with_extension("jsonl.contents");
+    let contents = context.workspace.work().join("plan.jsonl.contents");
     let bytes = fs::read(&contents).with_context(|| format!("cannot read {}", contents.display()))?;
     let independent = digest::of_dump(lines.as_slice(), &bytes)?;
     fs::remove_file(&contents).context("cannot remove the dump")?;
