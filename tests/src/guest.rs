@@ -83,7 +83,7 @@ impl Guest {
         if self.mode != Mode::Plain {
             job.argv.extend(["--emulated-keys".into(), keys.display().to_string()]);
         }
-        job.limit = Duration::from_secs(240);
+        job.limit = Duration::from_secs(400);
         job
     }
 
