@@ -14,6 +14,8 @@ use kvm_bindings::kvm_sev_init;
 use kvm_bindings::kvm_sev_snp_launch_finish;
 use kvm_bindings::kvm_sev_snp_launch_start;
 use kvm_bindings::kvm_sev_snp_launch_update;
+use snp::identity::IdAuth;
+use snp::identity::IdBlock;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::plan::PAGE_SIZE;
@@ -44,6 +46,8 @@ pub struct LaunchOptions {
     pub policy: GuestPolicy,
     /// 32 bytes that the host puts into every report of the guest.
     pub host_data: [u8; 32],
+    /// The owner's signed ID block. Checked by the caller: a launch has one try at it.
+    pub identity: Option<(IdBlock, IdAuth)>,
 }
 
 /// What stage0 fetches from memory that the host can write to. Not measured.
@@ -180,7 +184,11 @@ pub fn launch_snp(
     }
     set_registers(plan, vcpus)?;
     let mut finish = kvm_sev_snp_launch_finish { host_data: options.host_data, ..Default::default() };
-    vm.snp_launch_finish(&mut finish, None)
+    let identity = options.identity.as_ref().map(|(block, auth)| (block.encode(), auth.encode()));
+    // The block always needs its auth page; this flag is about the author's part of that page alone.
+    let author = options.identity.as_ref().is_some_and(|(_, auth)| auth.author.is_some());
+    finish.auth_key_en = u8::from(author);
+    vm.snp_launch_finish(&mut finish, identity.as_ref().map(|(block, auth)| (block, auth)))
         .map_err(|source| LaunchError::Sev { step: "finishing the launch".into(), source })
 }
 

@@ -5,6 +5,7 @@
 //! file and its line in [`run`].
 
 mod boot;
+mod measure;
 
 use std::time::Duration;
 
@@ -26,12 +27,15 @@ pub struct Args {
 enum Name {
     /// From exec to the first byte of a tiny guest, and memory at that point, beside QEMU's microvm.
     Boot,
+    /// Launch digests of firmware images, beside sev-snp-measure, the sev crate and `openssl speed`.
+    Measure,
 }
 
 /// Runs the chore.
 pub fn run(args: &Args) -> Result<()> {
     match args.name {
         Name::Boot => boot::run(args),
+        Name::Measure => measure::run(args),
     }
 }
 

@@ -7,6 +7,7 @@ mod build;
 mod demo;
 mod guest;
 mod in_l1;
+mod oracles;
 mod setup;
 mod steps;
 mod test;

@@ -16,6 +16,7 @@ use cvmm_tests::workspace::Workspace;
 use crate::apt;
 use crate::apt::Downloader;
 use crate::guest;
+use crate::oracles;
 use crate::steps::Steps;
 use crate::steps::capture;
 use crate::steps::show;
@@ -48,6 +49,7 @@ pub fn prepare(steps: &mut Steps, update: bool) -> Result<()> {
     let workspace = Workspace::find();
     steps.step("host packages", host_packages)?;
     kernels(steps, &workspace, update)?;
+    steps.step("measurement oracles", || oracles::prepare(&workspace))?;
     steps.step("build guest programs", || guest::build_programs(&workspace))?;
     steps.step("build initial ramdisks", || guest::build_initrds(&workspace))
 }

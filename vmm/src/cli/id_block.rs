@@ -11,13 +11,17 @@ use std::path::PathBuf;
 use base64ct::Base64;
 use base64ct::Encoding as _;
 use snp::digest::LaunchDigest;
+use snp::digest::trace;
 use snp::explain::Explanation;
+use snp::explain::diff;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
+use snp::identity::IdMismatch;
 use snp::identity::PublicKey;
 use snp::identity::Signature;
 use snp::identity::keys::private_from_pem;
 use snp::image::igvm::id_block_header;
+use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
@@ -299,5 +303,47 @@ fn check_block(args: &Check) -> Result<u8, Failure> {
             println!("{mismatch}");
             Ok(EXIT_REFUSED)
         }
+    }
+}
+
+/// An ID block that a launch is about to use.
+pub struct IdentityCheck<'a> {
+    /// File of the block.
+    pub block: &'a Path,
+    /// File of its auth page.
+    pub auth: &'a Path,
+    /// File of `cvmm measure --json` that the block was made for.
+    pub reference: Option<&'a Path>,
+}
+
+impl IdentityCheck<'_> {
+    /// Finds out what the firmware would answer, before anything is launched; a digest that differs is explained.
+    pub fn check(
+        &self,
+        plan: &LaunchPlan,
+        launch: LaunchDigest,
+        policy: GuestPolicy,
+    ) -> Result<(IdBlock, IdAuth), Failure> {
+        let block = parsed(self.block, IdBlock::decode(&read(self.block)?))?;
+        let auth = parsed(self.auth, IdAuth::decode(&read(self.auth)?))?;
+        let mismatch = match auth.check(&block, launch, policy) {
+            Ok(()) => return Ok((block, auth)),
+            Err(mismatch) => mismatch,
+        };
+        let mut message = mismatch.to_string();
+        if let (IdMismatch::Digest { .. }, Some(path)) = (&mismatch, self.reference) {
+            let reference = parsed(path, Explanation::parse(&read_text(path)?))?;
+            let trace = trace(plan).map_err(Failure::monitor)?;
+            let mut ours = Explanation::new(&plan.records, &plan.vcpus, &trace);
+            // A run records no inputs: only the steps can be compared.
+            ours.inputs.clone_from(&reference.inputs);
+            match diff(&reference, &ours) {
+                Some(divergence) => message.push_str(&format!("\n{divergence}")),
+                None => message.push_str(
+                    "\nthis launch is the one in the reference, so the block was made for another one",
+                ),
+            }
+        }
+        Err(Failure::Usage(message))
     }
 }

@@ -15,6 +15,7 @@ use snp::pages::cpuid::CpuidTable;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
+use super::id_block::IdentityCheck;
 use crate::config;
 use crate::config::BootFiles;
 use crate::config::ConfigError;
@@ -101,6 +102,15 @@ pub struct Args {
     /// 32 bytes for the host-data field of the guest's reports, in hexadecimal
     #[arg(long, value_name = "HEX", value_parser = config::parse_hex32, requires = "snp")]
     host_data: Option<[u8; 32]>,
+    /// Your signed ID block: the launch is refused if digest or policy differ (see `cvmm id-block`)
+    #[arg(long, value_name = "FILE", requires = "snp", requires = "id_auth")]
+    id_block: Option<PathBuf>,
+    /// The ID block's auth page
+    #[arg(long, value_name = "FILE", requires = "id_block")]
+    id_auth: Option<PathBuf>,
+    /// File of `cvmm measure --json` that the ID block was made for: says why a digest differs
+    #[arg(long, value_name = "FILE", requires = "id_block")]
+    reference: Option<PathBuf>,
     /// Emulated platform: one memory for both views of a page, or one for each
     #[arg(long, value_enum, default_value = "single", requires = "snp")]
     backing: Backing,
@@ -219,11 +229,19 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     }
     let digest = launch_digest(&image.plan).map_err(Failure::monitor)?;
     eprintln!("cvmm: launch digest {digest} ({} pages)", image.plan.launch_pages());
+    let identity = match (&args.id_block, &args.id_auth) {
+        (Some(block), Some(auth)) => {
+            let request = IdentityCheck { block, auth, reference: args.reference.as_deref() };
+            Some(request.check(&image.plan, digest, args.policy)?)
+        }
+        _ => None,
+    };
+    let host_data = args.host_data.unwrap_or_default();
     let guest = Guest {
         plan: image.plan,
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..args.image.cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
-        snp: Some(LaunchOptions { policy: args.policy, host_data: args.host_data.unwrap_or_default() }),
+        snp: Some(LaunchOptions { policy: args.policy, host_data, identity }),
         staged: image
             .shim
             .map_or_else(Staged::default, |shim| Staged { bytes: shim.staging, shared: shim.shared }),
