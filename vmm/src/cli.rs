@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The command line: `cvmm --kernel …` runs a guest, subcommands do everything else.
 
+mod doctor;
 mod id_block;
 mod measure;
 mod run;
@@ -52,6 +53,8 @@ enum Command {
     IdBlock(id_block::Args),
     /// Check an attestation report, its certificates, and your policy
     Verify(Box<verify::Args>),
+    /// Say what this host offers for SNP guests and for emulated ones, and how to fix what is missing
+    Doctor(doctor::Args),
 }
 
 /// Why a command failed, and with which exit code.
@@ -81,6 +84,7 @@ pub fn main() -> ExitCode {
         Some(Command::Measure(args)) => measure::main(&args),
         Some(Command::IdBlock(args)) => id_block::main(&args),
         Some(Command::Verify(args)) => verify::main(&args),
+        Some(Command::Doctor(args)) => doctor::main(&args),
         None => run::main(&cli.run),
     };
     let (message, code) = match result {

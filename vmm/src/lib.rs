@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod conversion;
 pub mod cpuid;
+pub mod doctor;
 pub mod launch;
 pub mod machine;
 pub mod memory;

@@ -10,6 +10,7 @@
 
 mod keys;
 mod registers;
+mod trial;
 mod vcpu;
 mod views;
 mod vm;
@@ -30,6 +31,9 @@ use snp::model::firmware::certs;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::SnpCpuid;
 
+pub use trial::EmulationTrial;
+pub use trial::try_emulation;
+
 use super::CallError;
 use super::Platform;
 use super::Vm;
@@ -39,6 +43,9 @@ use super::kvm::OpenError;
 
 /// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.
 const C_BIT_MAX: u8 = 46;
+
+/// Fewest physical address bits that leave one for the C-bit.
+pub const ADDRESS_BITS_MIN: u32 = 36;
 
 /// What backs the two views of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -97,20 +104,29 @@ pub enum EmulatedError {
     AddressBits(u32),
 }
 
+/// What an emulated guest's CPUID says about SEV, given what KVM offers.
+pub fn snp_cpuid(offered: &[kvm_cpuid_entry2]) -> Result<SnpCpuid, EmulatedError> {
+    let bits = address_bits(offered).unwrap_or(ADDRESS_BITS_MIN);
+    if bits < ADDRESS_BITS_MIN {
+        return Err(EmulatedError::AddressBits(bits));
+    }
+    // The top bit of what the guest thinks its address width is.
+    let c_bit = (bits as u8 - 1).min(C_BIT_MAX);
+    Ok(SnpCpuid { c_bit, phys_bits: Some(c_bit + 1), coherency_sfw_no: true })
+}
+
+/// Physical address bits of the CPUs that KVM offers; without leaf 0x80000008 an x86-64 CPU has 36.
+pub fn address_bits(offered: &[kvm_cpuid_entry2]) -> Option<u32> {
+    offered.iter().find(|e| e.function == 0x8000_0008).map(|e| e.eax & 0xff)
+}
+
 impl EmulatedPlatform {
     /// Opens this host's KVM and picks the C-bit.
     pub fn open(options: EmulatedOptions) -> Result<Self, EmulatedError> {
         let kvm = KvmPlatform::open()?;
-        let bits =
-            kvm.supported_cpuid()?.iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax & 0xff);
-        if bits < 36 {
-            return Err(EmulatedError::AddressBits(bits));
-        }
-        // The top bit of what the guest thinks its address width is.
-        let c_bit = (bits as u8 - 1).min(C_BIT_MAX);
-        let sev = SnpCpuid { c_bit, phys_bits: Some(c_bit + 1), coherency_sfw_no: true };
+        let sev = snp_cpuid(&kvm.supported_cpuid()?)?;
         let chain = keys::load_or_create(&options.keys)?;
-        let firmware = Arc::new(Firmware { chain, c_bit, cpuid: Vec::new() });
+        let firmware = Arc::new(Firmware { chain, c_bit: sev.c_bit, cpuid: Vec::new() });
         Ok(EmulatedPlatform { kvm, options, sev, firmware, annotations: Mutex::default() })
     }
 }

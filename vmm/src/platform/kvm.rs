@@ -1,14 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The KVM platform: every operation of the seam is the ioctl of the same name, and nothing else.
 
+mod ask;
 mod check;
 mod exit;
 mod sev;
 mod vcpu;
 mod vm;
 
-pub use check::Missing;
+pub use ask::PlatformStatus;
+pub use ask::platform_status;
+pub use check::Access;
+pub use check::Capabilities;
+pub use check::Finding;
+pub use check::LaunchFacts;
 pub use check::NoSnp;
+pub use check::Trial;
+pub use check::cpu_finding;
+pub use check::sev_leaf;
 pub use exit::MsrAccess;
 pub use exit::decode;
 pub use exit::msr_access;

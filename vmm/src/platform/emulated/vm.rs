@@ -161,6 +161,23 @@ impl Inner {
     }
 }
 
+/// Makes the guest's accesses to the GHCB MSR, and to `SEV_STATUS` behind it, exits to the monitor.
+pub(super) fn intercept_msrs(kvm: &KvmVm) -> Result<(), CallError> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+    cap.args[0] = KVM_MSR_EXIT_REASON_FILTER.into();
+    kvm.fd.enable_cap(&cap).map_err(CallError::of("KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR)"))?;
+    // A clear bit denies the access to KVM, so that it comes here: the GHCB MSR and SEV_STATUS behind it.
+    let filter = MsrFilterRange {
+        flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+        base: MSR_GHCB,
+        msr_count: 2,
+        bitmap: &[0],
+    };
+    kvm.fd
+        .set_msr_filter(MsrFilterDefaultAction::ALLOW, &[filter])
+        .map_err(CallError::of("KVM_X86_SET_MSR_FILTER"))
+}
+
 impl EmulatedVm {
     pub(super) fn new(
         kvm: KvmVm,
@@ -168,19 +185,7 @@ impl EmulatedVm {
         firmware: Arc<Firmware>,
         notes: Notes,
     ) -> Result<Self, CallError> {
-        let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
-        cap.args[0] = KVM_MSR_EXIT_REASON_FILTER.into();
-        kvm.fd.enable_cap(&cap).map_err(CallError::of("KVM_ENABLE_CAP(KVM_CAP_X86_USER_SPACE_MSR)"))?;
-        // A clear bit denies the access to KVM, so that it comes here: the GHCB MSR and SEV_STATUS behind it.
-        let filter = MsrFilterRange {
-            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
-            base: MSR_GHCB,
-            msr_count: 2,
-            bitmap: &[0],
-        };
-        kvm.fd
-            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &[filter])
-            .map_err(CallError::of("KVM_X86_SET_MSR_FILTER"))?;
+        intercept_msrs(&kvm)?;
         let model = VmModel::new(VmConfig {
             platform: firmware,
             ram: Vec::new(),

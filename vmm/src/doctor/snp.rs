@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The lines about SNP guests of this host.
+
+use snp::policy::GuestPolicy;
+
+use super::Area;
+use super::Check;
+use super::Status;
+use super::facts::AsidGroup;
+use super::facts::Facts;
+use crate::platform::kvm::Capabilities;
+use crate::platform::kvm::Finding;
+use crate::platform::kvm::PlatformStatus;
+use crate::platform::kvm::Trial;
+use crate::platform::kvm::cpu_finding;
+
+/// Lowest version of the firmware's ABI that Linux takes (`drivers/crypto/ccp/sev-dev.c`, `SNP_MIN_API_*`).
+const API_MIN: (u8, u8) = (1, 51);
+
+/// Module parameters that `sev_hardware_setup` wants, and why.
+const PARAMETERS: [(&str, &str); 7] = [
+    ("kvm_amd/sev", "Load kvm_amd with sev=1; if that does not help, see the other lines"),
+    ("kvm_amd/sev_es", "Load kvm_amd with sev_es=1; it turns itself off without ASIDs, mmio_caching or lbrv"),
+    (
+        "kvm_amd/sev_snp",
+        "Load kvm_amd with sev_snp=1; it turns itself off if the host has no RMP or the firmware refused",
+    ),
+    ("kvm_amd/npt", "Load kvm_amd with npt=1: SEV needs nested paging"),
+    ("kvm_amd/nrips", "Load kvm_amd with nrips=1: SEV needs it"),
+    ("kvm_amd/lbrv", "Load kvm_amd with lbrv=1: SEV-ES needs it"),
+    ("kvm/mmio_caching", "Load kvm with mmio_caching=1: SEV-ES needs it"),
+];
+
+/// All lines, those that decide first.
+pub fn checks(facts: &Facts) -> Vec<Check> {
+    let mut lines = vec![deciding(cpu_finding(facts.sev_leaf))];
+    match &facts.kvm {
+        Ok(kvm) => {
+            lines.extend(kvm.capabilities.snp_findings().into_iter().map(deciding));
+            lines.push(deciding(Finding {
+                what: "CPUID for an SNP guest",
+                found: kvm.snp_cpuid.as_ref().err().cloned().unwrap_or_else(|| "can be made".into()),
+                needed: "a table that the firmware's CPUID page can hold, with RDRAND and a C-bit",
+                fix: "Update the host's kernel; KVM must offer what Linux guests need",
+                ok: kvm.snp_cpuid.is_ok(),
+            }));
+        }
+        Err(why) => lines.push(super::emulation::kvm_line(Area::Snp, Err(why))),
+    }
+    lines.push(deciding(facts.sev_device.finding()));
+    lines.push(trial(&facts.snp_trial));
+
+    lines.extend(asids_of_cpu(facts.sev_leaf));
+    lines.extend(parameters(facts));
+    lines.push(rmp(facts));
+    match &facts.firmware {
+        Some(Ok(status)) => lines.extend(firmware(status)),
+        Some(Err(why)) => lines.push(diagnosing(
+            "SNP firmware",
+            false,
+            why.clone(),
+            "an answer",
+            "See the kernel log for lines of the ccp driver; if the PSP hangs, only a power cycle helps",
+        )),
+        None => {}
+    }
+    lines.extend(facts.asids.iter().map(asids_of_group));
+    if let Ok(kvm) = &facts.kvm {
+        lines.extend(attributes(&kvm.capabilities));
+    }
+    lines
+}
+
+fn deciding(finding: Finding) -> Check {
+    Check::deciding(Area::Snp, finding)
+}
+
+/// A line that explains, but does not decide.
+fn diagnosing(what: &str, ok: bool, found: impl Into<String>, needed: &str, fix: &str) -> Check {
+    Check::new(Area::Snp, what, if ok { Status::Ok } else { Status::Missing }, found, needed, fix)
+}
+
+fn trial(trial: &Trial) -> Check {
+    let (ok, found, fix) = match trial {
+        Trial::Passed => (true, "an SNP VM was initialised and its launch begun".to_owned(), ""),
+        Trial::NotTried(why) => (false, format!("not tried: {why}"), "See the lines above"),
+        Trial::Failed { step, errno, firmware, error } => {
+            (false, format!("{step}: {error}"), trial_fix(step, *errno, *firmware))
+        }
+    };
+    deciding(Finding {
+        what: "A launch that is begun and given up",
+        found,
+        needed: "KVM_CREATE_VM, KVM_SEV_INIT2, a guest_memfd and LAUNCH_START succeed",
+        fix,
+        ok,
+    })
+}
+
+/// What an errno most likely means at a step (`sev_guest_init`, `snp_launch_start` in Linux' `arch/x86/kvm/svm/sev.c`).
+fn trial_fix(step: &str, errno: i32, firmware: u32) -> &'static str {
+    let init = step == "creating an SNP guest";
+    match (errno, firmware) {
+        (libc::EBUSY, 0 | u32::MAX) if init => {
+            "No ASID is free: stop other SEV-ES or SNP guests, raise misc.max (sev_es) of the cgroup, or reserve more ASIDs in the BIOS"
+        }
+        (libc::ENOTTY, _) if init => {
+            "There are no ASIDs for SEV-ES and SNP: set the minimum SEV non-ES ASID in the BIOS to more than 1"
+        }
+        (libc::EINVAL, _) if init => "KVM refused KVM_SEV_INIT2: use Linux 6.11 or later on the host",
+        (libc::EINVAL, _) if step == "creating an SNP VM" => {
+            "KVM refuses the VM type: load kvm_amd with sev=1 sev_es=1 sev_snp=1"
+        }
+        (libc::EACCES | libc::EPERM, _) => "Give this user access to /dev/kvm and /dev/sev",
+        (libc::ENODEV | libc::ETIMEDOUT, _) => {
+            "The PSP does not answer: see the kernel log for lines of the ccp driver; a power cycle may be needed"
+        }
+        (libc::ENOMEM, _) => "The host is out of memory",
+        (_, 0 | u32::MAX) => "See the kernel log for lines of kvm_amd and ccp",
+        _ => {
+            "The firmware refused: update the BIOS or the SEV firmware, and see the kernel log for lines of the ccp driver"
+        }
+    }
+}
+
+/// What CPUID says about address spaces, and about the C-bit.
+fn asids_of_cpu(leaf: Option<[u32; 4]>) -> Vec<Check> {
+    let Some([eax, ebx, ecx, edx]) = leaf.filter(|leaf| leaf[0] & 1 << 4 != 0) else { return Vec::new() };
+    let count = edx.saturating_sub(1).min(ecx);
+    vec![
+        diagnosing(
+            "SEV and SEV-ES",
+            eax & 0b1010 == 0b1010,
+            format!("CPUID 0x8000001F EAX is {eax:#x}"),
+            "bits 1 and 3",
+            "Enable SEV and SEV-ES in the BIOS",
+        ),
+        diagnosing(
+            "ASIDs for SEV-ES and SNP",
+            count > 0,
+            format!("{count} of {ecx} (the lowest one for plain SEV is {edx})"),
+            "at least 1",
+            "Set the minimum SEV non-ES ASID in the BIOS to more than 1",
+        ),
+        diagnosing(
+            "C-bit",
+            (32..=51).contains(&(ebx & 0x3f)),
+            format!("bit {}, {} physical address bits lost", ebx & 0x3f, ebx >> 6 & 0x3f),
+            "a position from 32 to 51",
+            "",
+        ),
+    ]
+}
+
+fn parameters(facts: &Facts) -> Vec<Check> {
+    if !facts.parameters.keys().any(|name| name.starts_with("kvm_amd/")) {
+        return vec![diagnosing(
+            "Module kvm_amd",
+            false,
+            "no parameters in /sys/module/kvm_amd",
+            "loaded, or built in",
+            "Run `modprobe kvm_amd` on an AMD host with SVM enabled in the BIOS",
+        )];
+    }
+    let line = |(name, fix): &(&str, &'static str)| {
+        let value = facts.parameters.get(*name)?;
+        // Some are booleans, some are numbers.
+        let on = matches!(value.as_str(), "Y" | "y") || value.parse().is_ok_and(|n: i64| n != 0);
+        let what = format!("Parameter {}", name.replace('/', "."));
+        Some(diagnosing(&what, on, value.clone(), "Y or 1", fix))
+    };
+    PARAMETERS.iter().filter_map(line).collect()
+}
+
+/// The reverse map table: the firmware knows, and the kernel's log says why it is not there.
+fn rmp(facts: &Facts) -> Check {
+    const FIX: &str = "In the BIOS, enable SEV-SNP and the RMP table for all of the memory (SNP Memory Coverage), and the IOMMU; boot \
+                       without iommu=pt, iommu=off and amd_iommu=off";
+    const NEEDED: &str = "reserved by the BIOS for all RAM, and initialised";
+    let log = facts.kernel_log.as_deref();
+    let complaint = log.and_then(|lines| {
+        lines.iter().find(|l| l.contains("not been reserved") || l.contains("does not cover"))
+    });
+    let initialized = matches!(&facts.firmware, Some(Ok(status)) if status.rmp_initialized);
+    match (initialized, complaint, log) {
+        (true, ..) => diagnosing("RMP table", true, "initialised", NEEDED, FIX),
+        (false, Some(line), _) => {
+            diagnosing("RMP table", false, format!("the kernel logged: {line}"), NEEDED, FIX)
+        }
+        (false, None, Some([])) => {
+            diagnosing("RMP table", false, "the kernel logged nothing about SNP", NEEDED, FIX)
+        }
+        (false, None, Some(lines)) => {
+            let said = lines.iter().find(|l| l.contains("SEV-SNP:")).or(lines.first());
+            let said = said.map_or("", String::as_str);
+            diagnosing(
+                "RMP table",
+                false,
+                format!("not known to be there; the kernel logged: {said}"),
+                NEEDED,
+                FIX,
+            )
+        }
+        (false, None, None) => diagnosing(
+            "RMP table",
+            false,
+            "not known: the kernel log cannot be read",
+            NEEDED,
+            "Run as root to see the kernel log's lines about it",
+        ),
+    }
+}
+
+fn firmware(status: &PlatformStatus) -> Vec<Check> {
+    let (major, minor) = status.api;
+    let warning = |what, masked, bad: &str, good: &str, fix: &str| {
+        let state = if masked { Status::Warning } else { Status::Ok };
+        Check::new(Area::Snp, what, state, if masked { bad } else { good }, "not masked", fix)
+    };
+    vec![
+        diagnosing(
+            "SNP firmware",
+            status.api >= API_MIN,
+            format!("ABI {major}.{minor}, build {}", status.build),
+            "ABI 1.51 or later",
+            "Update the BIOS, or put a newer SEV firmware file where the ccp driver looks for it",
+        ),
+        diagnosing(
+            "SNP firmware's state",
+            status.state == 1,
+            match status.state {
+                0 => "uninitialised".to_owned(),
+                1 => format!(
+                    "initialised, {} guests, TCB {:#x} (reported {:#x}), {}",
+                    status.guests,
+                    status.current_tcb,
+                    status.reported_tcb,
+                    if status.vlek { "VLEK loaded" } else { "no VLEK" }
+                ),
+                other => format!("state {other}"),
+            },
+            "initialised",
+            "See the kernel log for lines of the ccp driver",
+        ),
+        warning(
+            "Reports are signed",
+            status.mask_chip_key,
+            "no: MASK_CHIP_KEY is set, so no verifier can trust a report",
+            "yes",
+            "Clear MASK_CHIP_KEY by SNP_SET_CONFIG",
+        ),
+        warning(
+            "Reports name the chip",
+            status.mask_chip_id,
+            "no: MASK_CHIP_ID is set, so a verifier must be told which VCEK to take",
+            "yes",
+            "Clear MASK_CHIP_ID by SNP_SET_CONFIG, or use a VLEK",
+        ),
+    ]
+}
+
+fn asids_of_group(group: &AsidGroup) -> Check {
+    let free = match (group.max, group.current) {
+        (Some(max), Some(current)) => max > current,
+        (Some(max), None) => max > 0,
+        (None, _) => true,
+    };
+    let show = |n: Option<u64>, none: &str| n.map_or_else(|| none.to_owned(), |n| n.to_string());
+    diagnosing(
+        &format!("Free ASID in cgroup {}", group.cgroup),
+        free,
+        format!("{} in use, limit {}", show(group.current, "unknown"), show(group.max, "none")),
+        "fewer in use than the limit",
+        "Stop other SEV-ES or SNP guests, or raise the sev_es entry of misc.max",
+    )
+}
+
+/// What KVM's SEV attributes say.
+fn attributes(caps: &Capabilities) -> Vec<Check> {
+    if caps.vm_types & 1 << kvm_bindings::KVM_X86_SNP_VM == 0 {
+        return Vec::new();
+    }
+    let allowed = caps.policy_bits.unwrap_or(GuestPolicy::KVM_6_12_ALLOWED);
+    let policy = GuestPolicy::DEFAULT.check_kvm(allowed);
+    let source =
+        if caps.policy_bits.is_some() { "as KVM says" } else { "as in Linux 6.12; KVM does not say" };
+    vec![
+        diagnosing(
+            "KVM_SEV_INIT2",
+            caps.vmsa_features.is_some(),
+            caps.vmsa_features.map_or_else(
+                || "not known to KVM".to_owned(),
+                |f| format!("VMSA features {f:#x} can be asked for"),
+            ),
+            "known to KVM; no feature is asked for",
+            "Use Linux 6.11 or later on the host",
+        ),
+        diagnosing(
+            "Policy bits",
+            policy.is_ok(),
+            match &policy {
+                Ok(()) => format!("{allowed:#x} are allowed, {source}"),
+                Err(e) => e.to_string(),
+            },
+            "the default policy 0x30000 is allowed",
+            "Use a kernel that allows it, or choose another --policy",
+        ),
+        diagnosing(
+            "KVM_CAP_MEMORY_FAULT_INFO",
+            caps.memory_fault_info > 0,
+            format!("KVM answers {:#x}", caps.memory_fault_info),
+            "not 0, so that a guest's access to a page in the wrong state can be told",
+            "Use Linux 6.11 or later on the host",
+        ),
+        diagnosing(
+            "Certificates for guests",
+            true,
+            match caps.req_certs {
+                Some(n) if n != 0 => "KVM can ask the monitor for them",
+                _ => "KVM gives guests an empty table; Linux 7.0 or later can ask the monitor",
+            },
+            "",
+            "",
+        ),
+    ]
+}
