@@ -15,6 +15,9 @@ use crate::platform::kvm::Capabilities;
 use crate::platform::kvm::PlatformStatus;
 use crate::platform::kvm::Trial;
 
+/// A line, and what is done to a good host before it is looked at.
+type Change = (&'static str, fn(&mut Facts));
+
 fn good_host() -> Facts {
     let parameters = [
         ("kvm_amd/sev", "Y"),
@@ -158,7 +161,7 @@ fn a_host_without_kvm_can_do_neither_and_is_told_once_for_each() {
 /// A host that launches is good, whatever else looks odd: each of these alone may be a warning, not more.
 #[test]
 fn nothing_but_the_launch_itself_can_fail_a_host() {
-    let oddities: [(&str, fn(&mut Facts)); 7] = [
+    let oddities: [Change; 7] = [
         ("Parameter kvm_amd.sev_snp", |f| drop(f.parameters.insert("kvm_amd/sev_snp".into(), "N".into()))),
         ("Module kvm_amd", |f| f.parameters = BTreeMap::new()),
         ("SNP firmware", |f| f.firmware = Some(Err("SNP_PLATFORM_STATUS: busy".into()))),
@@ -179,7 +182,7 @@ fn nothing_but_the_launch_itself_can_fail_a_host() {
 /// And the other way: what the launch refuses, doctor does not pass.
 #[test]
 fn each_need_of_the_launch_fails_a_host_alone() {
-    let lacks: [(&str, fn(&mut Facts)); 9] = [
+    let lacks: [Change; 9] = [
         ("CPU with SEV-SNP", |f| f.sev_leaf.as_mut().unwrap()[0] &= !(1 << 4)),
         ("CPU with SEV-SNP", |f| f.sev_leaf = None),
         ("KVM with SNP guests", |f| capabilities(f).vm_types = 1),
