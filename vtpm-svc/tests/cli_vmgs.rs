@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `vmgs …` as an operator uses it.
+
+mod common;
+
+use std::path::Path;
+
+use common::GET_RANDOM_8;
+use common::STARTUP_CLEAR;
+use common::Site;
+use common::code;
+use common::decoder::decode;
+use common::output;
+use common::program;
+use common::tpm;
+
+/// A site whose TPM has been made.
+fn used() -> Site {
+    let site = Site::new();
+    run_once(&site);
+    site
+}
+
+fn run_once(site: &Site) {
+    let mut service = site.start(&["--flags", "not-need-init"]);
+    let mut s = service.connect_data();
+    assert_eq!(code(&tpm(&mut s, STARTUP_CLEAR).expect("startup")), 0);
+    assert_eq!(code(&tpm(&mut s, GET_RANDOM_8).expect("random")), 0);
+    service.kill();
+}
+
+/// Runs a command with the anchor and the key of the site.
+fn vmgs(site: &Site, args: &[&str], paths: &[&Path]) -> (bool, String) {
+    let anchor = site.path("anchor").display().to_string();
+    let args: Vec<&str> = args.iter().copied().chain(["--anchor", &anchor]).collect();
+    site.vmgs(&args, paths)
+}
+
+#[test]
+fn files_go_in_and_out_and_are_listed() {
+    let site = used();
+    let (image, out) = (site.path("vmgs"), site.path("out"));
+    std::fs::write(site.path("in"), b"some variables").expect("write");
+    let input = site.path("in").display().to_string();
+    let (ok, text) = vmgs(&site, &["import", "--id", "1", "--input", &input], &[&image]);
+    assert!(ok, "{text}");
+    let (ok, text) = site.vmgs(&["list"], &[&image]);
+    assert!(ok && text.contains("BIOS_NVRAM") && text.contains("VTPM_STATE"), "{text}");
+    let output_path = out.display().to_string();
+    let (ok, text) = site.vmgs(&["export", "--id", "1", "--output", &output_path], &[&image]);
+    assert!(ok, "{text}");
+    assert_eq!(std::fs::read(&out).expect("read"), b"some variables");
+    let (ok, text) = vmgs(&site, &["import", "--id", "62", "--input", &input], &[&image]);
+    assert!(!ok && text.contains("written by the store"), "{text}");
+}
+
+#[test]
+fn check_says_what_it_can_and_cannot_prove() {
+    let site = used();
+    let image = site.path("vmgs");
+    let json = |args: &[&str], key: bool| {
+        let mut c = program();
+        c.args(["vmgs", "check", "--json", "--anchor"]).arg(site.path("anchor")).arg(&image).args(args);
+        if key {
+            c.arg("--key-file").arg(site.path("key"));
+        }
+        let (ok, text) = output(&mut c);
+        let end = text.rfind('}').map_or(0, |n| n + 1);
+        (ok, serde_json::from_str::<serde_json::Value>(&text[..end]).expect("JSON"))
+    };
+    let (ok, without) = json(&[], false);
+    assert!(ok && without["not_proved"].to_string().contains("without the key"), "{without}");
+    let (ok, with) = json(&[], true);
+    assert!(ok && with["proved"].to_string().contains("the copy that the anchor expects"), "{with}");
+    let mut bytes = std::fs::read(&image).expect("read");
+    let newest = if bytes[16] > bytes[512 + 16] { 0 } else { 512 };
+    let table = u32::from_le_bytes(bytes[newest + 24..newest + 28].try_into().expect("four")) as usize * 4096;
+    let state =
+        u32::from_le_bytes(bytes[table + 3840..table + 3844].try_into().expect("four")) as usize * 4096;
+    bytes[state + 100] ^= 1;
+    std::fs::write(&image, &bytes).expect("write");
+    let (ok, damaged) = json(&[], true);
+    assert!(!ok && damaged["failed"].to_string().contains("fails authentication"), "{damaged}");
+}
+
+#[test]
+fn a_rekey_leaves_nothing_to_the_old_key() {
+    let site = used();
+    let image = site.path("vmgs");
+    let new = [0x33u8; 32];
+    std::fs::write(site.path("new"), new.map(|b| format!("{b:02x}")).concat()).expect("write");
+    std::fs::set_permissions(site.path("new"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .expect("mode");
+    let path = site.path("new").display().to_string();
+    let (ok, text) = vmgs(&site, &["rekey", "--new-key-file", &path], &[&image]);
+    assert!(ok && text.contains("not proved"), "{text}");
+    let bytes = std::fs::read(&image).expect("read");
+    assert!(decode(&bytes, &common::KEY).is_err());
+    assert!(decode(&bytes, &new).expect("decode").files.contains_key(&60));
+    let (ok, text) = site.vmgs(&["list"], &[&image]);
+    assert!(!ok && text.contains("opens neither key slot"), "{text}");
+}
+
+#[test]
+fn a_clone_has_its_own_identity_unless_told_to_keep_it() {
+    let site = used();
+    let key = site.path("key").display().to_string();
+    let clone = |to: &str, more: &[&str]| {
+        let args: Vec<&str> =
+            ["clone", "--new-key-file", &key].into_iter().chain(more.iter().copied()).collect();
+        let (ok, text) = vmgs(&site, &args, &[&site.path("vmgs"), &site.path(to)]);
+        assert!(ok, "{text}");
+        (decode(&std::fs::read(site.path(to)).expect("read"), &common::KEY).expect("decode").files, text)
+    };
+    let (fresh, text) = clone("fresh", &[]);
+    assert!(!fresh.contains_key(&60) && !fresh.contains_key(&61), "{text}");
+    let (kept, text) = clone("kept", &["--keep-identity"]);
+    let original =
+        decode(&std::fs::read(site.path("vmgs")).expect("read"), &common::KEY).expect("decode").files;
+    assert!(kept[&60] == original[&60] && text.contains("same TPM"), "{text}");
+    // Each has an image id of its own: bytes 16 to 32 of the root.
+    assert!(fresh[&62][16..32] != original[&62][16..32] && kept[&62][16..32] != original[&62][16..32]);
+    // The clone with a new identity makes its TPM at first start.
+    std::fs::rename(site.path("fresh"), site.path("vmgs")).expect("rename");
+    run_once(&site);
+    let made = decode(&std::fs::read(site.path("vmgs")).expect("read"), &common::KEY).expect("decode").files;
+    assert!(made[&60] != original[&60]);
+}
+
+#[test]
+fn a_restore_states_the_loss_first_and_moves_history_on() {
+    let site = used();
+    let (image, backup) = (site.path("vmgs"), site.path("backup"));
+    std::fs::copy(&image, &backup).expect("copy");
+    run_once(&site);
+    std::fs::write(site.path("in"), b"x").expect("write");
+    let input = site.path("in").display().to_string();
+    assert!(vmgs(&site, &["import", "--id", "5", "--input", &input], &[&image]).0);
+    let newest = std::fs::read(&image).expect("read");
+
+    let (ok, text) = vmgs(&site, &["restore"], &[&backup, &image]);
+    assert!(
+        !ok && text.contains("everything written in generations") && text.contains("--confirm"),
+        "{text}"
+    );
+    assert!(std::fs::read(&image).expect("read") == newest, "nothing was changed");
+
+    let (ok, text) = vmgs(&site, &["restore", "--confirm"], &[&backup, &image]);
+    assert!(ok, "{text}");
+    run_once(&site);
+    // What was the newest before the restore is the stale one now.
+    std::fs::write(&image, &newest).expect("write");
+    let (ok, text) = vmgs(&site, &["import", "--id", "5", "--input", &input], &[&image]);
+    assert!(!ok && text.contains("stale image"), "{text}");
+}
+
+#[test]
+fn mistakes_are_answered_in_words() {
+    let site = Site::new();
+    let (ok, text) = vmgs(&site, &["create"], &[&site.path("vmgs")]);
+    assert!(!ok && text.contains("exists already"), "{text}");
+    let (ok, text) = vmgs(&site, &["create", "--size", "100M"], &[&site.path("other")]);
+    assert!(!ok && text.contains("1M to 64M"), "{text}");
+    let (ok, text) =
+        output(program().args(["vmgs", "create", "/nonexistent/x", "--anchor"]).arg(site.path("anchor")));
+    assert!(!ok && text.contains("--key-file"), "{text}");
+    let (ok, text) = site.vmgs(&["list"], &[&site.path("key")]);
+    assert!(!ok && text.contains("truncated"), "{text}");
+}
