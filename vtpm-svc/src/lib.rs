@@ -12,6 +12,7 @@ pub mod control;
 pub mod engine;
 pub mod keys;
 pub mod log;
+pub mod manufacture;
 pub mod measured;
 pub mod process;
 pub mod sandbox;

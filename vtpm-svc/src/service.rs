@@ -23,7 +23,9 @@ use crate::control::socket::Listener;
 use crate::control::socket::Stream;
 use crate::engine::Engine;
 use crate::engine::EngineError;
+use crate::engine::state::Held;
 use crate::engine::state::VmgsState;
+use crate::engine::state::is_virgin;
 use crate::keys::KeyError;
 use crate::keys::KeyRequest;
 use crate::keys::Purpose;
@@ -78,6 +80,9 @@ pub enum ServiceError {
     /// The engine.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// Certificates.
+    #[error(transparent)]
+    Manufacture(#[from] crate::manufacture::ManufactureError),
     /// The cage.
     #[error(transparent)]
     Sandbox(#[from] sandbox::SandboxError),
@@ -184,11 +189,14 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     }
     process::block_signals().map_err(io_error("blocking signals"))?;
 
-    let vmgs = Arc::new(Mutex::new(vmgs));
-    let state = vmgs.clone();
-    let engine = Engine::take(|version| Box::new(VmgsState::new(state, version)))?;
+    // The authority's key is in this process only if there is a TPM to make, and only until it is made.
+    let folder = args.ek_ca.as_deref().filter(|_| is_virgin(&vmgs));
+    let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
+    let (vmgs, held) = (Arc::new(Mutex::new(vmgs)), Held::default());
+    let (state, holding) = (vmgs.clone(), held.clone());
+    let engine = Engine::take(|version| Box::new(VmgsState::new(state, version, holding)))?;
     let (ended, end) = mpsc::channel();
-    let service = Arc::new(Service::new(engine, vmgs, policy, ended.clone()));
+    let service = Arc::new(Service::new(engine, vmgs, held, authority, policy, ended.clone()));
     for missing in process::hide_memory().into_iter().chain(sandbox::close(args.seccomp != "action=none")?) {
         log::warn(&missing);
     }

@@ -4,6 +4,8 @@
 //! Ignored by default: it needs a guest kernel (`CVMM_KERNEL=path`, `cargo xtask setup` fetches one), busybox and QEMU,
 //! and without hardware virtualisation it takes minutes.
 
+#![allow(clippy::panic)]
+
 mod common;
 
 use std::collections::BTreeSet;

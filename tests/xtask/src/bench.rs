@@ -6,6 +6,7 @@
 
 mod boot;
 mod measure;
+mod vtpm;
 
 use std::time::Duration;
 
@@ -29,6 +30,8 @@ enum Name {
     Boot,
     /// Launch digests of firmware images, beside sev-snp-measure, the sev crate and `openssl speed`.
     Measure,
+    /// Commands, start and memory of vtpm-svc, beside swtpm.
+    Vtpm,
 }
 
 /// Runs the chore.
@@ -36,6 +39,7 @@ pub fn run(args: &Args) -> Result<()> {
     match args.name {
         Name::Boot => boot::run(args),
         Name::Measure => measure::run(args),
+        Name::Vtpm => vtpm::run(args),
     }
 }
 

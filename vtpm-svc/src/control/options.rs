@@ -56,6 +56,9 @@ pub struct SocketArgs {
     /// action=kill or action=none
     #[arg(long, value_name = "SETTINGS", default_value = "action=kill")]
     pub seccomp: String,
+    /// Folder of the host's certificate authority (made if missing): a new TPM gets EK and AK certificates from it
+    #[arg(long, value_name = "DIR")]
+    pub ek_ca: Option<PathBuf>,
     /// Print what this program can do, as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,

@@ -30,12 +30,14 @@ use crate::engine::Canceller;
 use crate::engine::Engine;
 use crate::engine::EngineError;
 use crate::engine::HashStep;
+use crate::engine::state::Held;
 use crate::engine::state::SharedVmgs;
 use crate::engine::state::VmgsState;
 use crate::engine::state::is_virgin;
 use crate::engine::state::remember_good;
 use crate::log;
-use crate::tpm2;
+use crate::manufacture;
+use crate::manufacture::Authority;
 use crate::vmgs::Change;
 use crate::vmgs::block::BlockFile;
 use crate::vmgs::root::FLAG_EXPORTED;
@@ -85,6 +87,9 @@ pub struct Service<F> {
     cancel: Canceller,
     vmgs: SharedVmgs<F>,
     engine_version: u32,
+    held: Held,
+    /// Only there until the TPM has been made.
+    authority: Mutex<Option<Authority>>,
     policy: Policy,
     locality: AtomicU8,
     data_fd_in_use: AtomicBool,
@@ -92,13 +97,22 @@ pub struct Service<F> {
 }
 
 impl<F: BlockFile + 'static> Service<F> {
-    /// Wraps an engine whose state lives in `vmgs`.
-    pub fn new(engine: Engine, vmgs: SharedVmgs<F>, policy: Policy, end: Sender<End>) -> Self {
+    /// Wraps an engine whose state lives in `vmgs`, and in `held` while it is being made.
+    pub fn new(
+        engine: Engine,
+        vmgs: SharedVmgs<F>,
+        held: Held,
+        authority: Option<Authority>,
+        policy: Policy,
+        end: Sender<End>,
+    ) -> Self {
         Self {
             cancel: engine.canceller(),
             engine_version: engine.version(),
             engine: Mutex::new(engine),
             vmgs,
+            held,
+            authority: Mutex::new(authority),
             policy,
             locality: AtomicU8::new(0),
             data_fd_in_use: AtomicBool::new(false),
@@ -123,12 +137,11 @@ impl<F: BlockFile + 'static> Service<F> {
     pub fn power_on(&self, delete_volatile: bool) -> Result<(), EngineError> {
         let virgin = is_virgin(&self.vmgs());
         let mut engine = self.engine();
-        engine.start(virgin)?;
-        self.locality.store(0, Ordering::SeqCst);
         if virgin {
-            finish_manufacture(&mut engine)?;
-            log::info("manufactured a new TPM");
+            self.make(&mut engine)?;
         }
+        engine.start(false)?;
+        self.locality.store(0, Ordering::SeqCst);
         let mut vmgs = self.vmgs();
         if let Err(e) = remember_good(&mut vmgs) {
             log::error(&format!("keeping a good copy of the TPM's state: {e}"));
@@ -149,6 +162,31 @@ impl<F: BlockFile + 'static> Service<F> {
             Startup::State => 1,
         };
         engine.process(0, &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, startup]).map(|_| ())
+    }
+
+    /// Makes a TPM; its state reaches the image in one commit, complete.
+    fn make(&self, engine: &mut Engine) -> Result<(), EngineError> {
+        let hold = |state| *self.held.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        let held = || self.held.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        hold(Some(Default::default()));
+        let authority = self.authority.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let made = engine.start(true).map_err(|e| e.to_string()).and_then(|()| {
+            let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
+            manufacture::finish(&mut transport, authority.as_ref(), self.engine_version)
+                .map_err(|e| e.to_string())
+        });
+        engine.stop();
+        let state = held();
+        if let Err(e) = made {
+            log::error(&format!("manufacturing the TPM: {e}"));
+            return Err(EngineError::State("not made"));
+        }
+        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version, Held::default());
+        crate::engine::StateStore::store(&mut store, Blob::Permanent, &state)
+            .map_err(|_| EngineError::State("made, but cannot be stored"))?;
+        let certificates = if authority.is_some() { "with" } else { "without" };
+        log::info(&format!("manufactured a new TPM {certificates} certificates"));
+        Ok(())
     }
 
     /// Serves data clients until the process ends.
@@ -370,7 +408,7 @@ impl<F: BlockFile + 'static> Service<F> {
             return Err(EngineError::State("off"));
         }
         let blob = zeroize::Zeroizing::new(engine.state(Blob::Volatile)?);
-        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version);
+        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version, Held::default());
         crate::engine::StateStore::store(&mut store, Blob::Volatile, &blob)
             .map_err(|_| EngineError::Refused(9))
     }
@@ -423,7 +461,7 @@ impl<F: BlockFile + 'static> Service<F> {
             return refusal(&e);
         }
         log::warn(&format!("TPM state ({blob:?}) was replaced through the control channel"));
-        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version);
+        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version, Held::default());
         match crate::engine::StateStore::store(&mut store, blob, data) {
             Ok(()) => Response::ok(),
             Err(_) => Response::refused(code::FAIL),
@@ -437,24 +475,6 @@ impl<F: BlockFile + 'static> Service<F> {
         let rest = text.get(offset as usize..).unwrap_or_default();
         Response::ok().word(text.len() as u32).word(rest.len() as u32).bytes(rest)
     }
-}
-
-/// Leaves the new TPM with the PCR banks that measured boot extends, and no other: a bank that nobody caps would let
-/// the guest invent a history in it.
-fn finish_manufacture(engine: &mut Engine) -> Result<(), EngineError> {
-    let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
-    let banks = crate::measured::BANKS.map(|(alg, _)| alg);
-    let done = tpm2::startup_clear(&mut transport)
-        .and_then(|()| tpm2::pcr_allocate(&mut transport, &banks))
-        .and_then(|()| tpm2::shutdown_clear(&mut transport));
-    if let Err(e) = done {
-        log::error(&format!("manufacturing the TPM: {e}"));
-        engine.stop();
-        return Err(EngineError::State(
-            "not completely made; remove its state with the image and begin again",
-        ));
-    }
-    engine.start(false)
 }
 
 fn refusal(error: &EngineError) -> Response {

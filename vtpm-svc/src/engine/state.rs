@@ -105,16 +105,20 @@ pub fn file_of(blob: Blob) -> FileId {
     }
 }
 
+/// A TPM in the making: its state is held back until it is complete, so that a crash leaves none rather than half of one.
+pub type Held = Arc<Mutex<Option<zeroize::Zeroizing<Vec<u8>>>>>;
+
 /// Blobs in a guest-state file.
 pub struct VmgsState<F> {
     vmgs: SharedVmgs<F>,
     engine_version: u32,
+    held: Held,
 }
 
 impl<F: BlockFile> VmgsState<F> {
     /// Keeps blobs in `vmgs`; `engine_version` is recorded beside each.
-    pub fn new(vmgs: SharedVmgs<F>, engine_version: u32) -> Self {
-        Self { vmgs, engine_version }
+    pub fn new(vmgs: SharedVmgs<F>, engine_version: u32, held: Held) -> Self {
+        Self { vmgs, engine_version, held }
     }
 
     fn with<T>(
@@ -133,6 +137,11 @@ impl<F: BlockFile> VmgsState<F> {
 impl<F: BlockFile> StateStore for VmgsState<F> {
     fn load(&mut self, blob: Blob) -> Result<Option<Vec<u8>>, StoreFailed> {
         let id = file_of(blob);
+        if let Some(held) = self.held.lock().unwrap_or_else(PoisonError::into_inner).as_ref()
+            && blob == Blob::Permanent
+        {
+            return Ok((!held.is_empty()).then(|| held.to_vec()));
+        }
         let Some(bytes) = self.with("reading TPM state", |v| v.read_optional(id))? else { return Ok(None) };
         match unframe(blob, &bytes) {
             Ok(data) => Ok(Some(data.to_vec())),
@@ -144,6 +153,12 @@ impl<F: BlockFile> StateStore for VmgsState<F> {
     }
 
     fn store(&mut self, blob: Blob, data: &[u8]) -> Result<(), StoreFailed> {
+        if let Some(held) = self.held.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
+            && blob == Blob::Permanent
+        {
+            *held = zeroize::Zeroizing::new(data.to_vec());
+            return Ok(());
+        }
         let bytes = zeroize::Zeroizing::new(frame(blob, self.engine_version, data));
         self.with("storing TPM state", |v| {
             v.commit(&[Change::Put(file_of(blob), &bytes), Change::Flag(FLAG_PROVISIONED)]).map(|_| ())

@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Making a TPM: PCR banks, endorsement keys with certificates, an attestation key.
+//!
+//! The certificates are signed by an authority of this host, made once; its root is `ca.pem` in the folder that the operator
+//! names, to be given to verifiers. They say that a key lives in a TPM that this host made, and no more: the host can read
+//! that key. Certificates are written only for keys that this code has just created from a template, never for a key found
+//! at a handle.
+//!
+//! TCG EK Credential Profile 2.5 (templates L-1 and L-2, NV indices, certificate fields).
+
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::path::PathBuf;
+
+use p384::ecdsa::DerSignature;
+use p384::ecdsa::SigningKey;
+use p384::ecdsa::signature::Signer;
+use p384::pkcs8::DecodePrivateKey;
+use p384::pkcs8::EncodePrivateKey;
+use p384::pkcs8::EncodePublicKey;
+use p384::pkcs8::LineEnding;
+use sha2::Digest;
+use sha2::Sha256;
+use x509_cert::Certificate;
+use x509_cert::der::Decode;
+use x509_cert::der::DecodePem;
+use x509_cert::der::Encode;
+use x509_cert::der::EncodePem;
+
+use crate::tpm2;
+use crate::tpm2::Bytes;
+use crate::tpm2::CommandError;
+use crate::tpm2::Transport;
+use crate::tpm2::alg;
+use crate::tpm2::handle;
+
+mod der;
+
+/// Where clients look for certificates and keys.
+pub mod place {
+    /// NV index of the RSA-2048 EK certificate.
+    pub const EK_RSA_CERTIFICATE: u32 = 0x01c0_0002;
+    /// NV index of the ECC P-256 EK certificate.
+    pub const EK_ECC_CERTIFICATE: u32 = 0x01c0_000a;
+    /// NV index of the AK certificate, as on Azure.
+    pub const AK_CERTIFICATE: u32 = 0x01c1_01d0;
+    /// Persistent handle of the RSA EK.
+    pub const EK_RSA: u32 = 0x8101_0001;
+    /// Persistent handle of the AK, as on Azure.
+    pub const AK: u32 = 0x8100_0003;
+}
+
+/// Why a TPM was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum ManufactureError {
+    /// A command.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// A file of the authority.
+    #[error("certificate authority {path}: {problem}")]
+    Authority {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A public area that is not what the template asked for.
+    #[error("the TPM returned a public key that does not fit its template")]
+    PublicKey,
+    /// No random bytes.
+    #[error("no random bytes from the operating system")]
+    NoEntropy,
+}
+
+/// The host's certificate authority.
+pub struct Authority {
+    key: SigningKey,
+    certificate: Certificate,
+}
+
+impl Authority {
+    /// Opens the authority in a folder, or makes one there.
+    pub fn open(folder: &Path) -> Result<Self, ManufactureError> {
+        let (key_path, certificate_path) = (folder.join("ca-key.pem"), folder.join("ca.pem"));
+        let at =
+            |path: &Path, problem: String| ManufactureError::Authority { path: path.to_path_buf(), problem };
+        if !key_path.exists() {
+            std::fs::create_dir_all(folder).map_err(|e| at(folder, e.to_string()))?;
+            let authority = Self::generate()?;
+            let pem = authority.key.to_pkcs8_pem(LineEnding::LF).map_err(|e| at(&key_path, e.to_string()))?;
+            // The certificate first: a key without one would look like a whole authority.
+            authority
+                .root_pem()
+                .and_then(|text| std::fs::write(&certificate_path, text).map_err(|e| e.to_string()))
+                .map_err(|e| at(&certificate_path, e))?;
+            let file = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&key_path);
+            file.and_then(|mut f| f.write_all(pem.as_bytes()).and_then(|()| f.sync_all()))
+                .map_err(|e| at(&key_path, e.to_string()))?;
+            return Ok(authority);
+        }
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|e| at(path, e.to_string()));
+        let pem = zeroize::Zeroizing::new(read(&key_path)?);
+        let key = SigningKey::from_pkcs8_pem(&pem).map_err(|e| at(&key_path, e.to_string()))?;
+        let certificate = Certificate::from_pem(read(&certificate_path)?)
+            .map_err(|e| at(&certificate_path, e.to_string()))?;
+        Ok(Self { key, certificate })
+    }
+
+    /// Makes an authority that is not stored anywhere.
+    pub fn generate() -> Result<Self, ManufactureError> {
+        let key = SigningKey::random(&mut rand_core::OsRng);
+        let name = der::name(&[(&[2, 5, 4, 3], &format!("cvmm vTPM CA {}", hex(&random::<4>()?)))]);
+        let spki = public_key(&key)?;
+        let extensions = [
+            der::extension(&[2, 5, 29, 14], false, &der::octets(&key_id(&spki))),
+            der::extension(&[2, 5, 29, 19], true, &der::sequence(&[&der::boolean(true)])),
+            // keyCertSign, cRLSign
+            der::extension(&[2, 5, 29, 15], true, &der::bits(1, &[0x06])),
+        ];
+        let bytes = certify(&key, &name, &name, &spki, &extensions)?;
+        let certificate = Certificate::from_der(&bytes).map_err(|_| ManufactureError::PublicKey)?;
+        Ok(Self { key, certificate })
+    }
+
+    /// The root certificate, to be given to verifiers.
+    pub fn root_pem(&self) -> Result<String, String> {
+        self.certificate.to_pem(x509_cert::der::pem::LineEnding::LF).map_err(|e| e.to_string())
+    }
+
+    /// A certificate for a key of a TPM.
+    fn issue(
+        &self,
+        subject: &[u8],
+        spki: &[u8],
+        extensions: &[Vec<u8>],
+    ) -> Result<Vec<u8>, ManufactureError> {
+        let issuer =
+            self.certificate.tbs_certificate.subject.to_der().map_err(|_| ManufactureError::PublicKey)?;
+        let own = public_key(&self.key)?;
+        let mut all = vec![der::extension(
+            &[2, 5, 29, 35],
+            false,
+            &der::sequence(&[&der::tagged(0x80, &key_id(&own))]),
+        )];
+        all.extend_from_slice(extensions);
+        certify(&self.key, &issuer, subject, spki, &all)
+    }
+}
+
+fn random<const N: usize>() -> Result<[u8; N], ManufactureError> {
+    let mut bytes = [0; N];
+    crate::vmgs::crypto::fill_random(&mut bytes).map_err(|_| ManufactureError::NoEntropy)?;
+    Ok(bytes)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn public_key(key: &SigningKey) -> Result<Vec<u8>, ManufactureError> {
+    let document = key.verifying_key().to_public_key_der().map_err(|_| ManufactureError::PublicKey)?;
+    Ok(document.as_bytes().to_vec())
+}
+
+/// RFC 7093, method 1: the first 20 bytes of SHA-256, here over the whole key information.
+fn key_id(spki: &[u8]) -> Vec<u8> {
+    Sha256::digest(spki)[..20].to_vec()
+}
+
+fn certify(
+    signer: &SigningKey,
+    issuer: &[u8],
+    subject: &[u8],
+    spki: &[u8],
+    extensions: &[Vec<u8>],
+) -> Result<Vec<u8>, ManufactureError> {
+    let algorithm = der::sequence(&[&der::oid(&[1, 2, 840, 10045, 4, 3, 3])]);
+    // Positive, and never longer than the standard's 20 bytes.
+    let mut serial = random::<16>()?;
+    serial[0] = serial[0] & 0x7f | 0x40;
+    // From a fixed day on and, as the profile has it for keys of hardware, without an end.
+    let validity =
+        der::sequence(&[&der::tagged(0x17, b"240101000000Z"), &der::tagged(0x18, b"99991231235959Z")]);
+    let list: Vec<&[u8]> = extensions.iter().map(Vec::as_slice).collect();
+    let tbs = der::sequence(&[
+        &der::tagged(0xa0, &der::tagged(0x02, &[2])),
+        &der::tagged(0x02, &serial),
+        &algorithm,
+        issuer,
+        &validity,
+        subject,
+        spki,
+        &der::tagged(0xa3, &der::sequence(&list)),
+    ]);
+    let signature: DerSignature = signer.sign(&tbs);
+    Ok(der::sequence(&[&tbs, &algorithm, &der::bits(0, signature.as_bytes())]))
+}
+
+/// Policy of the EK templates: `PolicySecret(TPM_RH_ENDORSEMENT)`, from the profile.
+const EK_POLICY: [u8; 32] = [
+    0x83, 0x71, 0x97, 0x67, 0x44, 0x84, 0xb3, 0xf8, 0x1a, 0x90, 0xcc, 0x8d, 0x46, 0xa5, 0xd7, 0x24, 0xfd,
+    0x52, 0xd7, 0x6e, 0x06, 0x52, 0x0b, 0x64, 0xf2, 0xa1, 0xda, 0x1b, 0x33, 0x14, 0x69, 0xaa,
+];
+/// fixedTPM, fixedParent, sensitiveDataOrigin, adminWithPolicy, restricted, decrypt.
+const EK_ATTRIBUTES: u32 = 0x0003_00b2;
+/// fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, noDA, restricted, sign.
+const AK_ATTRIBUTES: u32 = 0x0005_0472;
+const RSA: u16 = 0x0001;
+const ECC: u16 = 0x0023;
+const NULL: u16 = 0x0010;
+
+fn ek_rsa() -> Vec<u8> {
+    let t = Bytes::default().u16(RSA).u16(alg::SHA256).u32(EK_ATTRIBUTES).sized(&EK_POLICY);
+    // AES-128-CFB, no scheme, 2048 bits, default exponent, a unique field of zeros.
+    t.u16(6).u16(128).u16(0x43).u16(NULL).u16(2048).u32(0).sized(&[0; 256]).0
+}
+
+fn ek_ecc() -> Vec<u8> {
+    let t = Bytes::default().u16(ECC).u16(alg::SHA256).u32(EK_ATTRIBUTES).sized(&EK_POLICY);
+    // AES-128-CFB, no scheme, P-256, no key derivation, unique fields of zeros.
+    t.u16(6).u16(128).u16(0x43).u16(NULL).u16(3).u16(NULL).sized(&[0; 32]).sized(&[0; 32]).0
+}
+
+fn ak() -> Vec<u8> {
+    let t = Bytes::default().u16(RSA).u16(alg::SHA256).u32(AK_ATTRIBUTES).u16(0);
+    // Not a storage key; RSASSA with SHA-256.
+    t.u16(NULL).u16(0x14).u16(alg::SHA256).u16(2048).u32(0).u16(0).0
+}
+
+/// `SubjectPublicKeyInfo` of the public area that was made from `template`.
+fn spki_of(template: &[u8], public: &[u8]) -> Result<Vec<u8>, ManufactureError> {
+    let fail = ManufactureError::PublicKey;
+    let number = |at: usize| Some(usize::from(*public.get(at)?) << 8 | usize::from(*public.get(at + 1)?));
+    // Everything up to the unique field is as in the template.
+    let (rsa, unique) = match template.get(..2) {
+        Some([0, 1]) => (true, template.len() - template_unique(template, 256)),
+        _ => (false, template.len() - 68),
+    };
+    if public.get(..unique) != template.get(..unique) {
+        return Err(fail);
+    }
+    let field = |at: usize| {
+        let len = number(at)?;
+        Some((public.get(at + 2..at + 2 + len)?, at + 2 + len))
+    };
+    let Some((first, next)) = field(unique) else { return Err(fail) };
+    if rsa {
+        let key = der::sequence(&[&der::unsigned(first), &der::unsigned(&[1, 0, 1])]);
+        let algorithm = der::sequence(&[&der::oid(&[1, 2, 840, 113549, 1, 1, 1]), &der::tagged(5, &[])]);
+        return Ok(der::sequence(&[&algorithm, &der::bits(0, &key)]));
+    }
+    let Some((second, _)) = field(next) else { return Err(fail) };
+    if first.len() > 32 || second.len() > 32 {
+        return Err(fail);
+    }
+    let mut point = [0; 65];
+    point[0] = 4;
+    point[33 - first.len()..33].copy_from_slice(first);
+    point[65 - second.len()..].copy_from_slice(second);
+    let algorithm =
+        der::sequence(&[&der::oid(&[1, 2, 840, 10045, 2, 1]), &der::oid(&[1, 2, 840, 10045, 3, 1, 7])]);
+    Ok(der::sequence(&[&algorithm, &der::bits(0, &point)]))
+}
+
+/// Bytes of an RSA template's unique field, its length included.
+fn template_unique(template: &[u8], longest: usize) -> usize {
+    let full = longest + 2;
+    let padded =
+        template.len() > full && template[template.len() - full..][..2] == (longest as u16).to_be_bytes();
+    if padded { full } else { 2 }
+}
+
+/// The subject alternative name of a TPM's certificate: who made it, what it is, which version.
+fn tpm_name(version: u32) -> Vec<u8> {
+    let name = der::name(&[
+        (&[2, 23, 133, 2, 1], "id:49424D00"),
+        (&[2, 23, 133, 2, 2], "cvmm host-served vTPM"),
+        (&[2, 23, 133, 2, 3], &format!("id:{version:08X}")),
+    ]);
+    der::sequence(&[&der::tagged(0xa4, &name)])
+}
+
+fn extensions(version: u32, usage: (u8, u8), purpose: &[u32]) -> [Vec<u8>; 4] {
+    [
+        der::extension(&[2, 5, 29, 17], true, &tpm_name(version)),
+        der::extension(&[2, 5, 29, 19], true, &der::sequence(&[])),
+        der::extension(&[2, 5, 29, 15], true, &der::bits(usage.0, &[usage.1])),
+        der::extension(&[2, 5, 29, 37], false, &der::sequence(&[&der::oid(purpose)])),
+    ]
+}
+
+/// Finishes a TPM that has just been manufactured and started. It must be powered off and on afterwards.
+///
+/// `version` is the engine's, for the certificates.
+pub fn finish(
+    tpm: &mut dyn Transport,
+    authority: Option<&Authority>,
+    version: u32,
+) -> Result<(), ManufactureError> {
+    tpm2::startup_clear(tpm)?;
+    if let Some(authority) = authority {
+        certify_keys(tpm, authority, version)?;
+    }
+    tpm2::pcr_allocate(tpm, &crate::measured::BANKS.map(|(bank, _)| bank))?;
+    tpm2::shutdown_clear(tpm)?;
+    Ok(())
+}
+
+fn certify_keys(
+    tpm: &mut dyn Transport,
+    authority: &Authority,
+    version: u32,
+) -> Result<(), ManufactureError> {
+    const EK_PURPOSE: &[u32] = &[2, 23, 133, 8, 1];
+    const AK_PURPOSE: &[u32] = &[2, 23, 133, 8, 3];
+    // Key usage: unused bits and the byte. keyEncipherment, keyAgreement, digitalSignature.
+    let keys = [
+        (ek_rsa(), (5, 0x20), EK_PURPOSE, place::EK_RSA_CERTIFICATE, Some(place::EK_RSA)),
+        (ek_ecc(), (3, 0x08), EK_PURPOSE, place::EK_ECC_CERTIFICATE, None),
+        (ak(), (7, 0x80), AK_PURPOSE, place::AK_CERTIFICATE, Some(place::AK)),
+    ];
+    for (template, usage, purpose, index, persistent) in keys {
+        let (object, public) = tpm2::create_primary(tpm, handle::ENDORSEMENT, &template)?;
+        let spki = spki_of(&template, &public)?;
+        let subject = der::name(&[]);
+        let certificate = authority.issue(&subject, &spki, &extensions(version, usage, purpose))?;
+        tpm2::nv_store(tpm, index, &certificate)?;
+        if let Some(at) = persistent {
+            tpm2::persist(tpm, object, at)?;
+        }
+        tpm2::flush(tpm, object)?;
+    }
+    Ok(())
+}
