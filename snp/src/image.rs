@@ -13,6 +13,7 @@ pub mod guid_table;
 pub mod igvm;
 pub mod kernel;
 pub mod layout;
+pub mod lazy;
 pub mod ovmf;
 pub mod shim;
 pub mod sites;

@@ -6,6 +6,8 @@
 
 #[path = "../stage0/src/e820.rs"]
 pub mod e820;
+#[path = "../stage0/src/efi.rs"]
+pub mod efi;
 #[path = "../stage0/src/inputs.rs"]
 pub mod inputs;
 #[path = "../stage0/src/layout.rs"]

@@ -208,3 +208,126 @@ proptest! {
         prop_assert_eq!(all, pages([ram]));
     }
 }
+
+/// The bits that are set in a table of unaccepted memory, read as Linux's documentation of the table describes it.
+fn unaccepted_units(table: &[u8]) -> Vec<u64> {
+    let number =
+        |at: usize, len: usize| table[at..at + len].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    assert_eq!((number(0, 4), number(4, 4), number(8, 8)), (1, LARGE, 0), "version, unit size, base");
+    let bytes = number(16, 8);
+    assert_eq!(bytes % 8, 0);
+    (0..bytes * 8).filter(|unit| table[24 + (unit / 8) as usize] >> (unit % 8) & 1 == 1).collect()
+}
+
+fn lazy(accept: Vec<Range<u64>>) -> InputsPage {
+    InputsPage { accept: Some(accept), ..good() }
+}
+
+fn unaccepted(page: &InputsPage) -> Result<Vec<u64>, Reason> {
+    let bytes = page.encode().unwrap();
+    assert_eq!(Inputs(&bytes).check(layout::IMAGE_END), Ok(()));
+    let mut table = vec![0; (layout::UNACCEPTED_END - layout::UNACCEPTED) as usize];
+    efi::unaccepted(&mut table, Inputs(&bytes))?;
+    Ok(unaccepted_units(&table))
+}
+
+#[test]
+fn the_unaccepted_table_is_the_complement_of_what_was_validated() {
+    // 64 MiB of low RAM, of which [0, 20 MiB) and [24, 26 MiB) are validated, and one GiB from 4 GiB on.
+    let units = unaccepted(&lazy(vec![0..10 * LARGE, 12 * LARGE..13 * LARGE])).unwrap();
+    let expected: Vec<u64> = [10, 11].into_iter().chain(13..32).chain(2048..2560).collect();
+    assert_eq!(units, expected, "the device gap below 4 GiB has no bit");
+}
+
+#[test]
+fn a_unit_that_is_validated_in_part_is_refused() {
+    let page = lazy(vec![0..10 * LARGE + PAGE]);
+    assert_eq!(unaccepted(&page), Err(Reason::AcceptTable));
+    let mut page = lazy(vec![0..10 * LARGE]);
+    page.ram[0].end += PAGE;
+    assert_eq!(unaccepted(&page), Err(Reason::AcceptTable), "an end of RAM within a unit must be validated");
+    page.accept = Some(vec![0..10 * LARGE, TOP..TOP + PAGE]);
+    assert!(!unaccepted(&page).unwrap().contains(&32));
+}
+
+#[test]
+fn more_memory_than_the_bitmap_has_bits_for_is_refused() {
+    let mut page = lazy(vec![0..10 * LARGE]);
+    page.ram[1].end = 2 << 40;
+    assert_eq!(unaccepted(&page), Err(Reason::LazyTables));
+}
+
+#[test]
+fn the_memory_map_offers_only_validated_memory_to_the_decompressor() {
+    let bytes = lazy(vec![0..10 * LARGE]).encode().unwrap();
+    let mut boot_params = vec![0; PAGE as usize];
+    let map: [(u64, u64, u32); 4] =
+        [(0, 0x8_0000, 1), (0x8_0000, 0x1_0000, 2), (0x9_0000, 0x1_0000, 3), (0x10_0000, TOP - 0x10_0000, 1)];
+    boot_params[0x1e8] = map.len() as u8;
+    for (i, (start, len, kind)) in map.iter().enumerate() {
+        let entry = &mut boot_params[0x2d0 + i * 20..];
+        entry[..8].copy_from_slice(&start.to_le_bytes());
+        entry[8..16].copy_from_slice(&len.to_le_bytes());
+        entry[16..20].copy_from_slice(&kind.to_le_bytes());
+    }
+    let mut tables = vec![0; (layout::EFI_TABLES_END - layout::EFI_TABLES) as usize];
+    efi::announce(&mut tables, &mut boot_params, Inputs(&bytes)).unwrap();
+
+    // As Linux's struct efi_info has it: signature, system table, descriptor size and version, map, its size, upper halves.
+    let word = |at: usize| u32::from_le_bytes(boot_params[at..at + 4].try_into().unwrap()) as u64;
+    assert_eq!(&boot_params[0x1c0..0x1c4], b"EL64");
+    assert_eq!((word(0x1c4), word(0x1c8), word(0x1cc)), (layout::EFI_TABLES, 40, 1));
+    assert_eq!((word(0x1d8), word(0x1dc)), (0, 0));
+    assert_eq!(&tables[..8], b"IBI SYST");
+    let long = |at: usize| u64::from_le_bytes(tables[at..at + 8].try_into().unwrap());
+    assert_eq!(long(104) as u32, 1, "one configuration table");
+    let configuration = (long(112) - layout::EFI_TABLES) as usize;
+    assert_eq!(tables[configuration..configuration + 16], efi::UNACCEPTED_GUID);
+    assert_eq!(long(configuration + 16), layout::UNACCEPTED);
+    assert_eq!((long(88), long(96)), (0, 0), "no runtime services, no boot services");
+
+    let start = (word(0x1d0) - layout::EFI_TABLES) as usize;
+    let descriptors: Vec<(u64, u64, u32)> = (start..start + word(0x1d4) as usize)
+        .step_by(40)
+        .map(|at| {
+            assert_eq!(
+                (long(at + 16), long(at + 32)),
+                (0, 8),
+                "no virtual address, write-back, no RUNTIME attribute"
+            );
+            (long(at + 8), long(at + 24) * PAGE, long(at) as u32)
+        })
+        .collect();
+    let expected = [
+        (0, 0x8_0000, 7),
+        (0x8_0000, 0x1_0000, 0),
+        (0x9_0000, 0x1_0000, 9),
+        (0x10_0000, 10 * LARGE - 0x10_0000, 7),
+        (10 * LARGE, TOP - 10 * LARGE, 2),
+    ];
+    assert_eq!(descriptors, expected);
+}
+
+proptest! {
+    #[test]
+    fn no_accept_list_makes_the_efi_tables_panic_or_offer_validated_memory(
+        edits in prop::collection::vec((0..448usize, any::<u8>()), 0..40), units in 5u64..30,
+    ) {
+        let mut bytes = lazy(vec![0..units * LARGE]).encode().unwrap();
+        for (at, value) in edits {
+            bytes[at] = value;
+        }
+        let inputs = Inputs(&bytes);
+        let mut table = vec![0; (layout::UNACCEPTED_END - layout::UNACCEPTED) as usize];
+        let mut tables = vec![0; (layout::EFI_TABLES_END - layout::EFI_TABLES) as usize];
+        let done = efi::unaccepted(&mut table, inputs);
+        let _ = efi::announce(&mut tables, &mut bytes.clone(), inputs);
+        if inputs.check(layout::IMAGE_END).is_ok() && inputs.lazy() && done.is_ok() {
+            for unit in unaccepted_units(&table) {
+                let span = Span { start: unit * LARGE, end: (unit + 1) * LARGE };
+                prop_assert!(inputs.inside(RAM, span) && !inputs.touches(inputs::ACCEPT, span));
+                prop_assert!(!inputs.touches(EXCLUDED, span) && !inputs.touches(STAGING, span));
+            }
+        }
+    }
+}

@@ -14,6 +14,7 @@ use snp::image::direct::ImageError;
 use snp::image::direct::Snp;
 use snp::image::direct::Validation;
 use snp::image::kernel::Kernel;
+use snp::image::lazy::Acceptance;
 use snp::image::shim::Shim;
 use snp::image::sites::CodeMemory;
 use snp::image::sites::Ports;
@@ -50,6 +51,7 @@ struct Boot {
     memory: u64,
     vcpus: u32,
     c_bit: u8,
+    accept: Acceptance,
 }
 
 impl Default for Boot {
@@ -61,6 +63,7 @@ impl Default for Boot {
             memory: 128 * MIB,
             vcpus: 1,
             c_bit: 51,
+            accept: Acceptance::Auto,
         }
     }
 }
@@ -69,7 +72,7 @@ impl Boot {
     fn image(&self) -> Result<DirectImage, ImageError> {
         let kernel = Kernel::parse(self.kernel.clone()).unwrap();
         let initrd = Some(Arc::new(self.initrd.clone()));
-        let snp = Snp { c_bit: self.c_bit, cpuid: None, validation: Validation::Stage0 };
+        let snp = Snp { c_bit: self.c_bit, cpuid: None, validation: Validation::Stage0(self.accept) };
         let (cmdline, memory, vcpus) = (self.cmdline, self.memory, self.vcpus);
         DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus, tpm: None, guest: Guest::Snp(snp) }
             .image()
@@ -211,4 +214,73 @@ fn an_emulated_platform_can_patch_stage0_and_nothing_else_changes() {
     assert_eq!(changed, expected);
     let error = sites.patch_at_launch(&mut memory, &Ports::default()).unwrap_err();
     assert!(error.to_string().contains("stage0's end"), "{error}");
+}
+
+/// A kernel whose decompressor compares with both halves of the unaccepted table's GUID.
+fn knowing(mut file: Vec<u8>) -> Vec<u8> {
+    // Behind the payload, which the header above puts at 0x400 to 0x410 of the protected-mode part.
+    let guid =
+        [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
+    file[1024 + 0x800..1024 + 0x808].copy_from_slice(&guid[..8]);
+    file[1024 + 0x900..1024 + 0x908].copy_from_slice(&guid[8..]);
+    file
+}
+
+#[test]
+fn acceptance_is_lazy_by_itself_only_for_a_large_guest_with_a_kernel_that_can() {
+    let lazy = |boot: Boot| shim(&boot.image().unwrap()).inputs.accept.is_some();
+    let known = || knowing(bz_image(64 << 10, 1 << 20));
+    assert!(lazy(Boot { kernel: known(), memory: 4608 * MIB, ..Boot::default() }));
+    assert!(!lazy(Boot { kernel: known(), memory: 2048 * MIB, ..Boot::default() }));
+    assert!(!lazy(Boot { memory: 4608 * MIB, ..Boot::default() }));
+    assert!(lazy(Boot { kernel: known(), accept: Acceptance::Lazy, ..Boot::default() }));
+    assert!(!lazy(Boot {
+        kernel: known(),
+        memory: 4608 * MIB,
+        accept: Acceptance::Eager,
+        ..Boot::default()
+    }));
+    let error = Boot { accept: Acceptance::Lazy, ..Boot::default() }.image().unwrap_err();
+    assert!(error.to_string().starts_with("--accept lazy: this kernel does not know"), "{error}");
+}
+
+#[test]
+fn the_bytes_of_the_guid_inside_the_payload_prove_nothing() {
+    let mut kernel = bz_image(64 << 10, 1 << 20);
+    let guid =
+        [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
+    kernel[1024 + 0x400..1024 + 0x410].copy_from_slice(&guid);
+    assert!(Boot { kernel, accept: Acceptance::Lazy, ..Boot::default() }.image().is_err());
+}
+
+#[test]
+fn what_a_lazy_boot_validates_beforehand_does_not_grow_with_memory() {
+    let size = |memory| {
+        let kernel = knowing(bz_image(12 << 20, 50 << 20));
+        let boot =
+            Boot { kernel, initrd: vec![1; 30 << 20], memory, accept: Acceptance::Lazy, ..Boot::default() };
+        let image = boot.image().unwrap();
+        shim(&image).inputs.accept.iter().flatten().map(|range| range.end - range.start).sum::<u64>()
+    };
+    // More than the 2 GiB below which the initrd has to lie: a guest of 2 GiB has no unit after it.
+    let three = size(3072 * MIB);
+    assert!(three < 400 * MIB, "{three:#x}");
+    for memory in [4096, 16 << 10, 512 << 10] {
+        assert_eq!(size(memory * MIB), three, "{memory} MiB");
+    }
+}
+
+#[test]
+fn the_explanation_names_every_item_with_its_hash() {
+    // SHA-384 of "console=ttyS0" and a zero byte, by coreutils' sha384sum.
+    let hash =
+        "ef2fff0096336c0de3fb250d6addef9837ab2e4eed9ca30b174f28550d7f801f29421fec6f40f82f16502dc77cd187a2";
+    let text = shim(&Boot::default().image().unwrap()).explain();
+    let line = text.lines().find(|line| line.contains("command line")).unwrap();
+    assert!(line.contains(hash) && line.contains("0x0000020000") && line.contains("14 bytes"), "{line}");
+    for name in
+        ["kernel", "initrd", "boot_params", "ACPI tables", "Controlled by the host", "all RAM, 128 MiB"]
+    {
+        assert!(text.contains(name), "{name} is missing in\n{text}");
+    }
 }

@@ -24,6 +24,7 @@ use snp::image::direct::Guest;
 use snp::image::direct::Snp;
 use snp::image::direct::Validation;
 use snp::image::kernel::Kernel;
+use snp::image::lazy::Acceptance;
 use snp::stage0::BUILT;
 use snp::stage0::InputsPage;
 use snp::stage0::inputs::Item;
@@ -535,7 +536,7 @@ fn the_plan_of_a_direct_boot_runs_and_puts_every_byte_in_its_place() {
                 .image()
                 .unwrap()
         };
-        let (image, expected) = (boot(Validation::Stage0), boot(Validation::AllByLaunch));
+        let (image, expected) = (boot(Validation::Stage0(Acceptance::Eager)), boot(Validation::AllByLaunch));
         let mut rig = Rig::of_image(&image);
         let mut host = Host::default();
         assert_eq!(rig.run(&mut host), End::Kernel);
@@ -705,4 +706,37 @@ fn page_state_changes_that_are_worked_off_in_parts_are_continued() {
     assert_eq!(rig.run(&mut host), End::Kernel);
     assert_eq!(host.psc_requests, 2);
     assert!(rig.is_private.iter().all(|private| *private), "no page stays shared");
+}
+
+#[test]
+fn a_lazy_boot_validates_the_same_few_ranges_whatever_the_memory() {
+    let mut file = bz_image();
+    file.extend(kernel());
+    file.resize(1024 + 0x2400, 0);
+    let guid =
+        [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
+    file[1024 + 0x800..1024 + 0x808].copy_from_slice(&guid[..8]);
+    file[1024 + 0x900..1024 + 0x908].copy_from_slice(&guid[8..]);
+    let kernel = Kernel::parse(file).unwrap();
+    let mut counts = Vec::new();
+    for memory in [3 << 30, 16 << 30] {
+        let guest =
+            Guest::Snp(Snp { c_bit: 40, cpuid: None, validation: Validation::Stage0(Acceptance::Auto) });
+        let (initrd, cmdline) = (Some(Arc::new(vec![0x77; 5000])), "panic=-1");
+        let image = DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 1, guest }.image().unwrap();
+        let mut rig = Rig::of_image(&image);
+        let mut host = Host::default();
+        assert_eq!(rig.run(&mut host), End::Kernel);
+        counts.push((host.large_ok, host.small_ok));
+        // The table in guest memory says of each 2 MiB of RAM what the host saw being validated.
+        let table = rig.private.at(layout::UNACCEPTED, layout::UNACCEPTED_END - layout::UNACCEPTED);
+        for start in image.ram.iter().flat_map(|range| range.clone().step_by(LARGE as usize)) {
+            let unit = (start / LARGE) as usize;
+            let accepted = table[24 + unit / 8] >> (unit % 8) & 1 == 0;
+            let pages = &rig.validated[unit * 512..(unit + 1) * 512];
+            assert!(pages.iter().all(|page| *page == accepted), "{start:#x}");
+        }
+        assert_eq!(rig.private.at(BOOT_PARAMS + 0x1c0, 4), b"EL64");
+    }
+    assert_eq!(counts[0], counts[1]);
 }

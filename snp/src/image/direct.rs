@@ -18,6 +18,8 @@ use super::entry::Mode;
 use super::kernel::Kernel;
 use super::kernel::KernelError;
 use super::layout;
+use super::lazy;
+use super::lazy::Acceptance;
 use super::shim;
 use super::shim::Shim;
 use crate::pages::cpuid::C_BITS;
@@ -43,8 +45,9 @@ pub const ENTRY_64: u64 = 0x200;
 pub enum Validation {
     /// The launch does: all RAM is in the plan, as ZERO pages where nothing else is. Costs one firmware command for each 4 KiB.
     AllByLaunch,
-    /// stage0 does, all of it before the kernel runs. The launch takes a dozen pages, whatever the memory and the files.
-    Stage0,
+    /// stage0 does, before the kernel runs, or the kernel itself. The launch takes a dozen pages, whatever the memory and the
+    /// files.
+    Stage0(Acceptance),
 }
 
 /// What makes a guest an SNP guest.
@@ -185,6 +188,12 @@ pub enum ImageError {
     /// An ELF kernel with more parts than the inputs page takes.
     #[error("--kernel: {0}; use the bzImage of this kernel")]
     TooMany(#[from] TooMany),
+    /// Lazy acceptance with a kernel that cannot do it.
+    #[error(
+        "--accept lazy: this kernel does not know unaccepted memory (Linux before 6.6, or built without it); \
+         use --accept auto or eager"
+    )]
+    NotLazy,
     /// stage0 would end the guest.
     #[error("internal layout error: stage0 would refuse it: {0}")]
     Stage0(&'static str),
@@ -197,6 +206,7 @@ impl DirectBoot<'_> {
     /// Lays out the guest.
     pub fn image(&self) -> Result<DirectImage, ImageError> {
         let mode = self.check()?;
+        let lazy = self.lazy()?;
         let ram = layout::ram_ranges(self.memory);
         let initrd = self.place_initrd()?;
         let entry = self.entry();
@@ -223,7 +233,7 @@ impl DirectBoot<'_> {
             let c_mask = snp.map_or(0, |s| 1 << s.c_bit);
             records.push(normal(layout::PAGE_TABLES, entry::page_tables(c_mask), "page tables"));
         }
-        let mut cmdline = self.cmdline.as_bytes().to_vec();
+        let mut cmdline = self.cmdline_text(lazy).into_bytes();
         cmdline.push(0);
         records.push(normal(layout::CMDLINE, cmdline, "command line"));
         if let Some(snp) = snp {
@@ -244,7 +254,7 @@ impl DirectBoot<'_> {
             records.push(Record::new(initrd.start, PageType::Normal, window, "initrd"));
         }
         match snp.map(|s| s.validation) {
-            Some(Validation::Stage0) => return self.with_stage0(records, ram, entry),
+            Some(Validation::Stage0(_)) => return self.with_stage0(records, ram, entry, &initrd, lazy),
             Some(Validation::AllByLaunch) => {
                 let gaps = gaps(&ram, &records);
                 records
@@ -266,6 +276,8 @@ impl DirectBoot<'_> {
         mut records: Vec<Record>,
         ram: Vec<Range<u64>>,
         entry: Entry,
+        initrd: &Range<u64>,
+        lazy: bool,
     ) -> Result<DirectImage, ImageError> {
         let cpuid = records.iter().find(|r| r.page_type == PageType::Cpuid);
         let cpuid = cpuid.map_or_else(Vec::new, |r| r.contents.as_slice().to_vec());
@@ -282,11 +294,30 @@ impl DirectBoot<'_> {
             },
             vcpus: self.vcpus,
             cpuid,
-            accept: None,
+            accept: lazy.then(|| lazy::accepted(&self.kernel.memory(), initrd, &ram)),
         };
         let (plan, shim) = layout.build()?;
         plan.check()?;
         Ok(DirectImage { plan, ram, entry, shim: Some(shim) })
+    }
+
+    /// Whether the kernel is to accept most of its memory by itself.
+    fn lazy(&self) -> Result<bool, ImageError> {
+        match &self.guest {
+            Guest::Snp(Snp { validation: Validation::Stage0(acceptance), .. }) => {
+                acceptance.resolve(self.kernel, self.memory).ok_or(ImageError::NotLazy)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// The command line as the kernel gets it.
+    fn cmdline_text(&self, lazy: bool) -> String {
+        match (lazy, self.cmdline) {
+            (false, text) => text.to_owned(),
+            (true, "") => lazy::CMDLINE.to_owned(),
+            (true, text) => format!("{text} {}", lazy::CMDLINE),
+        }
     }
 
     /// Checks all that does not depend on the layout.
@@ -310,8 +341,9 @@ impl DirectBoot<'_> {
             return Err(ImageError::Memory { found, max });
         }
         let max = self.kernel.cmdline_max().min(layout::CMDLINE_LIMIT);
-        if self.cmdline.len() > max as usize {
-            return Err(ImageError::CmdlineLength { found: self.cmdline.len(), max });
+        let found = self.cmdline_text(self.lazy()?).len();
+        if found > max as usize {
+            return Err(ImageError::CmdlineLength { found, max });
         }
         if let Some(offset) = self.cmdline.find('\0') {
             return Err(ImageError::CmdlineNul(offset));

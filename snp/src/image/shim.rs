@@ -45,6 +45,39 @@ pub struct Shim {
     pub names: Vec<String>,
 }
 
+impl Shim {
+    /// What binds which bytes to the launch digest, for people.
+    pub fn explain(&self) -> String {
+        let mut text = String::from(
+            "Measured by the launch: the pages above with a hash of their contents, that is stage0, its inputs and the vCPUs'\n\
+             registers. Of the other pages the launch measures address and type: the CPUID page is checked by the firmware,\n\
+             the secrets page is written by it.\n\n\
+             Measured through stage0's inputs: stage0 copies these bytes into private memory and ends the guest unless the\n\
+             copy has this SHA-384.\n",
+        );
+        for (item, name) in self.inputs.items.iter().zip(&self.names) {
+            let hash: String = item.hash.iter().map(|byte| format!("{byte:02x}")).collect();
+            text.push_str(&format!("  {:#012x} {:>10} bytes  {name:<28} {hash}\n", item.target, item.len));
+        }
+        let pages = |ranges: &[Range<u64>]| ranges.iter().map(|r| (r.end - r.start) >> 20).sum::<u64>();
+        let ram = pages(&self.inputs.ram);
+        text.push_str(&match &self.inputs.accept {
+            None => format!("Validated by stage0 before the kernel runs: all RAM, {ram} MiB.\n"),
+            Some(accept) => format!(
+                "Validated by stage0 before the kernel runs: {} of {ram} MiB; the kernel accepts the rest when it needs it.\n",
+                pages(accept)
+            ),
+        });
+        text.push_str(&format!(
+            "\nControlled by the host: the contents of the CPUID page as far as the firmware allows, all shared memory ({} MiB of\n\
+             staging memory until stage0 takes it back), every answer to a request of the guest, all device input, time, and\n\
+             whether the guest runs at all.\n",
+            pages(&self.shared)
+        ));
+        text
+    }
+}
+
 /// A boot that is laid out but not yet split into launch pages and staged bytes.
 pub(super) struct Layout<'a> {
     /// What memory holds before the kernel runs.

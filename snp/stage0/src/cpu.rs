@@ -128,6 +128,15 @@ pub unsafe fn bytes<'a>(address: u64, len: u64) -> &'a [u8] {
     unsafe { core::slice::from_raw_parts(address as *const u8, len as usize) }
 }
 
+/// The private memory at `address` as bytes to be changed.
+///
+/// # Safety
+/// The range must be validated private memory that nothing else refers to as long as the slice lives.
+pub unsafe fn bytes_mut<'a>(address: u64, len: u64) -> &'a mut [u8] {
+    // SAFETY: by this function's contract; addresses are identity-mapped.
+    unsafe { core::slice::from_raw_parts_mut(address as *mut u8, len as usize) }
+}
+
 // What compiled code calls for copies, fills and comparisons; `core` brings no such functions for this target.
 global_asm!(
     r#"

@@ -301,8 +301,8 @@ impl<'a> Inputs<'a> {
         Ok(())
     }
 
-    /// With lazy acceptance the ranges lie in RAM and cover what is used before the kernel can accept memory: low memory,
-    /// staging memory (which stage0 turns private), and the items, which [`Inputs::check_items`] looks at.
+    /// With lazy acceptance the ranges lie in RAM and cover what is validated when the kernel starts: low memory, staging
+    /// memory (which stage0 turns private), launch pages, and the items, which [`Inputs::check_items`] looks at.
     fn check_accept(self) -> Result<(), Reason> {
         self.check_list(ACCEPT, PAGE, Reason::AcceptTable)?;
         let low = Span { start: 0, end: LARGE };
@@ -310,6 +310,7 @@ impl<'a> Inputs<'a> {
             self.inside(ACCEPT, low)
                 && self.spans(ACCEPT).all(|s| self.inside(RAM, s))
                 && self.spans(STAGING).all(|s| self.inside(ACCEPT, s))
+                && self.spans(EXCLUDED).all(|s| self.inside(ACCEPT, s))
         } else {
             self.spans(ACCEPT).next().is_none()
         };
@@ -388,4 +389,8 @@ const SHARED_END: u64 = 4 << 30;
 /// stage0's scratch memory.
 const WORK: Span = Span { start: layout::WORK, end: layout::WORK_END };
 /// What no item and no launch page may use.
-const SCRATCH: [Span; 2] = [WORK, Span { start: layout::EFI_TABLES, end: layout::EFI_TABLES_END }];
+const SCRATCH: [Span; 3] = [
+    WORK,
+    Span { start: layout::EFI_TABLES, end: layout::EFI_TABLES_END },
+    Span { start: layout::UNACCEPTED, end: layout::UNACCEPTED_END },
+];

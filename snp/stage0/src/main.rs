@@ -13,6 +13,7 @@
 
 mod cpu;
 mod e820;
+mod efi;
 mod entry;
 mod ghcb;
 mod inputs;
@@ -71,6 +72,9 @@ fn run(tables: Tables, leaf_ebx: u32) -> Result<core::convert::Infallible, Reaso
     }
     // SAFETY: boot_params is part of an item, private by now, and changes only after this borrow.
     e820::check(unsafe { cpu::bytes(inputs.boot_params(), PAGE) }, inputs)?;
+    if inputs.lazy() {
+        announce_unaccepted(inputs)?;
+    }
     ghcb::register();
     for span in inputs.spans(STAGING).skip(1) {
         ghcb::make_private(span);
@@ -81,6 +85,21 @@ fn run(tables: Tables, leaf_ebx: u32) -> Result<core::convert::Infallible, Reaso
     cpu::zero(layout::GHCB, PAGE);
     // SAFETY: the kernel at the entry point is the measured one, and the tables map it, boot_params and itself.
     unsafe { entry::stage0_enter(inputs.entry(), inputs.boot_params()) }
+}
+
+/// Leaves the rest of RAM to the kernel, by tables in low memory, which is zero but for the items.
+fn announce_unaccepted(inputs: Inputs<'_>) -> Result<(), Reason> {
+    // SAFETY: three ranges of validated private memory, apart from each other and from all else: no item may lie in the first
+    // two, and boot_params is part of an item that nothing else refers to.
+    let (tables, table, boot_params) = unsafe {
+        (
+            cpu::bytes_mut(layout::EFI_TABLES, layout::EFI_TABLES_END - layout::EFI_TABLES),
+            cpu::bytes_mut(layout::UNACCEPTED, layout::UNACCEPTED_END - layout::UNACCEPTED),
+            cpu::bytes_mut(inputs.boot_params(), PAGE),
+        )
+    };
+    efi::unaccepted(table, inputs)?;
+    efi::announce(tables, boot_params, inputs)
 }
 
 /// Linux reads BIOS variables in the first page, and new private memory holds what the host wants it to hold.

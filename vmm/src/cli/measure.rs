@@ -22,6 +22,7 @@ use snp::image::igvm::ZeroPages;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::ovmf::Svsm;
+use snp::image::shim::Shim;
 use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
@@ -141,6 +142,8 @@ pub struct Args {
 struct Measured {
     explanation: Explanation,
     plan: LaunchPlan,
+    /// What stage0 adds to the launch, for people.
+    bound: String,
     notes: Vec<String>,
 }
 
@@ -169,6 +172,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
                 out.push_str(&format!("{name}: {value}\n"));
             }
             out.push_str(&format!("\n{}\n{}\n", explanation.steps(), explanation.memory_map()));
+            out.push_str(&measured.bound);
         }
         match explanation.digests.as_slice() {
             [only] => out.push_str(&format!("{}\n", only.launch_digest)),
@@ -226,7 +230,7 @@ fn explain(
     let mut explanation = Explanation::new(&plan.records, &plan.vcpus, trace);
     explanation.inputs = inputs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     explanation.digests = digests;
-    Measured { explanation, plan, notes }
+    Measured { explanation, plan, bound: String::new(), notes }
 }
 
 fn count_digest(vcpus: u32, digest: LaunchDigest) -> CountDigest {
@@ -250,14 +254,14 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
     let mut digests = Vec::new();
     let mut last = None;
     for vcpus in counts(args) {
-        let snp = Snp { c_bit: args.c_bit, cpuid: None, validation: args.image.validation.into() };
+        let snp = Snp { c_bit: args.c_bit, cpuid: None, validation: args.image.validation() };
         let image_args = ImageArgs { cpus: vcpus, ..args.image.clone() };
         let image = image_args.boot(&files, Guest::Snp(snp)).image().map_err(Failure::usage)?;
         let trace = trace(&image.plan).map_err(Failure::usage)?;
         digests.push(count_digest(vcpus, trace.launch_digest()));
-        last = Some((image.plan, trace));
+        last = Some((image.plan, image.shim, trace));
     }
-    let (plan, trace) = last.ok_or_else(|| Failure::Usage("no number of vCPUs".into()))?;
+    let (plan, shim, trace) = last.ok_or_else(|| Failure::Usage("no number of vCPUs".into()))?;
     let inputs = vec![
         ("image", "direct boot".into()),
         ("launch pages", plan.launch_pages().to_string()),
@@ -265,7 +269,8 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
         ("cmdline", args.image.cmdline.clone()),
         ("initrd sha256", files.initrd.as_deref().map_or("none".into(), |initrd| args.fingerprint(initrd))),
     ];
-    Ok(explain(plan, &trace, digests, inputs, Vec::new()))
+    let bound = shim.as_ref().map_or_else(String::new, Shim::explain);
+    Ok(Measured { bound, ..explain(plan, &trace, digests, inputs, Vec::new()) })
 }
 
 fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {

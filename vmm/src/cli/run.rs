@@ -9,6 +9,7 @@ use snp::image::direct::DirectBoot;
 use snp::image::direct::Guest as ImageGuest;
 use snp::image::direct::Snp;
 use snp::image::direct::Validation;
+use snp::image::lazy::Acceptance;
 use snp::image::sites;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
@@ -56,6 +57,9 @@ pub struct ImageArgs {
     /// Who makes an SNP guest's RAM usable; `launch` measures all of it, for tests
     #[arg(long, value_enum, default_value = "stage0", hide = true)]
     pub validation: ValidationKind,
+    /// How much of an SNP guest's memory is validated before its kernel runs; part of the launch digest
+    #[arg(long, value_enum, default_value = "auto")]
+    pub accept: AcceptKind,
 }
 
 /// Who validates an SNP guest's RAM.
@@ -67,11 +71,23 @@ pub enum ValidationKind {
     Launch,
 }
 
-impl From<ValidationKind> for Validation {
-    fn from(kind: ValidationKind) -> Self {
+/// How much of an SNP guest's memory is validated before its kernel runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AcceptKind {
+    /// All of it
+    Eager,
+    /// What the kernel needs to start; it validates the rest when it needs it (Linux 6.6 and later)
+    Lazy,
+    /// Lazy for more than 2 GiB if the kernel can do it
+    Auto,
+}
+
+impl From<AcceptKind> for Acceptance {
+    fn from(kind: AcceptKind) -> Self {
         match kind {
-            ValidationKind::Stage0 => Validation::Stage0,
-            ValidationKind::Launch => Validation::AllByLaunch,
+            AcceptKind::Eager => Acceptance::Eager,
+            AcceptKind::Lazy => Acceptance::Lazy,
+            AcceptKind::Auto => Acceptance::Auto,
         }
     }
 }
@@ -145,6 +161,14 @@ impl From<Pvalidate2m> for TwoMib {
 }
 
 impl ImageArgs {
+    /// Who validates an SNP guest's RAM.
+    pub fn validation(&self) -> Validation {
+        match self.validation {
+            ValidationKind::Stage0 => Validation::Stage0(self.accept.into()),
+            ValidationKind::Launch => Validation::AllByLaunch,
+        }
+    }
+
     /// Reads the files.
     pub fn read(&self) -> Result<BootFiles, ConfigError> {
         let kernel = self
@@ -221,7 +245,7 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
     let sev = platform.snp_cpuid();
     let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;
-    let snp = Snp { c_bit: sev.c_bit, cpuid: Some(&table), validation: args.image.validation.into() };
+    let snp = Snp { c_bit: sev.c_bit, cpuid: Some(&table), validation: args.image.validation() };
     let image = args.image.boot(&files, ImageGuest::Snp(snp)).image().map_err(Failure::usage)?;
     if args.platform == PlatformKind::Emulated {
         let kernel = sites::annotate(&files.kernel).map_err(Failure::usage)?;
