@@ -723,7 +723,9 @@ fn a_lazy_boot_validates_the_same_few_ranges_whatever_the_memory() {
         let guest =
             Guest::Snp(Snp { c_bit: 40, cpuid: None, validation: Validation::Stage0(Acceptance::Auto) });
         let (initrd, cmdline) = (Some(Arc::new(vec![0x77; 5000])), "panic=-1");
-        let image = DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 1, guest }.image().unwrap();
+        let image = DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 1, tpm: None, guest }
+            .image()
+            .unwrap();
         let mut rig = Rig::of_image(&image);
         let mut host = Host::default();
         assert_eq!(rig.run(&mut host), End::Kernel);
