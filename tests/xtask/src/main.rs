@@ -6,6 +6,7 @@ mod bench;
 mod build;
 mod demo;
 mod guest;
+mod hardware_test;
 mod in_l1;
 mod oracles;
 mod setup;
@@ -28,6 +29,8 @@ enum Chore {
     Test(test::Args),
     /// Measure beside a peer.
     Bench(bench::Args),
+    /// Accept an SNP host: launch, attest, tamper, convert, reboot, and write a report. Never run on hardware yet.
+    HardwareTest(hardware_test::Args),
     /// Say whether guests run on this host's KVM or nested, and why.
     Probe,
     /// Run a command inside the outer guest (L1) of a nested run.
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         Chore::Demo => demo::run(),
         Chore::Test(args) => test::run(&args),
         Chore::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Chore::HardwareTest(args) => hardware_test::run(&args),
         Chore::Probe => cvmm_tests::probe::decide().map(|decision| {
             println!("{decision}");
             ExitCode::SUCCESS
