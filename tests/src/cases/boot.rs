@@ -27,7 +27,6 @@ use crate::guest::Mode;
 use crate::guest::Report;
 use crate::kernels::Kernel;
 use crate::kernels::Role;
-use crate::machine::job;
 use crate::suite::Case;
 use crate::suite::Context;
 
@@ -183,7 +182,6 @@ fn check_signature(context: &Context, console: &Console, guest: &Guest, predicte
 pub fn predict(context: &Context, guest: &Guest) -> Result<String> {
     let dump = context.workspace.work().join("plan.jsonl");
     let mut job = guest.measure_job(&context.cvmm);
-    job.argv.extend(["--c-bit".into(), c_bit(context)?.to_string()]);
     job.argv.extend(["--dump".into(), dump.display().to_string()]);
     let output = context.run_on_host(&job);
     ensure!(output.ending == Ending::Code(0), "cvmm measure ended with {}", output.ending);
@@ -197,19 +195,6 @@ pub fn predict(context: &Context, guest: &Guest) -> Result<String> {
         bail!("cvmm measure says {measured}, the firmware's rule over its dump gives {independent}");
     }
     Ok(measured)
-}
-
-/// Where the emulated platform puts the C-bit on the machine that runs guests: the highest physical address bit.
-fn c_bit(context: &Context) -> Result<u8> {
-    let mut cat = job("cat");
-    cat.argv.push("/proc/cpuinfo".into());
-    let text = context.machine()?.run(&cat).text();
-    let sizes = text.lines().find(|line| line.starts_with("address sizes")).context("no address sizes")?;
-    let bits: u8 = sizes
-        .split_whitespace()
-        .find_map(|word| word.parse().ok())
-        .with_context(|| format!("no number in {sizes:?}"))?;
-    Ok((bits - 1).min(46))
 }
 
 /// The ELF file inside a bzImage.
