@@ -109,8 +109,10 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         Some(path) => {
             let mut roots =
                 Cert::read_all(&read("--trust-root", path)?).map_err(|e| named("--trust-root", path)(&e))?;
+            // The file may be a whole chain, as the emulated platform keeps it: the root is the one that issued itself.
+            roots.retain(|cert| cert.is_ca() && cert.is_issued_in_the_name_of(cert));
             if roots.len() != 1 {
-                let error = format!("{} certificates, expected 1", roots.len());
+                let error = format!("{} root certificates, expected 1", roots.len());
                 return Err(named("--trust-root", path)(&error));
             }
             roots.pop()
