@@ -5,6 +5,7 @@ use serde_json::Value;
 use serde_json::json;
 
 use crate::vmgs::AnchorFolder;
+use crate::vmgs::FileId;
 use crate::vmgs::FsFile;
 use crate::vmgs::Key;
 use crate::vmgs::Vmgs;
@@ -19,6 +20,7 @@ use crate::vmgs::root::FLAG_EXPORTED;
 use crate::vmgs::root::FLAG_PROVISIONED;
 use crate::vmgs::root::Root;
 use crate::vmgs::root::uuid_text;
+use crate::vmgs::uefi;
 
 /// The files of an open image.
 pub(super) fn files(vmgs: &Vmgs<FsFile>) -> Vec<Value> {
@@ -81,6 +83,16 @@ pub(super) fn inspect(file: &FsFile, key: Option<&Key>) -> Result<Value, VmgsErr
             "generation": root.generation,
             "flags": flags(&root),
         });
+        let nvram = image::read_file(file, &layout.table, &extended, FileId::BIOS_NVRAM);
+        report["uefi_variables"] = match nvram.map(|bytes| uefi::parse(&bytes)) {
+            Ok(Ok(variables)) => variables
+                .iter()
+                .map(|v| json!({ "name": v.name_text(), "bytes": v.data.len(), "attributes": v.attributes }))
+                .collect(),
+            Ok(Err(e)) => json!({ "fault": e.to_string() }),
+            Err(VmgsError::NotFound(_)) => json!([]),
+            Err(e) => return Err(e),
+        };
     }
     Ok(report)
 }

@@ -14,6 +14,7 @@ pub mod format;
 pub mod image;
 pub mod root;
 pub mod store;
+pub mod uefi;
 pub mod vhd;
 
 pub use anchor::AnchorFolder;
