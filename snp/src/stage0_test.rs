@@ -151,6 +151,15 @@ fn reasons_have_distinct_codes_and_the_msr_value_of_the_ghcb_specification() {
     assert_eq!(Reason::HashKernel.msr(), 0x0020_3100);
 }
 
+#[test]
+fn every_reason_is_documented_with_its_code() {
+    let text = include_str!("../../docs/stage0.md");
+    for reason in Reason::ALL {
+        let row = format!("| 3:{0} ({0:#04x}) | {1} |", *reason as u8, reason.words());
+        assert!(text.contains(&row), "docs/stage0.md lacks: {row}");
+    }
+}
+
 /// The pages that stage0 validates one way or another, by the obvious way: a set of addresses.
 fn pages(spans: impl IntoIterator<Item = Span>) -> std::collections::BTreeSet<u64> {
     spans.into_iter().flat_map(|span| (span.start..span.end).step_by(PAGE as usize)).collect()
