@@ -111,7 +111,7 @@ fn sections_over_each_other_or_over_the_firmware_are_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(support::config(3000))]
 
     #[test]
     fn a_damaged_firmware_file_never_panics(

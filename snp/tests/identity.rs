@@ -144,7 +144,7 @@ fn signatures_of_offline_tools_are_read_as_der_or_raw() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(support::config(500))]
 
     #[test]
     fn arbitrary_bytes_never_panic(

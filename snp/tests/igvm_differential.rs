@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+mod support;
+
 use igvm::IgvmDirectiveHeader;
 use igvm::IgvmFile;
 use igvm::IgvmInitializationHeader;
@@ -182,7 +184,7 @@ fn parse(file: &[u8], zero_pages: ZeroPages) -> Result<Igvm, IgvmError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(support::config(150))]
 
     #[test]
     fn digests_agree_with_the_igvm_crate(steps in any_steps()) {

@@ -400,7 +400,7 @@ fn revocation_lists_are_checked_before_they_are_believed() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(support::config(600))]
 
     #[test]
     fn damaged_certificates_lists_and_reports_never_panic(

@@ -7,3 +7,11 @@ pub mod chain;
 pub mod firmware;
 pub mod kernels;
 pub mod python;
+
+/// A property test's setting: `cases` random cases, or as many times more as `CVMM_FUZZ_FACTOR` says.
+pub fn config(cases: u32) -> proptest::test_runner::Config {
+    let factor =
+        std::env::var("CVMM_FUZZ_FACTOR").ok().and_then(|text| text.parse::<u32>().ok()).unwrap_or(1);
+    let cases = cases.saturating_mul(factor.max(1));
+    proptest::test_runner::Config { cases, failure_persistence: None, ..Default::default() }
+}
