@@ -314,6 +314,8 @@ pub struct IdentityCheck<'a> {
     pub auth: &'a Path,
     /// File of `cvmm measure --json` that the block was made for.
     pub reference: Option<&'a Path>,
+    /// Options of this launch, under the names that `cvmm measure` gives them.
+    pub inputs: [(&'static str, String); 2],
 }
 
 impl IdentityCheck<'_> {
@@ -335,8 +337,9 @@ impl IdentityCheck<'_> {
             let reference = parsed(path, Explanation::parse(&read_text(path)?))?;
             let trace = trace(plan).map_err(Failure::monitor)?;
             let mut ours = Explanation::new(&plan.records, &plan.vcpus, &trace);
-            // A run records no inputs: only the steps can be compared.
+            // What a launch does not record is taken to be the same.
             ours.inputs.clone_from(&reference.inputs);
+            ours.inputs.extend(self.inputs.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
             match diff(&reference, &ours) {
                 Some(divergence) => message.push_str(&format!("\n{divergence}")),
                 None => message.push_str(

@@ -255,7 +255,9 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     eprintln!("cvmm: launch digest {digest} ({} pages)", image.plan.launch_pages());
     let identity = match (&args.id_block, &args.id_auth) {
         (Some(block), Some(auth)) => {
-            let request = IdentityCheck { block, auth, reference: args.reference.as_deref() };
+            let inputs =
+                [("cmdline", args.image.cmdline.clone()), ("memory", format!("{:#x}", args.image.memory))];
+            let request = IdentityCheck { block, auth, reference: args.reference.as_deref(), inputs };
             Some(request.check(&image.plan, digest, args.policy)?)
         }
         _ => None,
