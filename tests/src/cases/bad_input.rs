@@ -94,7 +94,7 @@ pub fn cases() -> Vec<Case> {
             let keys = context.keys()?.display().to_string();
             let options = ["--kernel", &path, "--snp", "--platform", "emulated", "--emulated-keys", &keys];
             let job = cvmm(context, &options);
-            refused(&context.run(&job)?, USAGE, &["hook"])
+            refused(&context.run(&job)?, USAGE, &["decompressor", "4c 89 fe ff e0"])
         }),
     ]
 }
