@@ -2,5 +2,6 @@
 //! The special pages of a launch.
 
 pub mod cpuid;
+pub mod cpuid_diff;
 pub mod hashes;
 pub mod secrets;

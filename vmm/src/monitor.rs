@@ -27,6 +27,7 @@ use crate::conversion::Conversions;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::LaunchOptions;
+use crate::launch::Prepared;
 use crate::launch::Staged;
 use crate::machine::Machine;
 use crate::machine::MachineError;
@@ -121,7 +122,7 @@ pub fn run(
     let vm = platform.create_vm(kind).map_err(create("creating the VM"))?;
     vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
     if guest.snp.is_some() {
-        launch::init_snp(vm.as_ref())?;
+        launch::init_snp(vm.as_ref(), &guest.plan)?;
     }
     let ram = GuestRam::new(guest.ram).map_err(MonitorError::Ram)?;
     let memfds = launch::add_memory(vm.as_ref(), &ram, guest.snp.is_some())?;
@@ -139,7 +140,19 @@ pub fn run(
             None
         }
         Some(options) => {
-            launch::launch_snp(vm.as_ref(), &guest.plan, &guest.staged, options, &ram, &mut vcpus)?;
+            let prepared = Prepared {
+                vm: vm.as_ref(),
+                plan: &guest.plan,
+                staged: &guest.staged,
+                ram: &ram,
+                vcpus: &mut vcpus,
+                cpuid: &guest.cpuid,
+            };
+            if let Some(diff) = launch::launch_snp(prepared, options)? {
+                eprintln!(
+                    "cvmm: warning: --accept-cpuid: launched with the firmware's CPUID values:\n{diff}"
+                );
+            }
             Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
         }
     };

@@ -172,10 +172,16 @@ pub trait Vcpu: Send {
     fn get_sregs(&self) -> Result<kvm_sregs, CallError>;
     /// `KVM_SET_FPU`.
     fn set_fpu(&mut self, fpu: &kvm_fpu) -> Result<(), CallError>;
+    /// `KVM_GET_FPU`.
+    fn get_fpu(&self) -> Result<kvm_fpu, CallError>;
     /// `KVM_SET_MSRS`, all or error.
     fn set_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), CallError>;
+    /// `KVM_GET_MSRS` of one.
+    fn get_msr(&self, index: u32) -> Result<u64, CallError>;
     /// `KVM_SET_XCRS` for XCR0.
     fn set_xcr0(&mut self, value: u64) -> Result<(), CallError>;
+    /// `KVM_GET_XCRS` for XCR0.
+    fn get_xcr0(&self) -> Result<u64, CallError>;
     /// `KVM_SET_LAPIC` of the two local interrupt pins, as a PC's firmware leaves them: LINT0 ExtINT, LINT1 NMI.
     fn set_lint(&mut self) -> Result<(), CallError>;
     /// `KVM_RUN` until the next exit for the monitor. A signal ends it with [`Exit::Interrupted`].

@@ -9,6 +9,7 @@ use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_segment;
 use kvm_bindings::kvm_sregs;
+use snp::vmsa::CR4_MCE;
 use snp::vmsa::EFER_SVME;
 use snp::vmsa::Segment;
 use snp::vmsa::VmsaState;
@@ -105,13 +106,87 @@ pub fn sregs(state: &VmsaState, apic_base: u64) -> kvm_sregs {
     }
 }
 
+/// A register that does not hold what the plan says.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{register} is {found}, the plan says {planned}")]
+pub struct Mismatch {
+    /// Its name.
+    pub register: &'static str,
+    /// What the vCPU holds.
+    pub found: String,
+    /// What it should hold.
+    pub planned: String,
+}
+
+/// Compares what `vcpu` holds with `planned`, as far as KVM lets it be read; possible only until LAUNCH_FINISH. What no
+/// call sets, such as debug registers and MXCSR, must have KVM's own values in the plan.
+pub fn read_back(vcpu: &dyn Vcpu, planned: &VmsaState) -> Result<Option<Mismatch>, CallError> {
+    let (r, s) = (vcpu.get_regs()?, vcpu.get_sregs()?);
+    let fcw = vcpu.get_fpu()?.fcw;
+    let (pat, xcr0) = (vcpu.get_msr(MSR_PAT)?, vcpu.get_xcr0()?);
+    let held = VmsaState { g_pat: pat, xcr0, x87_fcw: fcw, ..vmsa(&r, &s, planned.sev_features) };
+    let mut mismatch = None;
+    macro_rules! compare {
+        ($($field:ident),*) => {
+            $(if mismatch.is_none() && held.$field != planned.$field {
+                mismatch = Some(Mismatch {
+                    register: stringify!($field),
+                    found: format!("{:#x?}", held.$field),
+                    planned: format!("{:#x?}", planned.$field),
+                });
+            })*
+        };
+    }
+    compare!(
+        es, cs, ss, ds, fs, gs, gdtr, ldtr, idtr, tr, cpl, efer, cr4, cr3, cr0, dr7, dr6, rflags, rip, g_pat,
+        rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8_r15, xcr0, mxcsr, x87_fcw
+    );
+    Ok(mismatch)
+}
+
+/// The save area that KVM makes of general and special registers, with its reset values for everything else.
+pub fn vmsa(r: &kvm_regs, s: &kvm_sregs, sev_features: u64) -> VmsaState {
+    let table = |base: u64, limit: u16| Segment { base, limit: limit.into(), ..Segment::default() };
+    VmsaState {
+        es: vmcb_segment(&s.es),
+        cs: vmcb_segment(&s.cs),
+        ss: vmcb_segment(&s.ss),
+        ds: vmcb_segment(&s.ds),
+        fs: vmcb_segment(&s.fs),
+        gs: vmcb_segment(&s.gs),
+        gdtr: table(s.gdt.base, s.gdt.limit),
+        ldtr: vmcb_segment(&s.ldt),
+        idtr: table(s.idt.base, s.idt.limit),
+        tr: vmcb_segment(&s.tr),
+        cpl: s.ss.dpl,
+        efer: s.efer | EFER_SVME,
+        cr4: s.cr4 | CR4_MCE,
+        cr3: s.cr3,
+        cr0: s.cr0,
+        rflags: r.rflags,
+        rip: r.rip,
+        rax: r.rax,
+        rcx: r.rcx,
+        rdx: r.rdx,
+        rbx: r.rbx,
+        rsp: r.rsp,
+        rbp: r.rbp,
+        rsi: r.rsi,
+        rdi: r.rdi,
+        r8_r15: [r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15],
+        sev_features,
+        ..VmsaState::reset()
+    }
+}
+
 /// Sets every register of `vcpu`. CPUID must have been set before: it decides which bits are legal.
 pub fn load(vcpu: &mut dyn Vcpu, state: &VmsaState) -> Result<(), CallError> {
     let apic_base = vcpu.get_sregs()?.apic_base;
     vcpu.set_sregs(&sregs(state, apic_base))?;
     vcpu.set_regs(&regs(state))?;
     vcpu.set_fpu(&kvm_fpu { fcw: state.x87_fcw, mxcsr: state.mxcsr, ..Default::default() })?;
-    vcpu.set_msrs(&[(MSR_PAT, state.g_pat), MSR_MTRR_DEF_TYPE])
+    vcpu.set_msrs(&[(MSR_PAT, state.g_pat), MSR_MTRR_DEF_TYPE])?;
+    vcpu.set_xcr0(state.xcr0)
 }
 
 #[cfg(test)]

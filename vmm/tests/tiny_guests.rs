@@ -20,7 +20,6 @@ use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
 use snp::plan::Record;
-use snp::policy::GuestPolicy;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
 use vmm::monitor;
@@ -237,7 +236,7 @@ fn emulated(code: &[u8]) -> Option<(Result<Outcome, String>, Vec<u8>)> {
         plan: LaunchPlan { records, vcpus: image.plan.vcpus },
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: vec![cpuid::to_kvm(&table.for_vcpu(0))],
-        snp: Some(LaunchOptions { policy: GuestPolicy::DEFAULT, host_data: [0; 32], identity: None }),
+        snp: Some(LaunchOptions::default()),
         staged: Default::default(),
     };
     Some(run(&platform, guest))

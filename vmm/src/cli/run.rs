@@ -127,6 +127,10 @@ pub struct Args {
     /// File of `cvmm measure --json` that the ID block was made for: says why a digest differs
     #[arg(long, value_name = "FILE", requires = "id_block")]
     reference: Option<PathBuf>,
+    /// Where the firmware refuses CPUID values, launch with its own, if all changes are on a short list (features that only
+    /// disappear, cache descriptions); they are printed. The CPUID page is not measured
+    #[arg(long, requires = "snp")]
+    accept_cpuid: bool,
     /// Emulated platform: one memory for both views of a page, or one for each
     #[arg(long, value_enum, default_value = "single", requires = "snp")]
     backing: Backing,
@@ -267,7 +271,12 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
         plan: image.plan,
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..args.image.cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
-        snp: Some(LaunchOptions { policy: args.policy, host_data, identity }),
+        snp: Some(LaunchOptions {
+            policy: args.policy,
+            host_data,
+            identity,
+            accept_cpuid: args.accept_cpuid,
+        }),
         staged: image
             .shim
             .map_or_else(Staged::default, |shim| Staged { bytes: shim.staging, shared: shim.shared }),

@@ -26,6 +26,7 @@ pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
 use snp::image::sites::Annotations;
 use snp::image::sites::ShimSites;
+use snp::model::faults::Faults;
 use snp::model::firmware::Platform as Firmware;
 use snp::model::firmware::certs;
 use snp::model::rmp::TwoMib;
@@ -76,6 +77,7 @@ pub struct EmulatedPlatform {
     sev: SnpCpuid,
     firmware: Arc<Firmware>,
     annotations: Mutex<Notes>,
+    faults: Mutex<Faults>,
 }
 
 /// What was told about the image.
@@ -127,7 +129,19 @@ impl EmulatedPlatform {
         let sev = snp_cpuid(&kvm.supported_cpuid()?)?;
         let chain = keys::load_or_create(&options.keys)?;
         let firmware = Arc::new(Firmware { chain, c_bit: sev.c_bit, cpuid: Vec::new() });
-        Ok(EmulatedPlatform { kvm, options, sev, firmware, annotations: Mutex::default() })
+        Ok(EmulatedPlatform {
+            kvm,
+            options,
+            sev,
+            firmware,
+            annotations: Mutex::default(),
+            faults: Mutex::default(),
+        })
+    }
+
+    /// For tests: what goes wrong in the next SNP VM, and only in that. No option of the program leads here.
+    pub fn inject(&self, faults: Faults) {
+        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
     }
 }
 
@@ -156,7 +170,8 @@ impl Platform for EmulatedPlatform {
             VmKind::Snp => {
                 let annotations = self.annotations.lock().unwrap_or_else(PoisonError::into_inner).clone();
                 let firmware = Arc::clone(&self.firmware);
-                Ok(Arc::new(vm::EmulatedVm::new(inner, self.options.clone(), firmware, annotations)?))
+                let faults = std::mem::take(&mut *self.faults.lock().unwrap_or_else(PoisonError::into_inner));
+                Ok(Arc::new(vm::EmulatedVm::new(inner, self.options.clone(), firmware, annotations, faults)?))
             }
         }
     }

@@ -7,12 +7,9 @@
 use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_sregs;
-use snp::vmsa::CR4_MCE;
-use snp::vmsa::EFER_SVME;
-use snp::vmsa::Segment;
 use snp::vmsa::VmsaState;
 
-use crate::registers::vmcb_segment;
+use crate::registers::vmsa;
 
 const MSR_PAT: u32 = 0x277;
 
@@ -63,42 +60,13 @@ impl Recorded {
 
     /// The save area.
     pub fn vmsa(&self, sev_features: u64) -> VmsaState {
-        let (r, s) = (&self.regs, &self.sregs);
-        let table = |base: u64, limit: u16| Segment { base, limit: limit.into(), ..Segment::default() };
         VmsaState {
-            es: vmcb_segment(&s.es),
-            cs: vmcb_segment(&s.cs),
-            ss: vmcb_segment(&s.ss),
-            ds: vmcb_segment(&s.ds),
-            fs: vmcb_segment(&s.fs),
-            gs: vmcb_segment(&s.gs),
-            gdtr: table(s.gdt.base, s.gdt.limit),
-            ldtr: vmcb_segment(&s.ldt),
-            idtr: table(s.idt.base, s.idt.limit),
-            tr: vmcb_segment(&s.tr),
-            cpl: s.ss.dpl,
-            efer: s.efer | EFER_SVME,
-            cr4: s.cr4 | CR4_MCE,
-            cr3: s.cr3,
-            cr0: s.cr0,
-            rflags: r.rflags,
-            rip: r.rip,
             g_pat: self.pat,
-            rax: r.rax,
-            rcx: r.rcx,
-            rdx: r.rdx,
-            rbx: r.rbx,
-            rsp: r.rsp,
-            rbp: r.rbp,
-            rsi: r.rsi,
-            rdi: r.rdi,
-            r8_r15: [r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15],
-            sev_features,
             xcr0: self.xcr0,
             mxcsr: self.fpu.mxcsr,
             x87_fcw: self.fpu.fcw,
-            // Debug registers and whatever else no call of the seam sets.
-            ..VmsaState::reset()
+            // Debug registers and whatever else no call of the seam sets have their reset values.
+            ..vmsa(&self.regs, &self.sregs, sev_features)
         }
     }
 }

@@ -385,8 +385,7 @@ impl EmulatedVcpu {
             .map_err(CallError::of("KVM_SET_VCPU_EVENTS"))?;
         let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
         self.kvm.fd.set_mp_state(running).map_err(CallError::of("KVM_SET_MP_STATE"))?;
-        registers::load(&mut self.kvm, state)?;
-        self.kvm.set_xcr0(state.xcr0)
+        registers::load(&mut self.kvm, state)
     }
 
     fn run_to_next(&mut self) -> Result<Step, CallError> {
@@ -496,6 +495,11 @@ impl Vcpu for EmulatedVcpu {
         Ok(())
     }
 
+    fn get_fpu(&self) -> Result<kvm_fpu, CallError> {
+        self.vm.unsealed()?;
+        self.kvm.get_fpu()
+    }
+
     fn set_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), CallError> {
         self.vm.unsealed()?;
         self.kvm.set_msrs(msrs)?;
@@ -508,6 +512,16 @@ impl Vcpu for EmulatedVcpu {
         self.kvm.set_xcr0(value)?;
         self.record(|r| r.set_xcr0(value));
         Ok(())
+    }
+
+    fn get_msr(&self, index: u32) -> Result<u64, CallError> {
+        self.vm.unsealed()?;
+        self.kvm.get_msr(index)
+    }
+
+    fn get_xcr0(&self) -> Result<u64, CallError> {
+        self.vm.unsealed()?;
+        self.kvm.get_xcr0()
     }
 
     fn set_lint(&mut self) -> Result<(), CallError> {

@@ -184,6 +184,7 @@ impl EmulatedVm {
         options: EmulatedOptions,
         firmware: Arc<Firmware>,
         notes: Notes,
+        faults: Faults,
     ) -> Result<Self, CallError> {
         intercept_msrs(&kvm)?;
         let model = VmModel::new(VmConfig {
@@ -192,7 +193,7 @@ impl EmulatedVm {
             vmsa_features: 0,
             allowed_policy: GuestPolicy::KVM_6_12_ALLOWED,
             two_mib: options.two_mib,
-            faults: Faults::default(),
+            faults,
         });
         let views = Views::new(options.clone(), model.c_bit());
         Ok(EmulatedVm(Arc::new(Inner {

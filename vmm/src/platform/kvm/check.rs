@@ -15,6 +15,7 @@ use kvm_bindings::KVM_X86_SEV_VMSA_FEATURES;
 use kvm_bindings::kvm_sev_snp_launch_start;
 use serde::Deserialize;
 use serde::Serialize;
+use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
 
 use super::KvmPlatform;
@@ -308,13 +309,13 @@ impl KvmPlatform {
                 return Trial::failed("asking the VM what it can do", 0, 0, error);
             }
         }
-        match launch::init_snp(&vm) {
+        match launch::init_snp(&vm, &LaunchPlan { records: Vec::new(), vcpus: Vec::new() }) {
             Ok(()) => {}
             Err(LaunchError::Sev { step, source }) => {
                 return Trial::failed(&step, source.errno, source.firmware, &source);
             }
             Err(LaunchError::Call { step, source }) => {
-                return Trial::failed(step, errno(&source.source), 0, source);
+                return Trial::failed(&step, errno(&source.source), 0, source);
             }
             Err(e) => return Trial::failed("creating an SNP guest", 0, 0, e),
         }

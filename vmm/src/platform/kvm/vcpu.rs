@@ -32,20 +32,6 @@ pub struct KvmVcpu {
     pub(super) _slots: Slots,
 }
 
-impl KvmVcpu {
-    /// `KVM_GET_MSRS` of one.
-    pub fn get_msr(&self, index: u32) -> Result<u64, CallError> {
-        let entry = kvm_msr_entry { index, ..Default::default() };
-        let mut list = Msrs::from_entries(&[entry])
-            .map_err(|_| CallError::errno("KVM_GET_MSRS (too many)", libc::E2BIG))?;
-        let done = self.fd.get_msrs(&mut list).map_err(CallError::of("KVM_GET_MSRS"))?;
-        match list.as_slice().first() {
-            Some(entry) if done == 1 => Ok(entry.data),
-            _ => Err(CallError::errno("KVM_GET_MSRS (an MSR was refused)", libc::EINVAL)),
-        }
-    }
-}
-
 impl Vcpu for KvmVcpu {
     fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), CallError> {
         let cpuid = CpuId::from_entries(entries)
@@ -73,6 +59,10 @@ impl Vcpu for KvmVcpu {
         self.fd.set_fpu(fpu).map_err(CallError::of("KVM_SET_FPU"))
     }
 
+    fn get_fpu(&self) -> Result<kvm_fpu, CallError> {
+        self.fd.get_fpu().map_err(CallError::of("KVM_GET_FPU"))
+    }
+
     fn set_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), CallError> {
         let entries: Vec<_> =
             msrs.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
@@ -85,10 +75,27 @@ impl Vcpu for KvmVcpu {
         Ok(())
     }
 
+    fn get_msr(&self, index: u32) -> Result<u64, CallError> {
+        let entry = kvm_msr_entry { index, ..Default::default() };
+        let mut list = Msrs::from_entries(&[entry])
+            .map_err(|_| CallError::errno("KVM_GET_MSRS (too many)", libc::E2BIG))?;
+        let done = self.fd.get_msrs(&mut list).map_err(CallError::of("KVM_GET_MSRS"))?;
+        match list.as_slice().first() {
+            Some(entry) if done == 1 => Ok(entry.data),
+            _ => Err(CallError::errno("KVM_GET_MSRS (an MSR was refused)", libc::EINVAL)),
+        }
+    }
+
     fn set_xcr0(&mut self, value: u64) -> Result<(), CallError> {
         let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
         xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value };
         self.fd.set_xcrs(&xcrs).map_err(CallError::of("KVM_SET_XCRS"))
+    }
+
+    fn get_xcr0(&self) -> Result<u64, CallError> {
+        let xcrs = self.fd.get_xcrs().map_err(CallError::of("KVM_GET_XCRS"))?;
+        let found = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0);
+        found.map(|x| x.value).ok_or(CallError::errno("KVM_GET_XCRS (no XCR0)", libc::EINVAL))
     }
 
     fn set_lint(&mut self) -> Result<(), CallError> {

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `KVM_SEV_SNP_LAUNCH_UPDATE`, record by record.
+//!
+//! KVM may take part of what it is given: a call ends at the end of a memory slot, at a signal, or at the first page that is
+//! refused after others were taken; the next call then reports that page. So the arguments are in and out, and each record
+//! is a loop (Linux, `Documentation/virt/kvm/x86/amd-memory-encryption.rst`).
+
+use std::thread;
+use std::time::Duration;
+
+use kvm_bindings::kvm_sev_snp_launch_update;
+use snp::model::firmware::status::FwStatus;
+use snp::pages::cpuid_diff::CpuidDiff;
+use snp::pages::cpuid_diff::Page;
+use snp::plan::PAGE_SIZE;
+use snp::plan::PageType;
+use snp::plan::Record;
+
+use super::LaunchError;
+use super::MAX_RETRIES;
+use super::error;
+use crate::platform::SevError;
+use crate::platform::Vm;
+
+/// How much of a record one call takes from the scratch buffer, in bytes.
+const CHUNK: u64 = 1 << 20;
+/// How long to wait after EAGAIN.
+const RETRY_DELAY: Duration = Duration::from_millis(1);
+
+/// Adds the records of a plan.
+pub struct Updater<'a> {
+    vm: &'a dyn Vm,
+    /// Pages are loaded from here, so that no copy of a private page stays in shared memory.
+    scratch: Vec<u8>,
+    accept_cpuid: bool,
+    /// What the firmware changed in the CPUID page, and was accepted.
+    pub accepted: Option<CpuidDiff>,
+}
+
+impl<'a> Updater<'a> {
+    /// `accept_cpuid`: launch with the firmware's CPUID page if every change is on the list of acceptable ones.
+    pub fn new(vm: &'a dyn Vm, accept_cpuid: bool) -> Self {
+        Updater { vm, scratch: vec![0; CHUNK as usize], accept_cpuid, accepted: None }
+    }
+
+    /// Adds one record, in as many calls as it takes.
+    pub fn add(&mut self, record: &Record) -> Result<(), LaunchError> {
+        let mut done = 0;
+        let mut retries = 0;
+        while done < record.len {
+            let (taken, result) = self.call(record, done);
+            // Progress counts even if the call failed.
+            done += taken;
+            retries = if taken > 0 { 0 } else { retries + 1 };
+            let gpa = record.gpa + done;
+            match result {
+                Ok(()) => {}
+                Err(e) if e.errno == libc::EAGAIN => thread::sleep(RETRY_DELAY),
+                Err(e)
+                    if record.page_type == PageType::Cpuid
+                        && FwStatus(e.firmware) == FwStatus::INVALID_PARAM =>
+                {
+                    self.refused(record, e)?;
+                    return Ok(());
+                }
+                Err(source) => {
+                    let step = format!("adding {} ({} page at {gpa:#x})", record.name, record.page_type);
+                    return Err(LaunchError::Sev { step, source });
+                }
+            }
+            if retries >= MAX_RETRIES {
+                return Err(LaunchError::NoProgress { name: record.name.to_string(), gpa });
+            }
+        }
+        Ok(())
+    }
+
+    /// One call for what is left of `record` after `done` bytes; returns how many bytes were taken.
+    fn call(&mut self, record: &Record, done: u64) -> (u64, Result<(), SevError>) {
+        let zero = record.page_type == PageType::Zero;
+        let left = record.len - done;
+        let len = if zero { left } else { left.min(CHUNK) };
+        // SECRETS is filled by the firmware, but KVM reads a page for it all the same.
+        let source = self.scratch.get_mut(..if zero { 0 } else { len as usize }).unwrap_or_default();
+        let bytes = record.contents.as_slice();
+        let rest = bytes.get(done as usize..).unwrap_or_default();
+        let (head, tail) = source.split_at_mut(rest.len().min(source.len()));
+        head.copy_from_slice(&rest[..head.len()]);
+        tail.fill(0);
+        let mut args = kvm_sev_snp_launch_update {
+            gfn_start: (record.gpa + done) / PAGE_SIZE,
+            len,
+            type_: record.page_type as u8,
+            ..Default::default()
+        };
+        let result = self.vm.snp_launch_update(&mut args, source);
+        (len - args.len.min(len), result)
+    }
+
+    /// The firmware refused the CPUID page, and its version is in the scratch buffer. It is offered again only if the user
+    /// asked for that and every change is on the list.
+    fn refused(&mut self, record: &Record, error: SevError) -> Result<(), LaunchError> {
+        let gpa = record.gpa;
+        let step = || format!("adding {} (CPUID page at {gpa:#x})", record.name);
+        let mut offered: Page = [0; PAGE_SIZE as usize];
+        record.read_page(0, &mut offered);
+        let Some(source) = self.scratch.first_chunk_mut::<{ PAGE_SIZE as usize }>() else {
+            return Err(LaunchError::Sev { step: step(), source: error });
+        };
+        let diff = match CpuidDiff::new(&offered, source) {
+            Ok(diff) if diff.structure || !diff.differences.is_empty() => diff,
+            // Refused, and nothing offered instead.
+            _ => return Err(LaunchError::Sev { step: step(), source: error }),
+        };
+        if !self.accept_cpuid || !diff.is_acceptable() {
+            return Err(LaunchError::Cpuid { name: record.name.to_string(), gpa, diff });
+        }
+        let mut args = kvm_sev_snp_launch_update {
+            gfn_start: gpa / PAGE_SIZE,
+            len: PAGE_SIZE,
+            type_: PageType::Cpuid as u8,
+            ..Default::default()
+        };
+        self.vm
+            .snp_launch_update(&mut args, source)
+            .map_err(error::sev(format!("{} with the firmware's own values", step())))?;
+        self.accepted = Some(diff);
+        Ok(())
+    }
+}
