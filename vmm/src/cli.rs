@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::Subcommand;
+use vtpm_svc::cli_vmgs::CliError;
 
 use crate::outcome::EXIT_CODES;
 use crate::outcome::EXIT_MONITOR_ERROR;
@@ -27,7 +28,9 @@ Examples:
   The same without SNP hardware, on the emulated platform (functional only, protects nothing):
     cvmm --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0' --snp --platform emulated
   The launch digest of that guest, without a VM:
-    cvmm measure --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0'";
+    cvmm measure --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0'
+  A key, and an encrypted file for what a vTPM keeps:
+    (umask 077; head -c 32 /dev/urandom >vm.key); cvmm vmgs create vm.vmgs --key-file vm.key";
 
 /// A virtual machine monitor for confidential guests: boots Linux directly as an AMD SEV-SNP guest on KVM.
 #[derive(Parser)]
@@ -55,6 +58,8 @@ enum Command {
     Verify(Box<verify::Args>),
     /// Say what this host offers for SNP guests and for emulated ones, and how to fix what is missing
     Doctor(doctor::Args),
+    /// Make, examine and change guest-state files: where a vTPM keeps what outlives the VM
+    Vmgs(Box<vtpm_svc::cli_vmgs::VmgsArgs>),
 }
 
 /// Why a command failed, and with which exit code.
@@ -85,6 +90,12 @@ pub fn main() -> ExitCode {
         Some(Command::IdBlock(args)) => id_block::main(&args),
         Some(Command::Verify(args)) => verify::main(&args),
         Some(Command::Doctor(args)) => doctor::main(&args),
+        Some(Command::Vmgs(args)) => {
+            vtpm_svc::cli_vmgs::run(&args, &mut io::stdout().lock()).map(|()| 0).map_err(|e| match e {
+                CliError::Usage(message) => Failure::Usage(message),
+                other => Failure::monitor(other),
+            })
+        }
         None => run::main(&cli.run),
     };
     let (message, code) = match result {
