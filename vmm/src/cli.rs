@@ -4,6 +4,7 @@
 mod doctor;
 mod id_block;
 mod measure;
+mod reboot;
 mod run;
 mod verify;
 

@@ -11,6 +11,7 @@ pub mod conversion;
 pub mod cpuid;
 pub mod doctor;
 pub mod launch;
+mod life;
 pub mod machine;
 pub mod memory;
 pub mod monitor;

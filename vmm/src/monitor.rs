@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The walk of the main job: plan, digest, platform, vCPU threads, end.
+//! The walk of the main job: a guest's lives, one VM after the other, and what outlives each of them: signals, the terminal, and
+//! companions such as a TPM.
 
+use std::error::Error;
 use std::io;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc;
+use std::sync::mpsc::Receiver;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::mpsc::Sender;
 use std::thread;
 use std::thread::JoinHandle;
@@ -18,37 +20,28 @@ use std::time::Instant;
 use devices::serial::Serial;
 use signal_hook::consts::SIGINT;
 use signal_hook::consts::SIGTERM;
+use signal_hook::iterator::Handle;
 use signal_hook::iterator::Signals;
-use vmm_sys_util::signal::Killable;
-use vmm_sys_util::signal::SIGRTMIN;
+use snp::digest::LaunchDigest;
+use snp::digest::launch_digest;
 
-use crate::certs::Certificates;
-use crate::conversion::Conversions;
-use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::LaunchOptions;
-use crate::launch::Prepared;
 use crate::launch::Staged;
+use crate::life;
+use crate::life::spawn;
 use crate::machine::Machine;
 use crate::machine::MachineError;
-use crate::memory::GuestRam;
 use crate::outcome::Outcome;
 use crate::platform::CallError;
 use crate::platform::Platform;
-use crate::platform::Vcpu;
-use crate::platform::VmKind;
 use crate::terminal;
 use crate::terminal::RawMode;
 use crate::terminal::Typed;
-use crate::vcpu;
 use crate::vcpu::RunError;
-use crate::vcpu::Shared;
 
-/// How long the monitor waits for vCPU threads to notice that the guest is over. They may be stuck writing to a terminal
-/// that nobody reads; the process ends all the same.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a vCPU thread is told again: a signal that arrives just before `KVM_RUN` is lost.
-const KICK_INTERVAL: Duration = Duration::from_millis(2);
+/// How long typed bytes wait for a guest that has no room for them.
+const INPUT_PAUSE: Duration = Duration::from_millis(2);
 
 /// A guest that is ready to be created.
 pub struct Guest {
@@ -62,6 +55,58 @@ pub struct Guest {
     pub snp: Option<LaunchOptions>,
     /// What an SNP guest finds in shared memory when it starts.
     pub staged: Staged,
+}
+
+impl Guest {
+    /// Lets go of everything that only a launch needs: kernel and initrd, of which the guest has its own copy by then.
+    fn forget_contents(&mut self) {
+        self.plan.records = Vec::new();
+        self.staged = Staged::default();
+    }
+
+    /// What an SNP guest's reports will show.
+    fn digest(&self) -> Result<Option<LaunchDigest>, MonitorError> {
+        let digest = self.snp.is_some().then(|| launch_digest(&self.plan)).transpose();
+        digest.map_err(|e| MonitorError::Launch(LaunchError::Plan(e)))
+    }
+}
+
+/// The host's side of a guest.
+pub struct Host {
+    /// Takes what the guest writes to its console.
+    pub console: Box<dyn Write + Send>,
+    /// Standard input is the console's keyboard.
+    pub interactive: bool,
+    /// What follows when the guest asks for a reset; `None`: the run ends.
+    pub restart: Option<Restart>,
+    /// What starts anew with each VM, in this order.
+    pub companions: Vec<Box<dyn Companion>>,
+}
+
+impl Host {
+    /// A host that has a console and nothing else.
+    pub fn new(console: Box<dyn Write + Send>) -> Self {
+        Host { console, interactive: false, restart: None, companions: Vec::new() }
+    }
+}
+
+/// A reset is answered by a new VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restart {
+    /// How many VMs there may be, the first one included; `None`: any number.
+    pub lives: Option<u32>,
+    /// Shortest time from one VM's start to the next one's, for guests that do nothing but reset: launches are work for the
+    /// one SNP firmware of a host.
+    pub pace: Duration,
+}
+
+/// Something outside of the VM that must start anew with each VM of a guest.
+pub trait Companion {
+    /// What error messages call it.
+    fn name(&self) -> &'static str;
+    /// Called for each VM before its launch, the first (`life` 1) included: resets itself, and puts its devices on the new
+    /// machine's buses.
+    fn before_life(&mut self, life: u32, machine: &mut Machine) -> Result<(), Box<dyn Error + Send + Sync>>;
 }
 
 /// Why a run failed.
@@ -81,12 +126,42 @@ pub enum MonitorError {
     /// Devices.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// Something beside the VM.
+    #[error("{name}: {problem}")]
+    Companion {
+        /// Which one.
+        name: &'static str,
+        /// What is wrong.
+        problem: Box<dyn Error + Send + Sync>,
+    },
     /// The launch.
     #[error("launch failed: {0}")]
     Launch(#[from] LaunchError),
     /// A vCPU.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// The VM that should follow a reset.
+    #[error("the guest asked for a reset, and its VM number {life} could not follow: {source}")]
+    Restart {
+        /// Counted from 1.
+        life: u32,
+        /// What failed.
+        source: Box<MonitorError>,
+    },
+    /// A VM that must be gone before the next one is there.
+    #[error("a vCPU of the VM before it did not stop")]
+    Stuck,
+    /// Another guest than before.
+    #[error(
+        "its launch digest would be {now}, but the first VM's was {first}: the file of the kernel or of the initrd was \
+         changed while the guest ran"
+    )]
+    Digest {
+        /// What was launched first.
+        first: LaunchDigest,
+        /// What would be launched now.
+        now: LaunchDigest,
+    },
     /// The terminal.
     #[error("cannot switch the terminal to raw mode: {0}")]
     Terminal(io::Error),
@@ -100,175 +175,187 @@ pub enum MonitorError {
     },
 }
 
-enum Event {
-    Ended(Result<Outcome, RunError>),
+/// What the monitor waits for.
+pub(crate) enum Event {
+    /// A vCPU says how the guest ended.
+    Ended {
+        /// In which life: several vCPUs may say so, and only the first is heard.
+        life: u32,
+        /// How.
+        result: Result<Outcome, RunError>,
+    },
+    /// The process was told to stop.
     Signal(i32),
 }
 
-/// Creates `guest` on `platform` and runs it to its end. What the guest writes to its console goes to `console`;
-/// `interactive` connects standard input to it.
-pub fn run(
-    platform: &dyn Platform,
-    guest: Guest,
-    console: Box<dyn Write + Send>,
-    interactive: bool,
-) -> Result<Outcome, MonitorError> {
-    let create = |step| move |source| MonitorError::Create { step, source };
-    // Signals are caught from here on, so that one that arrives during the launch is not lost.
-    let signals = Signals::new([SIGINT, SIGTERM])
-        .map_err(|source| MonitorError::Host { what: "cannot catch signals", source })?;
-
-    let kind = if guest.snp.is_some() { VmKind::Snp } else { VmKind::Plain };
-    let vm = platform.create_vm(kind).map_err(create("creating the VM"))?;
-    vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
-    if guest.snp.is_some() {
-        launch::init_snp(vm.as_ref(), &guest.plan)?;
-    }
-    let ram = GuestRam::new(guest.ram).map_err(MonitorError::Ram)?;
-    let memfds = launch::add_memory(vm.as_ref(), &ram, guest.snp.is_some())?;
-    let mut vcpus = Vec::new();
-    for (id, cpuid) in (0u32..).zip(&guest.cpuid) {
-        let mut vcpu = vm.create_vcpu(id).map_err(create("creating a vCPU"))?;
-        vcpu.set_cpuid(cpuid).map_err(create("setting a vCPU's CPUID"))?;
-        vcpu.set_lint().map_err(create("setting a vCPU's APIC"))?;
-        vcpus.push(vcpu);
-    }
-    let machine = Machine::new(vm.as_ref(), console)?;
-    let conversions = match &guest.snp {
-        None => {
-            launch::load_plain(&guest.plan, &ram, &mut vcpus)?;
-            None
-        }
-        Some(options) => {
-            let prepared = Prepared {
-                vm: vm.as_ref(),
-                plan: &guest.plan,
-                staged: &guest.staged,
-                ram: &ram,
-                vcpus: &mut vcpus,
-                cpuid: &guest.cpuid,
-            };
-            if let Some(diff) = launch::launch_snp(prepared, options)? {
-                eprintln!(
-                    "cvmm: warning: --accept-cpuid: launched with the firmware's CPUID values:\n{diff}"
-                );
-            }
-            Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
-        }
-    };
-    let table = platform.certificates().filter(|_| guest.snp.is_some());
-    let certificates = match table {
-        None => None,
-        Some(table) => {
-            vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
-                step: "offering certificates to the guest".into(),
-                source,
-            })?;
-            Some(Certificates::new(table, ram))
-        }
-    };
-    // The plan's buffers hold the kernel and the initrd; the guest has its own copy now.
-    drop(guest.plan);
-    drop(guest.staged);
-
-    let serial = Arc::clone(&machine.serial);
-    let shared = Arc::new(Shared { machine, conversions, certificates, stop: AtomicBool::new(false) });
+/// Creates `guest` on `platform` and runs it to its end, in more than one VM if `host` says so.
+pub fn run(platform: &dyn Platform, mut guest: Guest, host: Host) -> Result<Outcome, MonitorError> {
+    let Host { console, interactive, restart, mut companions } = host;
     let (events, inbox) = mpsc::channel();
-    spawn_signals(signals, events.clone())?;
-    let _raw = if interactive { RawMode::enter().map_err(MonitorError::Terminal)? } else { None };
-    if interactive {
-        spawn_input(serial, _raw.is_some(), events.clone())?;
-    }
-    let threads = start(vcpus, &shared, &events)?;
-    let event = inbox.recv();
-    stop(threads, &shared);
-    match event {
-        Ok(Event::Ended(result)) => Ok(result?),
-        Ok(Event::Signal(signal)) => Ok(Outcome::Signal(signal)),
-        Err(e) => Err(MonitorError::Host { what: "all threads ended", source: io::Error::other(e) }),
+    // Signals are caught from here on, so that one that arrives during a launch is not lost.
+    let _signals = SignalThread::start(events.clone())?;
+    let console = SharedConsole(Arc::new(Mutex::new(console)));
+    let keyboard = Keyboard::default();
+    let mut raw = None;
+    let digest = if restart.is_some() { guest.digest()? } else { None };
+
+    let mut life = 1;
+    loop {
+        let begun = Instant::now();
+        let output = Box::new(console.clone());
+        let booted = life::boot(platform, &guest, output, &mut companions, life);
+        let booted = booted.map_err(|e| in_life(life, e))?;
+        if restart.is_none() {
+            guest.forget_contents();
+        }
+        if interactive && life == 1 {
+            raw = RawMode::enter().map_err(MonitorError::Terminal)?;
+            keyboard.listen(raw.is_some(), events.clone())?;
+        }
+        keyboard.connect(Some(Arc::clone(&booted.shared.machine.serial)));
+        let running = booted.start(life, &events)?;
+        let outcome = end_of(life, &inbox);
+        keyboard.connect(None);
+        let stopped = running.stop();
+        let outcome = outcome?;
+        let Some(restart) =
+            restart.filter(|r| outcome == Outcome::Rebooted && r.lives.is_none_or(|n| life < n))
+        else {
+            drop(raw);
+            return Ok(outcome);
+        };
+        if let Some(signal) = signal_before(begun + restart.pace, &inbox) {
+            return Ok(Outcome::Signal(signal));
+        }
+        life = life.saturating_add(1);
+        let next = if stopped { same_guest(&guest, digest) } else { Err(MonitorError::Stuck) };
+        next.map_err(|e| in_life(life, e))?;
+        eprintln!("cvmm: the guest asked for a reset: VM number {life} follows");
     }
 }
 
-fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, MonitorError> {
-    thread::Builder::new()
-        .name(name)
-        .stack_size(256 << 10)
-        .spawn(body)
-        .map_err(|source| MonitorError::Host { what: "cannot start a thread", source })
+/// Says of an error of a later life that there were others before.
+fn in_life(life: u32, source: MonitorError) -> MonitorError {
+    if life > 1 { MonitorError::Restart { life, source: Box::new(source) } } else { source }
 }
 
-fn spawn_signals(mut signals: Signals, events: Sender<Event>) -> Result<(), MonitorError> {
-    spawn("signals".into(), move || {
-        for signal in signals.forever() {
-            if events.send(Event::Signal(signal)).is_err() {
-                return;
+/// The plan must still be what was launched first: parts of it may be files.
+fn same_guest(guest: &Guest, first: Option<LaunchDigest>) -> Result<(), MonitorError> {
+    match (first, guest.digest()?) {
+        (Some(first), Some(now)) if first != now => Err(MonitorError::Digest { first, now }),
+        _ => Ok(()),
+    }
+}
+
+/// Waits for the end of a life.
+fn end_of(life: u32, inbox: &Receiver<Event>) -> Result<Outcome, MonitorError> {
+    loop {
+        match inbox.recv() {
+            Ok(Event::Ended { life: ended, result }) if ended == life => return Ok(result?),
+            Ok(Event::Ended { .. }) => {}
+            Ok(Event::Signal(signal)) => return Ok(Outcome::Signal(signal)),
+            Err(e) => {
+                return Err(MonitorError::Host { what: "all threads ended", source: io::Error::other(e) });
             }
         }
-    })?;
-    Ok(())
+    }
 }
 
-fn spawn_input(
-    serial: Arc<Mutex<Serial>>,
-    terminal: bool,
-    events: Sender<Event>,
-) -> Result<(), MonitorError> {
-    spawn("input".into(), move || {
-        terminal::read_input(terminal, |typed| match typed {
-            Typed::Quit => {
-                let _ = events.send(Event::Signal(SIGINT));
-                false
-            }
-            Typed::Bytes(bytes) => {
-                let mut rest = bytes.as_slice();
-                while !rest.is_empty() {
-                    let taken = serial.lock().unwrap_or_else(PoisonError::into_inner).receive(rest);
-                    rest = rest.get(taken..).unwrap_or_default();
-                    if taken == 0 {
-                        // The guest's FIFO is full: wait for it to read.
-                        thread::sleep(Duration::from_millis(2));
-                    }
+/// Waits until `deadline`, or for a signal.
+fn signal_before(deadline: Instant, inbox: &Receiver<Event>) -> Option<i32> {
+    loop {
+        match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Event::Signal(signal)) => return Some(signal),
+            Ok(Event::Ended { .. }) => {}
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
+        }
+    }
+}
+
+/// Turns signals into events until it is dropped.
+struct SignalThread {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SignalThread {
+    fn start(events: Sender<Event>) -> Result<Self, MonitorError> {
+        let mut signals = Signals::new([SIGINT, SIGTERM])
+            .map_err(|source| MonitorError::Host { what: "cannot catch signals", source })?;
+        let handle = signals.handle();
+        let thread = spawn("signals".into(), move || {
+            for signal in signals.forever() {
+                if events.send(Event::Signal(signal)).is_err() {
+                    return;
                 }
-                true
             }
-        });
-    })?;
-    Ok(())
-}
-
-fn start(
-    vcpus: Vec<Box<dyn Vcpu>>,
-    shared: &Arc<Shared>,
-    events: &Sender<Event>,
-) -> Result<Vec<JoinHandle<()>>, MonitorError> {
-    extern "C" fn interrupt(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), interrupt).map_err(|e| MonitorError::Host {
-        what: "cannot set the signal that interrupts vCPUs",
-        source: io::Error::from_raw_os_error(e.errno()),
-    })?;
-    let mut threads = Vec::new();
-    for (id, mut vcpu) in (0u32..).zip(vcpus) {
-        let (shared, events) = (Arc::clone(shared), events.clone());
-        threads.push(spawn(format!("vcpu{id}"), move || {
-            let ended = match vcpu::run(id, vcpu.as_mut(), &shared) {
-                Ok(None) => return,
-                Ok(Some(outcome)) => Ok(outcome),
-                Err(e) => Err(e),
-            };
-            let _ = events.send(Event::Ended(ended));
-        })?);
+        })?;
+        Ok(SignalThread { handle, thread: Some(thread) })
     }
-    Ok(threads)
 }
 
-fn stop(threads: Vec<JoinHandle<()>>, shared: &Shared) {
-    shared.stop.store(true, Ordering::Release);
-    let deadline = Instant::now() + STOP_TIMEOUT;
-    while Instant::now() < deadline && threads.iter().any(|t| !t.is_finished()) {
-        for thread in threads.iter().filter(|t| !t.is_finished()) {
-            let _ = thread.kill(SIGRTMIN());
+impl Drop for SignalThread {
+    fn drop(&mut self) {
+        self.handle.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
-        thread::sleep(KICK_INTERVAL);
+    }
+}
+
+/// Standard input, connected to the serial port of whatever VM there is.
+#[derive(Clone, Default)]
+struct Keyboard(Arc<Mutex<Option<Arc<Mutex<Serial>>>>>);
+
+impl Keyboard {
+    fn connect(&self, serial: Option<Arc<Mutex<Serial>>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = serial;
+    }
+
+    /// Offers bytes to the guest; returns how many it took, none between two VMs.
+    fn offer(&self, bytes: &[u8]) -> usize {
+        let serial = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        serial.map_or(0, |s| s.lock().unwrap_or_else(PoisonError::into_inner).receive(bytes))
+    }
+
+    /// Reads standard input in a thread, until its end.
+    fn listen(&self, terminal: bool, events: Sender<Event>) -> Result<(), MonitorError> {
+        let keyboard = self.clone();
+        spawn("input".into(), move || {
+            terminal::read_input(terminal, |typed| match typed {
+                Typed::Quit => {
+                    let _ = events.send(Event::Signal(SIGINT));
+                    false
+                }
+                Typed::Bytes(bytes) => {
+                    let mut rest = bytes.as_slice();
+                    while !rest.is_empty() {
+                        let taken = keyboard.offer(rest);
+                        rest = rest.get(taken..).unwrap_or_default();
+                        if taken == 0 {
+                            // The guest's FIFO is full, or there is no guest: wait for it to read.
+                            thread::sleep(INPUT_PAUSE);
+                        }
+                    }
+                    true
+                }
+            });
+        })?;
+        Ok(())
+    }
+}
+
+/// The console's output, handed to the serial port of each VM in turn.
+#[derive(Clone)]
+struct SharedConsole(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl Write for SharedConsole {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).flush()
     }
 }
 

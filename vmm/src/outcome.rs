@@ -48,7 +48,7 @@ Exit codes:
     0  the guest switched itself off
     1  the monitor failed; the message says where
     2  the request is not valid (bad option, bad file, not enough memory for the image)
-    3  the guest asked for a reset
+    3  the guest asked for a reset (and --on-reboot restart was not given)
     4  the guest terminated itself (SEV_TERM); the reason is printed
     5  the guest crashed (triple fault)
   130  stopped by SIGINT, 143 by SIGTERM";

@@ -34,6 +34,7 @@ use vmm::cpuid;
 use vmm::launch::LaunchOptions;
 use vmm::monitor;
 use vmm::monitor::Guest;
+use vmm::monitor::Host;
 use vmm::monitor::MonitorError;
 use vmm::platform::Platform;
 use vmm::platform::emulated::Backing;
@@ -107,7 +108,7 @@ impl Bench {
     }
 
     fn run(&self, guest: Guest) -> Option<String> {
-        match monitor::run(&self.platform, guest, Box::new(io::sink()), false) {
+        match monitor::run(&self.platform, guest, Host::new(Box::new(io::sink()))) {
             Ok(_) | Err(MonitorError::Run(_)) => None,
             Err(e) => Some(e.to_string()),
         }

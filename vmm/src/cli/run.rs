@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use snp::digest::launch_digest;
 use snp::image::direct::DirectBoot;
+use snp::image::direct::DirectImage;
 use snp::image::direct::Guest as ImageGuest;
 use snp::image::direct::Snp;
 use snp::image::direct::Validation;
@@ -17,6 +18,7 @@ use snp::policy::GuestPolicy;
 
 use super::Failure;
 use super::id_block::IdentityCheck;
+use super::reboot::RebootArgs;
 use crate::config;
 use crate::config::BootFiles;
 use crate::config::ConfigError;
@@ -26,6 +28,7 @@ use crate::launch::Staged;
 use crate::monitor;
 use crate::monitor::Console;
 use crate::monitor::Guest;
+use crate::monitor::Host;
 use crate::platform::Platform;
 use crate::platform::emulated;
 use crate::platform::emulated::Backing;
@@ -144,6 +147,8 @@ pub struct Args {
     /// [default: ~/.local/state/cvmm/emulated-platform.pem]
     #[arg(long, value_name = "FILE", requires = "snp")]
     emulated_keys: Option<PathBuf>,
+    #[command(flatten)]
+    reboot: RebootArgs,
 }
 
 /// Answer of the emulated platform to `PVALIDATE` of 2 MiB.
@@ -205,8 +210,8 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     }
     let files = args.image.read().map_err(Failure::usage)?;
     let (platform, guest) = if args.snp { snp_guest(args, files)? } else { plain_guest(args, files)? };
-    let outcome =
-        monitor::run(platform.as_ref(), guest, Box::new(Console), true).map_err(Failure::monitor)?;
+    let host = Host { interactive: true, restart: args.reboot.restart(), ..Host::new(Box::new(Console)) };
+    let outcome = monitor::run(platform.as_ref(), guest, host).map_err(Failure::monitor)?;
     eprintln!("cvmm: {outcome}");
     Ok(outcome.exit_code())
 }
@@ -218,14 +223,21 @@ fn plain_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
     let image = args.image.boot(&files, ImageGuest::Plain).image().map_err(Failure::usage)?;
     let table = CpuidTable::plain(&offered, args.image.cpus);
-    let guest = Guest {
+    Ok((Box::new(platform), guest(image, &table, None)))
+}
+
+/// The guest that an image describes.
+fn guest(image: DirectImage, table: &CpuidTable, snp: Option<LaunchOptions>) -> Guest {
+    let vcpus = (0u32..).zip(&image.plan.vcpus);
+    Guest {
+        cpuid: vcpus.map(|(id, _)| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
         plan: image.plan,
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
-        cpuid: (0..args.image.cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
-        snp: None,
-        staged: Staged::default(),
-    };
-    Ok((Box::new(platform), guest))
+        snp,
+        staged: image
+            .shim
+            .map_or_else(Staged::default, |shim| Staged { bytes: shim.staging, shared: shim.shared }),
+    }
 }
 
 fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
@@ -266,20 +278,11 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
         }
         _ => None,
     };
-    let host_data = args.host_data.unwrap_or_default();
-    let guest = Guest {
-        plan: image.plan,
-        ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
-        cpuid: (0..args.image.cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
-        snp: Some(LaunchOptions {
-            policy: args.policy,
-            host_data,
-            identity,
-            accept_cpuid: args.accept_cpuid,
-        }),
-        staged: image
-            .shim
-            .map_or_else(Staged::default, |shim| Staged { bytes: shim.staging, shared: shim.shared }),
+    let options = LaunchOptions {
+        policy: args.policy,
+        host_data: args.host_data.unwrap_or_default(),
+        identity,
+        accept_cpuid: args.accept_cpuid,
     };
-    Ok((platform, guest))
+    Ok((platform, guest(image, &table, Some(options))))
 }

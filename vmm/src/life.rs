@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One life of a guest: a VM from its creation to its end.
+//!
+//! An SNP guest cannot be reset: its registers are sealed at launch, and its memory belongs to one firmware context. A guest that
+//! asks for a reset ends its VM, and may get another one, launched from the same plan ([`crate::monitor`]).
+
+use std::io;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+use std::thread;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use std::time::Instant;
+
+use vmm_sys_util::signal::Killable;
+use vmm_sys_util::signal::SIGRTMIN;
+
+use crate::certs::Certificates;
+use crate::conversion::Conversions;
+use crate::launch;
+use crate::launch::LaunchError;
+use crate::launch::Prepared;
+use crate::machine::Machine;
+use crate::memory::GuestRam;
+use crate::monitor::Companion;
+use crate::monitor::Event;
+use crate::monitor::Guest;
+use crate::monitor::MonitorError;
+use crate::platform::Platform;
+use crate::platform::Vcpu;
+use crate::platform::Vm;
+use crate::platform::VmKind;
+use crate::vcpu;
+use crate::vcpu::Shared;
+
+/// How long the monitor waits for vCPU threads to notice that the guest is over. They may be stuck writing to a terminal
+/// that nobody reads; the process ends all the same.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a vCPU thread is told again: a signal that arrives just before `KVM_RUN` is lost.
+const KICK_INTERVAL: Duration = Duration::from_millis(2);
+
+/// A guest in its VM, launched and not yet running.
+pub(crate) struct Booted {
+    vcpus: Vec<Box<dyn Vcpu>>,
+    pub(crate) shared: Arc<Shared>,
+    /// Keeps the guest's memory mapped for as long as vCPUs may run.
+    vm: Arc<dyn Vm>,
+}
+
+/// A guest that runs.
+pub(crate) struct Running {
+    threads: Vec<JoinHandle<()>>,
+    shared: Arc<Shared>,
+    _vm: Arc<dyn Vm>,
+}
+
+/// Creates the VM of the guest's life number `life` and launches the guest in it.
+pub(crate) fn boot(
+    platform: &dyn Platform,
+    guest: &Guest,
+    console: Box<dyn Write + Send>,
+    companions: &mut [Box<dyn Companion>],
+    life: u32,
+) -> Result<Booted, MonitorError> {
+    let create = |step| move |source| MonitorError::Create { step, source };
+    let kind = if guest.snp.is_some() { VmKind::Snp } else { VmKind::Plain };
+    let vm = platform.create_vm(kind).map_err(create("creating the VM"))?;
+    vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
+    if guest.snp.is_some() {
+        launch::init_snp(vm.as_ref(), &guest.plan)?;
+    }
+    let ram = GuestRam::new(guest.ram.iter().copied()).map_err(MonitorError::Ram)?;
+    let memfds = launch::add_memory(vm.as_ref(), &ram, guest.snp.is_some())?;
+    let mut vcpus = Vec::new();
+    for (id, cpuid) in (0u32..).zip(&guest.cpuid) {
+        let mut vcpu = vm.create_vcpu(id).map_err(create("creating a vCPU"))?;
+        vcpu.set_cpuid(cpuid).map_err(create("setting a vCPU's CPUID"))?;
+        vcpu.set_lint().map_err(create("setting a vCPU's APIC"))?;
+        vcpus.push(vcpu);
+    }
+    let mut machine = Machine::new(vm.as_ref(), console)?;
+    for companion in companions {
+        companion
+            .before_life(life, &mut machine)
+            .map_err(|problem| MonitorError::Companion { name: companion.name(), problem })?;
+    }
+    let conversions = match &guest.snp {
+        None => {
+            launch::load_plain(&guest.plan, &ram, &mut vcpus)?;
+            None
+        }
+        Some(options) => {
+            let prepared = Prepared {
+                vm: vm.as_ref(),
+                plan: &guest.plan,
+                staged: &guest.staged,
+                ram: &ram,
+                vcpus: &mut vcpus,
+                cpuid: &guest.cpuid,
+            };
+            if let Some(diff) = launch::launch_snp(prepared, options)? {
+                eprintln!(
+                    "cvmm: warning: --accept-cpuid: launched with the firmware's CPUID values:\n{diff}"
+                );
+            }
+            Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
+        }
+    };
+    let table = platform.certificates().filter(|_| guest.snp.is_some());
+    let certificates = match table {
+        None => None,
+        Some(table) => {
+            vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
+                step: "offering certificates to the guest".into(),
+                source,
+            })?;
+            Some(Certificates::new(table, ram))
+        }
+    };
+    let shared = Arc::new(Shared { machine, conversions, certificates, stop: AtomicBool::new(false) });
+    Ok(Booted { vcpus, shared, vm })
+}
+
+impl Booted {
+    /// Starts the vCPUs, each in its thread; the first that ends the guest says so to `events`.
+    pub(crate) fn start(self, life: u32, events: &Sender<Event>) -> Result<Running, MonitorError> {
+        extern "C" fn interrupt(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), interrupt).map_err(|e| {
+            MonitorError::Host {
+                what: "cannot set the signal that interrupts vCPUs",
+                source: io::Error::from_raw_os_error(e.errno()),
+            }
+        })?;
+        let mut running = Running { threads: Vec::new(), shared: self.shared, _vm: self.vm };
+        for (id, mut vcpu) in (0u32..).zip(self.vcpus) {
+            let (shared, events) = (Arc::clone(&running.shared), events.clone());
+            let thread = spawn(format!("vcpu{id}"), move || {
+                let result = match vcpu::run(id, vcpu.as_mut(), &shared) {
+                    Ok(None) => return,
+                    Ok(Some(outcome)) => Ok(outcome),
+                    Err(e) => Err(e),
+                };
+                let _ = events.send(Event::Ended { life, result });
+            });
+            match thread {
+                Ok(thread) => running.threads.push(thread),
+                Err(e) => {
+                    running.stop();
+                    return Err(e);
+                }
+            }
+        }
+        Ok(running)
+    }
+}
+
+impl Running {
+    /// Stops the vCPUs and takes the VM apart. False if a vCPU does not come back: then its VM is still there.
+    pub(crate) fn stop(self) -> bool {
+        self.shared.stop.store(true, Ordering::Release);
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while self.threads.iter().any(|t| !t.is_finished()) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            for thread in self.threads.iter().filter(|t| !t.is_finished()) {
+                let _ = thread.kill(SIGRTMIN());
+            }
+            thread::sleep(KICK_INTERVAL);
+        }
+        for thread in self.threads {
+            // A thread that panicked has said so.
+            let _ = thread.join();
+        }
+        true
+    }
+}
+
+/// Starts a thread of the monitor.
+pub(crate) fn spawn(
+    name: String,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, MonitorError> {
+    thread::Builder::new()
+        .name(name)
+        .stack_size(256 << 10)
+        .spawn(body)
+        .map_err(|source| MonitorError::Host { what: "cannot start a thread", source })
+}
