@@ -16,6 +16,63 @@ pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// One heap for all threads: they take turns with the engine's lock, and a heap for each costs memory in every guest.
+pub fn one_heap() {
+    // SAFETY: plain integers; called before a second thread exists. A refusal leaves the default.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Gives memory back that only the start needed. The file is opened before the cage closes and read after it.
+pub struct Trim {
+    smaps: std::fs::File,
+}
+
+impl Trim {
+    /// Without `/proc` nothing can be given back.
+    pub fn prepare() -> Option<Self> {
+        std::fs::File::open("/proc/self/smaps").ok().map(|smaps| Self { smaps })
+    }
+
+    /// Drops the resident pages of every file mapping that this process never wrote to (code, constants, the message
+    /// tables of libraries): they are read again from the page cache when they are used.
+    pub fn run(&mut self) -> io::Result<()> {
+        use std::io::Read;
+        use std::io::Seek;
+        let mut text = String::with_capacity(1 << 15);
+        self.smaps.rewind()?;
+        // Bounded, and without the question for the file's size, which the cage does not allow.
+        Read::take(&self.smaps, 1 << 20).read_to_string(&mut text)?;
+        for (start, end) in untouched(&text) {
+            // SAFETY: the range is a private mapping of a file without a page of its own, so the pages that come back
+            // are the same bytes. A range that was unmapped meanwhile is refused by the kernel.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, MADV_DONTNEED_LOCKED) };
+        }
+        // SAFETY: no pointers.
+        unsafe { libc::malloc_trim(0) };
+        Ok(())
+    }
+}
+
+/// `MADV_DONTNEED` for locked memory too (Linux 5.18).
+const MADV_DONTNEED_LOCKED: libc::c_int = 24;
+
+/// Ranges of private, unwritable file mappings that have no anonymous page, from the text of `/proc/self/smaps`.
+fn untouched(smaps: &str) -> Vec<(usize, usize)> {
+    let mut out = Vec::new();
+    let mut candidate = None;
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        match (words.next(), words.next(), words.clone().nth(2)) {
+            (Some(range), Some(rights), Some(inode)) if range.contains('-') => {
+                candidate = span(range).filter(|_| matches!(rights, "r--p" | "r-xp") && inode != "0");
+            }
+            (Some("Anonymous:"), Some("0"), _) => out.extend(candidate.take()),
+            _ => {}
+        }
+    }
+    out
+}
+
 /// No core dumps, no ptrace by other processes of the user, memory locked where the limits allow it.
 ///
 /// Returns what could not be had, in words.
@@ -33,18 +90,46 @@ pub fn hide_memory() -> Vec<String> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct lives over the call.
     let known = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) } == 0;
-    // With a finite limit, locking all future memory would make ordinary allocations fail.
-    let unlimited = rustix::process::geteuid().is_root() || (known && limit.rlim_cur == libc::RLIM_INFINITY);
-    if !unlimited {
+    // With a finite limit, locking all future memory would make ordinary allocations fail. Being root is not enough:
+    // a container may have taken the right away.
+    let privileged = rustix::thread::capabilities(None)
+        .is_ok_and(|sets| sets.effective.contains(rustix::thread::CapabilitySet::IPC_LOCK));
+    let unlimited = known && limit.rlim_cur == libc::RLIM_INFINITY;
+    if !privileged && !unlimited {
         missing.push("memory is not locked and may be swapped out: set LimitMEMLOCK=infinity".into());
-        return missing;
-    }
-    // SAFETY: plain integers; ONFAULT locks what is used instead of all that is mapped.
-    let locked = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };
-    if locked != 0 {
-        missing.push(format!("memory is not locked and may be swapped out: {}", io::Error::last_os_error()));
+    } else if let Err(e) = lock_writable_memory() {
+        missing.push(format!("memory is not locked and may be swapped out: {e}"));
     }
     missing
+}
+
+/// Locks what can hold a secret: heap, stacks and data as they are now, and everything that is mapped from now on.
+///
+/// Code and constants of the libraries that are loaded already stay out of it: the kernel's bookkeeping for thousands
+/// of pages of other people's files would cost a tenth of the start.
+fn lock_writable_memory() -> io::Result<()> {
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    for line in maps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(range), Some("rw-p")) = (words.next(), words.next()) else { continue };
+        let Some((start, end)) = span(range) else { continue };
+        // SAFETY: plain integers; ONFAULT locks what is used instead of all that is mapped.
+        if unsafe { libc::mlock2(start as *const libc::c_void, end - start, libc::MLOCK_ONFAULT) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: plain integers.
+    if unsafe { libc::mlockall(libc::MCL_FUTURE | libc::MCL_ONFAULT) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// An address range as `/proc/self/maps` writes it.
+fn span(range: &str) -> Option<(usize, usize)> {
+    let (start, end) = range.split_once('-')?;
+    let hex = |n| usize::from_str_radix(n, 16).ok();
+    Some((hex(start)?, hex(end)?))
 }
 
 /// Goes to the background. Must be called while there is one thread.
@@ -96,5 +181,38 @@ fn ending_signals() -> libc::sigset_t {
             libc::sigaddset(&mut set, signal);
         }
         set
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lines as proc(5) shows them: code, relocated constants, data, heap, an unwritten table of constants.
+    const SMAPS: &str = "\
+1000-3000 r-xp 00001000 fe:00 31 /usr/bin/x
+Rss:                   8 kB
+Anonymous:             0 kB
+VmFlags: rd ex mr mw me
+3000-4000 r--p 00003000 fe:00 31 /usr/bin/x
+Anonymous:             4 kB
+4000-5000 rw-p 00004000 fe:00 31 /usr/bin/x
+Anonymous:             0 kB
+5000-6000 r--p 00000000 00:00 0 [vvar]
+Anonymous:             0 kB
+6000-7000 r--p 00000000 fe:00 32 /usr/lib/y
+Anonymous:             0 kB
+";
+
+    #[test]
+    fn only_unwritten_mappings_of_files_are_given_back() {
+        assert_eq!(untouched(SMAPS), [(0x1000, 0x3000), (0x6000, 0x7000)]);
+    }
+
+    #[test]
+    fn the_program_goes_on_after_its_pages_were_given_back() {
+        let before = std::fs::read("/proc/self/exe").expect("read");
+        Trim::prepare().expect("proc").run().expect("trim");
+        assert_eq!(std::fs::read("/proc/self/exe").expect("read"), before);
     }
 }

@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::mpsc;
+use std::time::Duration;
 
 use crate::control::options;
 use crate::control::options::Channel;
@@ -23,7 +24,7 @@ use crate::control::socket::Listener;
 use crate::control::socket::Stream;
 use crate::engine::Engine;
 use crate::engine::EngineError;
-use crate::engine::state::Held;
+use crate::engine::Library;
 use crate::engine::state::VmgsState;
 use crate::engine::state::is_virgin;
 use crate::keys::KeyError;
@@ -88,6 +89,9 @@ pub enum ServiceError {
     Sandbox(#[from] sandbox::SandboxError),
 }
 
+/// When the start is over for good, also where a client powers the TPM on.
+const SETTLED: Duration = Duration::from_secs(3);
+
 fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServiceError {
     move |source| ServiceError::Io { what: what.into(), source }
 }
@@ -146,6 +150,7 @@ fn open_image(args: &SocketArgs, path: &Path) -> Result<Vmgs<FsFile>, ServiceErr
 
 /// Runs the service until a client or a signal ends it.
 pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
+    process::one_heap();
     if args.print_capabilities {
         println!("{}", capabilities());
         return Ok(());
@@ -181,6 +186,12 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     if args.daemon {
         process::daemonize().map_err(io_error("going to the background"))?;
     }
+    let trim = process::Trim::prepare();
+    let library = Library::load()?;
+    // Before there is a secret in this process.
+    for missing in process::hide_memory() {
+        log::warn(&missing);
+    }
     let vmgs = open_image(args, path)?;
     if let Some(text) = &args.pid {
         let file = options::file_setting("pid", text)?;
@@ -192,42 +203,72 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     // The authority's key is in this process only if there is a TPM to make, and only until it is made.
     let folder = args.ek_ca.as_deref().filter(|_| is_virgin(&vmgs));
     let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
-    let (vmgs, held) = (Arc::new(Mutex::new(vmgs)), Held::default());
-    let (state, holding) = (vmgs.clone(), held.clone());
-    let engine = Engine::take(|version| Box::new(VmgsState::new(state, version, holding)))?;
+    let state = VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version());
+    let engine = Engine::take(library, Box::new(state.clone()))?;
     let (ended, end) = mpsc::channel();
-    let service = Arc::new(Service::new(engine, vmgs, held, authority, policy, ended.clone()));
-    for missing in process::hide_memory().into_iter().chain(sandbox::close(args.seccomp != "action=none")?) {
+    let service = Arc::new(Service::new(engine, state, authority, policy, ended.clone()));
+    for missing in sandbox::close(args.seccomp != "action=none")? {
         log::warn(&missing);
     }
     log::info(TRUST);
     if not_need_init {
         service.power_on(false)?;
     }
-    match data {
-        Some(Open::Listening(l)) => service.serve_data(l),
-        Some(Open::Connected(s)) => service.serve_data_stream(s),
-        None => {}
-    }
     match control {
         Some(Open::Listening(l)) => service.serve_control(l),
         Some(Open::Connected(s)) => service.serve_control_stream(s),
         None => {}
     }
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            if process::wait_for_signal().is_ok() {
-                // The receiver lives until the process ends.
-                let _ = ended.send(End::Signal);
-            }
-        })
-        .map_err(io_error("starting a thread"))?;
+    thread("signals", move || {
+        if process::wait_for_signal().is_ok() {
+            // The receiver lives until the process ends.
+            let _ = ended.send(End::Signal);
+        }
+    })?;
+    let (last, image) = (service.clone(), path.to_path_buf());
+    let ending = thread("end", move || wait_for_the_end(&end, trim, &last, &image))?;
     log::info("ready");
-    // A closed channel cannot be: a sender lives in `service`.
-    let why = end.recv().unwrap_or(End::Signal);
-    log::info(&format!("ending ({why:?})"));
-    service.retire().map_err(|source| ServiceError::Image { path: path.display().to_string(), source })
+    // A client may be waiting already, so the thread that runs serves it.
+    match data {
+        Some(Open::Listening(l)) => service.serve_data_here(l),
+        Some(Open::Connected(s)) => service.serve_data_stream(s),
+        None => {}
+    }
+    drop(service);
+    // It ends the process, and with it this wait.
+    let _ = ending.join();
+    Ok(())
+}
+
+fn thread<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<std::thread::JoinHandle<T>, ServiceError> {
+    std::thread::Builder::new().name(name.into()).spawn(run).map_err(io_error("starting a thread"))
+}
+
+/// Ends the process when a client or a signal wants it, wherever the other threads are.
+fn wait_for_the_end(
+    end: &mpsc::Receiver<End>,
+    mut trim: Option<process::Trim>,
+    service: &Service<FsFile>,
+    path: &Path,
+) {
+    let why = end.recv_timeout(SETTLED).or_else(|_| {
+        if let Some(Err(e)) = trim.as_mut().map(process::Trim::run) {
+            log::warn(&format!("giving memory back: {e}"));
+        }
+        end.recv()
+    });
+    // A closed channel cannot be: a sender lives in the service.
+    log::info(&format!("ending ({:?})", why.unwrap_or(End::Signal)));
+    match service.retire() {
+        Ok(()) => std::process::exit(0),
+        Err(source) => {
+            log::error(&ServiceError::Image { path: path.display().to_string(), source }.to_string());
+            std::process::exit(1);
+        }
+    }
 }
 
 fn capabilities() -> serde_json::Value {

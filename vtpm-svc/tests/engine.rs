@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use vtpm_svc::engine::Blob;
 use vtpm_svc::engine::Engine;
 use vtpm_svc::engine::EngineError;
+use vtpm_svc::engine::Library;
 use vtpm_svc::engine::StateStore;
 use vtpm_svc::engine::StoreFailed;
 
@@ -56,8 +57,9 @@ fn code(response: &[u8]) -> u32 {
 #[test]
 fn a_tpm_is_made_only_when_allowed_and_fails_closed() {
     let memory = Memory::default();
-    let mut tpm = Engine::take(|_| Box::new(memory.clone())).expect("libtpms0 is installed");
-    assert!(matches!(Engine::take(|_| Box::new(memory.clone())), Err(EngineError::Taken)));
+    let library = Library::load().expect("libtpms0 is installed");
+    let mut tpm = Engine::take(library, Box::new(memory.clone())).expect("the first");
+    assert!(matches!(Engine::take(library, Box::new(memory.clone())), Err(EngineError::Taken)));
 
     assert!(tpm.start(false).is_err(), "no state and no permission to make one");
     assert!(memory.blobs.lock().expect("lock").is_empty());

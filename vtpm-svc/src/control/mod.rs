@@ -8,6 +8,7 @@
 pub mod client;
 pub mod data;
 pub mod options;
+mod power;
 pub mod server;
 pub mod socket;
 pub mod wire;

@@ -30,13 +30,9 @@ use crate::engine::Canceller;
 use crate::engine::Engine;
 use crate::engine::EngineError;
 use crate::engine::HashStep;
-use crate::engine::state::Held;
-use crate::engine::state::SharedVmgs;
+use crate::engine::StateStore;
 use crate::engine::state::VmgsState;
-use crate::engine::state::is_virgin;
-use crate::engine::state::remember_good;
 use crate::log;
-use crate::manufacture;
 use crate::manufacture::Authority;
 use crate::vmgs::Change;
 use crate::vmgs::block::BlockFile;
@@ -85,33 +81,42 @@ pub enum End {
 pub struct Service<F> {
     engine: Mutex<Engine>,
     cancel: Canceller,
-    vmgs: SharedVmgs<F>,
-    engine_version: u32,
-    held: Held,
+    pub(super) state: VmgsState<F>,
     /// Only there until the TPM has been made.
-    authority: Mutex<Option<Authority>>,
-    policy: Policy,
-    locality: AtomicU8,
+    pub(super) authority: Mutex<Option<Authority>>,
+    pub(super) policy: Policy,
+    pub(super) locality: AtomicU8,
     data_fd_in_use: AtomicBool,
     end: Sender<End>,
 }
 
+/// A listening socket and what is done with its clients.
+struct Acceptor<F> {
+    listener: Listener,
+    name: &'static str,
+    serve: fn(&Arc<Service<F>>, Stream),
+    clients: AtomicUsize,
+}
+
+impl<F> Acceptor<F> {
+    fn new(listener: Listener, name: &'static str, serve: fn(&Arc<Service<F>>, Stream)) -> Arc<Self> {
+        Arc::new(Self { listener, name, serve, clients: AtomicUsize::new(0) })
+    }
+}
+
 impl<F: BlockFile + 'static> Service<F> {
-    /// Wraps an engine whose state lives in `vmgs`, and in `held` while it is being made.
+    /// Wraps an engine that keeps its state in `state`.
     pub fn new(
         engine: Engine,
-        vmgs: SharedVmgs<F>,
-        held: Held,
+        state: VmgsState<F>,
         authority: Option<Authority>,
         policy: Policy,
         end: Sender<End>,
     ) -> Self {
         Self {
             cancel: engine.canceller(),
-            engine_version: engine.version(),
             engine: Mutex::new(engine),
-            vmgs,
-            held,
+            state,
             authority: Mutex::new(authority),
             policy,
             locality: AtomicU8::new(0),
@@ -120,12 +125,12 @@ impl<F: BlockFile + 'static> Service<F> {
         }
     }
 
-    fn engine(&self) -> MutexGuard<'_, Engine> {
+    pub(super) fn engine(&self) -> MutexGuard<'_, Engine> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn vmgs(&self) -> MutexGuard<'_, crate::vmgs::Vmgs<F>> {
-        self.vmgs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.vmgs()
     }
 
     fn finish(&self, why: End) {
@@ -133,70 +138,22 @@ impl<F: BlockFile + 'static> Service<F> {
         let _ = self.end.send(why);
     }
 
-    /// Powers the TPM on. A TPM is manufactured only if the image says that it never had one.
-    pub fn power_on(&self, delete_volatile: bool) -> Result<(), EngineError> {
-        let virgin = is_virgin(&self.vmgs());
-        let mut engine = self.engine();
-        if virgin {
-            self.make(&mut engine)?;
-        }
-        engine.start(false)?;
-        self.locality.store(0, Ordering::SeqCst);
-        let mut vmgs = self.vmgs();
-        if let Err(e) = remember_good(&mut vmgs) {
-            log::error(&format!("keeping a good copy of the TPM's state: {e}"));
-            drop(vmgs);
-            engine.stop();
-            return Err(EngineError::State("stopped, because its state cannot be stored"));
-        }
-        if delete_volatile && vmgs.list().iter().any(|(id, _, _)| *id == crate::vmgs::FileId::VTPM_VOLATILE) {
-            let removed = vmgs.commit(&[Change::Delete(crate::vmgs::FileId::VTPM_VOLATILE)]);
-            if let Err(e) = removed {
-                log::error(&format!("deleting the volatile state: {e}"));
-            }
-        }
-        drop(vmgs);
-        let startup = match self.policy.startup {
-            Startup::None => return Ok(()),
-            Startup::Clear => 0,
-            Startup::State => 1,
-        };
-        engine.process(0, &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, startup]).map(|_| ())
-    }
-
-    /// Makes a TPM; its state reaches the image in one commit, complete.
-    fn make(&self, engine: &mut Engine) -> Result<(), EngineError> {
-        let hold = |state| *self.held.lock().unwrap_or_else(PoisonError::into_inner) = state;
-        let held = || self.held.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
-        hold(Some(Default::default()));
-        let authority = self.authority.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let made = engine.start(true).map_err(|e| e.to_string()).and_then(|()| {
-            let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
-            manufacture::finish(&mut transport, authority.as_ref(), self.engine_version)
-                .map_err(|e| e.to_string())
-        });
-        engine.stop();
-        let state = held();
-        if let Err(e) = made {
-            log::error(&format!("manufacturing the TPM: {e}"));
-            return Err(EngineError::State("not made"));
-        }
-        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version, Held::default());
-        crate::engine::StateStore::store(&mut store, Blob::Permanent, &state)
-            .map_err(|_| EngineError::State("made, but cannot be stored"))?;
-        let certificates = if authority.is_some() { "with" } else { "without" };
-        log::info(&format!("manufactured a new TPM {certificates} certificates"));
-        Ok(())
-    }
-
-    /// Serves data clients until the process ends.
+    /// Serves data clients until the process ends, from a thread of its own.
     pub fn serve_data(self: &Arc<Self>, listener: Listener) {
-        self.accept_loop(listener, "data", |service, stream| service.data_client(stream));
+        self.spawn("data", move |service| service.serve_data_here(listener));
+    }
+
+    /// Serves data clients, the first of them on this thread: a client that is waiting already is answered without a
+    /// change of threads. Returns when that client is gone; others are then served by other threads.
+    pub fn serve_data_here(self: &Arc<Self>, listener: Listener) {
+        self.accept_loop(Acceptor::new(listener, "data", |service, stream| service.data_client(stream)));
     }
 
     /// Serves control clients until the process ends.
     pub fn serve_control(self: &Arc<Self>, listener: Listener) {
-        self.accept_loop(listener, "control", |service, stream| service.control_client(stream));
+        self.spawn("control", move |service| {
+            service.accept_loop(Acceptor::new(listener, "control", |s, stream| s.control_client(stream)));
+        });
     }
 
     /// Serves one data client that is connected already.
@@ -215,50 +172,58 @@ impl<F: BlockFile + 'static> Service<F> {
         self.spawn("control", move |service| service.control_client(stream));
     }
 
-    fn spawn(self: &Arc<Self>, name: &str, run: impl FnOnce(&Arc<Self>) + Send + 'static) {
+    /// Whether there is a thread for it now.
+    fn spawn(self: &Arc<Self>, name: &str, run: impl FnOnce(&Arc<Self>) + Send + 'static) -> bool {
         let service = self.clone();
         let spawned = std::thread::Builder::new().name(name.into()).spawn(move || run(&service));
-        if let Err(e) = spawned {
+        if let Err(e) = &spawned {
             log::error(&format!("no thread for a {name} client: {e}"));
+        }
+        spawned.is_ok()
+    }
+
+    /// Waits for a client, leaves the next one to a new thread, and serves this one.
+    fn accept_loop(self: &Arc<Self>, acceptor: Arc<Acceptor<F>>) {
+        let Acceptor { listener, name, serve, clients } = &*acceptor;
+        loop {
+            let stream = match listener.accept() {
+                Ok(stream) => stream,
+                Err(e) => {
+                    log::error(&format!("accepting a {name} client: {e}"));
+                    std::thread::sleep(std::time::Duration::from_millis(100));
+                    continue;
+                }
+            };
+            // Clients that have just left may not be counted off yet.
+            let mut patience = 200;
+            while clients.load(Ordering::SeqCst) >= MAX_CLIENTS && patience > 0 {
+                patience -= 1;
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            // One thread at a time counts up: the one that accepts.
+            if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
+                clients.fetch_sub(1, Ordering::SeqCst);
+                log::warn(&format!("more than {MAX_CLIENTS} {name} clients; one was turned away"));
+                continue;
+            }
+            let next = acceptor.clone();
+            let relieved = self.spawn(name, move |service| service.accept_loop(next));
+            if relieved {
+                serve(self, stream);
+            }
+            clients.fetch_sub(1, Ordering::SeqCst);
+            if relieved {
+                return;
+            }
         }
     }
 
-    fn accept_loop(self: &Arc<Self>, listener: Listener, name: &'static str, serve: fn(&Arc<Self>, Stream)) {
-        self.spawn(name, move |service| {
-            let clients = Arc::new(AtomicUsize::new(0));
-            loop {
-                let stream = match listener.accept() {
-                    Ok(stream) => stream,
-                    Err(e) => {
-                        log::error(&format!("accepting a {name} client: {e}"));
-                        std::thread::sleep(std::time::Duration::from_millis(100));
-                        continue;
-                    }
-                };
-                // Clients that have just left may not be counted off yet.
-                let mut patience = 200;
-                while clients.load(Ordering::SeqCst) >= MAX_CLIENTS && patience > 0 {
-                    patience -= 1;
-                    std::thread::sleep(std::time::Duration::from_millis(10));
-                }
-                // This thread alone counts up.
-                if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
-                    clients.fetch_sub(1, Ordering::SeqCst);
-                    log::warn(&format!("more than {MAX_CLIENTS} {name} clients; one was turned away"));
-                    continue;
-                }
-                let clients = clients.clone();
-                service.spawn(name, move |service| {
-                    serve(service, stream);
-                    clients.fetch_sub(1, Ordering::SeqCst);
-                });
-            }
-        });
-    }
-
     fn data_client(self: &Arc<Self>, mut stream: Stream) {
+        let Ok(incoming) = stream.try_clone() else { return };
+        // A command usually comes in one piece, and is then read with one system call.
+        let mut incoming = std::io::BufReader::with_capacity(data::MAX_COMMAND, incoming);
         loop {
-            let (reply, last) = match data::receive(&mut stream) {
+            let (reply, last) = match data::receive(&mut incoming) {
                 Ok(Received::Command(incoming)) => {
                     let locality = incoming.prefix.unwrap_or_else(|| self.locality.load(Ordering::SeqCst));
                     let response = self.execute(locality, &incoming.command);
@@ -335,11 +300,15 @@ impl<F: BlockFile + 'static> Service<F> {
         if self.data_fd_in_use.swap(true, Ordering::SeqCst) {
             return Response::refused(code::IO);
         }
-        self.spawn("data", move |service| {
+        let spawned = self.spawn("data", move |service| {
             service.data_client(Stream::from_fd(fd));
             service.data_fd_in_use.store(false, Ordering::SeqCst);
         });
-        Response::ok()
+        if spawned {
+            return Response::ok();
+        }
+        self.data_fd_in_use.store(false, Ordering::SeqCst);
+        Response::refused(code::IO)
     }
 
     fn answer(&self, request: Request) -> Response {
@@ -408,9 +377,7 @@ impl<F: BlockFile + 'static> Service<F> {
             return Err(EngineError::State("off"));
         }
         let blob = zeroize::Zeroizing::new(engine.state(Blob::Volatile)?);
-        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version, Held::default());
-        crate::engine::StateStore::store(&mut store, Blob::Volatile, &blob)
-            .map_err(|_| EngineError::Refused(9))
+        self.state.clone().store(Blob::Volatile, &blob).map_err(|_| EngineError::Refused(9))
     }
 
     fn export(&self, kind: u32, offset: u32) -> Response {
@@ -461,8 +428,7 @@ impl<F: BlockFile + 'static> Service<F> {
             return refusal(&e);
         }
         log::warn(&format!("TPM state ({blob:?}) was replaced through the control channel"));
-        let mut store = VmgsState::new(self.vmgs.clone(), self.engine_version, Held::default());
-        match crate::engine::StateStore::store(&mut store, blob, data) {
+        match self.state.clone().store(blob, data) {
             Ok(()) => Response::ok(),
             Err(_) => Response::refused(code::FAIL),
         }

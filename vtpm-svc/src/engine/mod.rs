@@ -129,6 +129,27 @@ impl Canceller {
     }
 }
 
+/// The shared library, loaded but not used yet.
+#[derive(Clone, Copy)]
+pub struct Library(Api);
+
+impl Library {
+    /// Loads it and refuses versions with known holes.
+    pub fn load() -> Result<Self, EngineError> {
+        let api = Api::load()?;
+        let v = api.version();
+        if v < 0x00_0902 {
+            return Err(EngineError::TooOld(v >> 16 & 0xff, v >> 8 & 0xff, v & 0xff));
+        }
+        Ok(Self(api))
+    }
+
+    /// The library's version as 0x00MMmmpp.
+    pub fn version(&self) -> u32 {
+        self.0.version()
+    }
+}
+
 /// The TPM of this process.
 pub struct Engine {
     api: Api,
@@ -139,20 +160,13 @@ pub struct Engine {
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
 impl Engine {
-    /// Loads the library and becomes the process' TPM; nothing of the state is read yet.
-    ///
-    /// `store` is called with the library's version, to be recorded beside what is stored.
-    pub fn take(store: impl FnOnce(u32) -> Box<dyn StateStore>) -> Result<Self, EngineError> {
-        let api = Api::load()?;
-        let v = api.version();
-        let (major, minor, micro) = (v >> 16 & 0xff, v >> 8 & 0xff, v & 0xff);
-        if v < 0x00_0902 {
-            return Err(EngineError::TooOld(major, minor, micro));
-        }
+    /// Becomes the process' TPM; nothing of the state is read yet.
+    pub fn take(library: Library, store: Box<dyn StateStore>) -> Result<Self, EngineError> {
+        let Library(api) = library;
         if TAKEN.swap(true, Ordering::SeqCst) {
             return Err(EngineError::Taken);
         }
-        *ffi::host() = Some(ffi::Host { store: store(v), may_manufacture: false });
+        *ffi::host() = Some(ffi::Host { store, may_manufacture: false });
         api.prepare()?;
         Ok(Self { api, running: false, broken: false })
     }

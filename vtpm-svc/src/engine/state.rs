@@ -7,7 +7,10 @@
 
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::MutexGuard;
 use std::sync::PoisonError;
+
+use zeroize::Zeroizing;
 
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
@@ -105,20 +108,106 @@ pub fn file_of(blob: Blob) -> FileId {
     }
 }
 
-/// A TPM in the making: its state is held back until it is complete, so that a crash leaves none rather than half of one.
-pub type Held = Arc<Mutex<Option<zeroize::Zeroizing<Vec<u8>>>>>;
+/// What a TPM that is being powered on has stored so far, and what is to be stored when it stores next.
+#[derive(Default)]
+struct Held {
+    /// Stores of the permanent state stay here for now.
+    holding: bool,
+    /// The permanent state that was stored meanwhile.
+    state: Option<Zeroizing<Vec<u8>>>,
+    /// A framed state that the engine has read and understood, to be kept as the one to go back to.
+    understood: Option<Zeroizing<Vec<u8>>>,
+}
 
 /// Blobs in a guest-state file.
+///
+/// Between [`VmgsState::hold`] and [`VmgsState::settle`] the permanent state is kept back, so that powering on is one
+/// commit, whatever the engine stores on the way, and a crash in the making of a TPM leaves none rather than half of one.
+/// Nothing may be answered in between.
 pub struct VmgsState<F> {
     vmgs: SharedVmgs<F>,
     engine_version: u32,
-    held: Held,
+    held: Arc<Mutex<Held>>,
+}
+
+impl<F> Clone for VmgsState<F> {
+    fn clone(&self) -> Self {
+        Self { vmgs: self.vmgs.clone(), engine_version: self.engine_version, held: self.held.clone() }
+    }
 }
 
 impl<F: BlockFile> VmgsState<F> {
     /// Keeps blobs in `vmgs`; `engine_version` is recorded beside each.
-    pub fn new(vmgs: SharedVmgs<F>, engine_version: u32, held: Held) -> Self {
-        Self { vmgs, engine_version, held }
+    pub fn new(vmgs: SharedVmgs<F>, engine_version: u32) -> Self {
+        Self { vmgs, engine_version, held: Arc::default() }
+    }
+
+    /// The image.
+    pub fn vmgs(&self) -> MutexGuard<'_, Vmgs<F>> {
+        self.vmgs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The version that is recorded.
+    pub fn engine_version(&self) -> u32 {
+        self.engine_version
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on the permanent state stays in memory.
+    pub fn hold(&self) {
+        *self.held() = Held { holding: true, ..Held::default() };
+    }
+
+    /// Forgets what was held; the image is as it was.
+    pub fn abandon(&self) {
+        *self.held() = Held::default();
+    }
+
+    /// The engine has just started from the stored state, so that is a good one.
+    pub fn understood(&self) -> Result<(), VmgsError> {
+        let held = self.held().state.clone();
+        let framed = match held {
+            Some(state) => Zeroizing::new(frame(Blob::Permanent, self.engine_version, &state)),
+            None => {
+                let vmgs = self.vmgs();
+                let digest = |id| vmgs.root().files.get(&id).map(|listed| listed.digest);
+                let now = digest(FileId::VTPM_STATE);
+                if now.is_none() || now == digest(FileId::VTPM_STATE_GOOD) {
+                    return Ok(());
+                }
+                vmgs.read(FileId::VTPM_STATE)?
+            }
+        };
+        self.held().understood = Some(framed);
+        Ok(())
+    }
+
+    /// Makes durable what was held, in one commit. The copy of a good state alone is not worth one: it goes along with
+    /// the next store.
+    pub fn settle(&self, delete_volatile: bool) -> Result<(), VmgsError> {
+        let Held { state, understood, .. } = std::mem::take(&mut *self.held());
+        let framed = state.map(|s| Zeroizing::new(frame(Blob::Permanent, self.engine_version, &s)));
+        let mut vmgs = self.vmgs();
+        let mut changes = Vec::new();
+        if let Some(framed) = &framed {
+            changes.push(Change::Put(FileId::VTPM_STATE, framed));
+            changes.push(Change::Flag(FLAG_PROVISIONED));
+        }
+        if delete_volatile && vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE) {
+            changes.push(Change::Delete(FileId::VTPM_VOLATILE));
+        }
+        if changes.is_empty() {
+            drop(vmgs);
+            self.held().understood = understood;
+            return Ok(());
+        }
+        if let Some(good) = &understood {
+            changes.push(Change::Put(FileId::VTPM_STATE_GOOD, good));
+        }
+        vmgs.commit(&changes).map(|_| ())
     }
 
     fn with<T>(
@@ -126,8 +215,7 @@ impl<F: BlockFile> VmgsState<F> {
         what: &str,
         run: impl FnOnce(&mut Vmgs<F>) -> Result<T, VmgsError>,
     ) -> Result<T, StoreFailed> {
-        let mut vmgs = self.vmgs.lock().unwrap_or_else(PoisonError::into_inner);
-        run(&mut vmgs).map_err(|e| {
+        run(&mut self.vmgs()).map_err(|e| {
             crate::log::error(&format!("{what}: {e}"));
             StoreFailed
         })
@@ -137,10 +225,10 @@ impl<F: BlockFile> VmgsState<F> {
 impl<F: BlockFile> StateStore for VmgsState<F> {
     fn load(&mut self, blob: Blob) -> Result<Option<Vec<u8>>, StoreFailed> {
         let id = file_of(blob);
-        if let Some(held) = self.held.lock().unwrap_or_else(PoisonError::into_inner).as_ref()
-            && blob == Blob::Permanent
+        if blob == Blob::Permanent
+            && let Some(state) = &self.held().state
         {
-            return Ok((!held.is_empty()).then(|| held.to_vec()));
+            return Ok(Some(state.to_vec()));
         }
         let Some(bytes) = self.with("reading TPM state", |v| v.read_optional(id))? else { return Ok(None) };
         match unframe(blob, &bytes) {
@@ -153,16 +241,20 @@ impl<F: BlockFile> StateStore for VmgsState<F> {
     }
 
     fn store(&mut self, blob: Blob, data: &[u8]) -> Result<(), StoreFailed> {
-        if let Some(held) = self.held.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
-            && blob == Blob::Permanent
-        {
-            *held = zeroize::Zeroizing::new(data.to_vec());
-            return Ok(());
+        let good = {
+            let mut held = self.held();
+            if held.holding && blob == Blob::Permanent {
+                held.state = Some(Zeroizing::new(data.to_vec()));
+                return Ok(());
+            }
+            held.understood.take()
+        };
+        let bytes = Zeroizing::new(frame(blob, self.engine_version, data));
+        let mut changes = vec![Change::Put(file_of(blob), &bytes), Change::Flag(FLAG_PROVISIONED)];
+        if let Some(good) = &good {
+            changes.push(Change::Put(FileId::VTPM_STATE_GOOD, good));
         }
-        let bytes = zeroize::Zeroizing::new(frame(blob, self.engine_version, data));
-        self.with("storing TPM state", |v| {
-            v.commit(&[Change::Put(file_of(blob), &bytes), Change::Flag(FLAG_PROVISIONED)]).map(|_| ())
-        })
+        self.with("storing TPM state", |v| v.commit(&changes).map(|_| ()))
     }
 
     fn delete(&mut self, blob: Blob) -> Result<bool, StoreFailed> {
@@ -175,16 +267,6 @@ impl<F: BlockFile> StateStore for VmgsState<F> {
             Ok(existed)
         })
     }
-}
-
-/// After a successful start: keeps the state that was just understood as the one to go back to.
-pub fn remember_good<F: BlockFile>(vmgs: &mut Vmgs<F>) -> Result<(), VmgsError> {
-    let Some(now) = vmgs.read_optional(FileId::VTPM_STATE)? else { return Ok(()) };
-    let kept = vmgs.read_optional(FileId::VTPM_STATE_GOOD)?;
-    if kept.as_ref().is_none_or(|k| **k != **now) {
-        vmgs.commit(&[Change::Put(FileId::VTPM_STATE_GOOD, &now)])?;
-    }
-    Ok(())
 }
 
 /// Whether this image has never had a TPM: the only case in which one may be made.

@@ -43,10 +43,17 @@ impl FsFile {
     }
 
     /// Creates a file of a given length that must not exist yet; nobody but the owner may read it.
+    ///
+    /// It is written full of zeros instead of being left sparse: a flush that has no blocks to allocate is spared the
+    /// file system's journal, and later commits cannot run out of disk space.
     pub fn create(path: &Path, len: u64) -> io::Result<Self> {
         use std::os::unix::fs::OpenOptionsExt;
         let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
-        file.set_len(len)?;
+        let zeros = [0; 1 << 16];
+        for at in (0..len).step_by(zeros.len()) {
+            let rest = usize::try_from(len - at).unwrap_or(usize::MAX).min(zeros.len());
+            file.write_all_at(&zeros[..rest], at)?;
+        }
         Self::locked(file)
     }
 

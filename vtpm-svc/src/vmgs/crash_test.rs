@@ -110,7 +110,7 @@ fn check_point(
         .flat_map(|(at, data)| data.chunks(512).enumerate().map(move |(n, s)| (*at as usize + n * 512, s)))
         .collect();
     let all = sectors.len() < 5;
-    let rounds = if all { 1u64 << sectors.len() } else { 12 };
+    let rounds = if all { 1u64 << sectors.len() } else { 40 };
     for round in 0..rounds {
         let mut image = durable.to_vec();
         for (n, (at, data)) in sectors.iter().enumerate() {
@@ -193,21 +193,29 @@ fn the_generation_before_stays_whole_while_its_header_lives() {
     }
     let (mut tried, mut acknowledged) = (0, 1);
     for op in trace.lock().expect("trace").iter() {
-        match op {
-            Op::Write(at, data) => image[*at as usize..*at as usize + data.len()].copy_from_slice(data),
+        let (at, data) = match op {
+            Op::Write(at, data) => (*at as usize, data.as_slice()),
             Op::Sync => continue,
-            Op::Acknowledged(n) => acknowledged = *n,
+            Op::Acknowledged(n) => {
+                acknowledged = *n;
+                (0, &[][..])
+            }
+        };
+        // Sector by sector, as a disk that is cut off would have it; at least once where nothing is written.
+        for n in 0..data.len().div_ceil(512).max(1) {
+            let sector = &data[data.len().min(n * 512)..data.len().min((n + 1) * 512)];
+            image[at + n * 512..][..sector.len()].copy_from_slice(sector);
+            let sequence =
+                |slot: usize| u32::from_le_bytes(image[slot + 16..slot + 20].try_into().expect("four"));
+            let newest = if sequence(0) > sequence(512) { 0 } else { 512 };
+            let mut damaged = image.clone();
+            damaged[newest + 40] ^= 1;
+            let found = counter(&damaged, &[7]).expect("the older generation opens");
+            assert!(found == acknowledged || found + 1 == acknowledged, "{found}, {acknowledged}");
+            tried += 1;
         }
-        let sequence =
-            |slot: usize| u32::from_le_bytes(image[slot + 16..slot + 20].try_into().expect("four"));
-        let newest = if sequence(0) > sequence(512) { 0 } else { 512 };
-        let mut damaged = image.clone();
-        damaged[newest + 40] ^= 1;
-        let found = counter(&damaged, &[7]).expect("the older generation opens");
-        assert!(found == acknowledged || found + 1 == acknowledged, "{found}, {acknowledged}");
-        tried += 1;
     }
-    assert!(tried > 40);
+    assert!(tried > 200, "only {tried} images were tried");
 }
 
 #[test]
@@ -272,5 +280,6 @@ fn a_failed_write_or_flush_poisons_the_store() {
             assert!(matches!(again, Err(VmgsError::Poisoned)), "after {left} operations");
         }
     }
-    assert!((5..12).contains(&failures), "{failures} of the operations failed");
+    // A run of blocks, a flush, a header, a flush: the disk has failed at each, and only at these.
+    assert_eq!(failures, 4);
 }

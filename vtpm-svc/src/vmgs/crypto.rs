@@ -6,6 +6,9 @@
 //! ciphertext is never all zero (readers of this format take that for a hole in the disk; for a file of one byte it
 //! would happen once in 256 writes). The one key that seals many messages is the datastore key ([`wrap`]): each
 //! commit wraps one 32-byte metadata key under a random 96-bit nonce, so it must be rotated long before 2^32 commits.
+//!
+//! Keys and nonces come from the operating system. [`Draws`] asks for as many bytes at once as a commit needs, because
+//! a call per nonce costs more than the encryption that uses it; a byte is handed out once and wiped.
 
 use aes_gcm::Aes256Gcm;
 use aes_gcm::KeyInit;
@@ -31,11 +34,11 @@ impl std::fmt::Debug for Key {
 }
 
 impl Key {
-    /// Draws a key from the operating system.
-    pub fn random() -> Result<Self, VmgsError> {
-        let mut bytes = [0; 32];
-        fill_random(&mut bytes)?;
-        Self::from_bytes(&bytes)
+    /// Draws a key.
+    pub fn random(draws: &mut Draws) -> Result<Self, VmgsError> {
+        let mut key = Self([0; 32]);
+        draws.fill(&mut key.0)?;
+        Ok(key)
     }
 
     /// Takes over 32 bytes; all zero is not a key.
@@ -78,9 +81,41 @@ pub fn fill_random(buffer: &mut [u8]) -> Result<(), VmgsError> {
     Ok(())
 }
 
-fn encrypt(key: &Key, plain: &[u8]) -> Result<(Seal, Vec<u8>), VmgsError> {
+/// Random bytes of the operating system, fetched some at a time. Belongs to one commit, so no copy of it can outlive a fork.
+#[derive(Default)]
+pub struct Draws {
+    /// What has not been handed out yet.
+    ready: Zeroizing<Vec<u8>>,
+}
+
+impl Draws {
+    /// As many as the kernel gives without being interrupted (getrandom(2)); a usual commit needs 144.
+    const AT_ONCE: usize = 256;
+
+    /// Fills a buffer with bytes that nobody gets a second time.
+    pub fn fill(&mut self, out: &mut [u8]) -> Result<(), VmgsError> {
+        if out.len() > Self::AT_ONCE {
+            return fill_random(out);
+        }
+        if self.ready.len() < out.len() {
+            self.ready.zeroize();
+            self.ready.resize(Self::AT_ONCE, 0);
+            fill_random(&mut self.ready)?;
+        }
+        let rest = self.ready.len() - out.len();
+        out.copy_from_slice(&self.ready[rest..]);
+        self.ready[rest..].zeroize();
+        self.ready.truncate(rest);
+        if out.iter().all(|b| *b == 0) {
+            return Err(VmgsError::NoEntropy);
+        }
+        Ok(())
+    }
+}
+
+fn encrypt(draws: &mut Draws, key: &Key, plain: &[u8]) -> Result<(Seal, Vec<u8>), VmgsError> {
     let mut seal = Seal::default();
-    fill_random(&mut seal.nonce)?;
+    draws.fill(&mut seal.nonce)?;
     let mut data = plain.to_vec();
     let tag = Aes256Gcm::new((&key.0).into())
         .encrypt_in_place_detached(Nonce::from_slice(&seal.nonce), b"", &mut data)
@@ -90,13 +125,13 @@ fn encrypt(key: &Key, plain: &[u8]) -> Result<(Seal, Vec<u8>), VmgsError> {
 }
 
 /// Encrypts `plain` under a key that is drawn for this one message.
-pub fn seal_once(plain: &[u8]) -> Result<(Key, Seal, Vec<u8>), VmgsError> {
+pub fn seal_once(draws: &mut Draws, plain: &[u8]) -> Result<(Key, Seal, Vec<u8>), VmgsError> {
     if plain.is_empty() {
         return Err(VmgsError::Invalid("an encrypted file of no bytes could never be read back".into()));
     }
     loop {
-        let key = Key::random()?;
-        let (seal, data) = encrypt(&key, plain)?;
+        let key = Key::random(draws)?;
+        let (seal, data) = encrypt(draws, &key, plain)?;
         if data.iter().any(|b| *b != 0) {
             return Ok((key, seal, data));
         }
@@ -104,9 +139,9 @@ pub fn seal_once(plain: &[u8]) -> Result<(Key, Seal, Vec<u8>), VmgsError> {
 }
 
 /// Wraps one key under another, with a fresh nonce.
-pub fn wrap(under: &Key, key: &Key) -> Result<(Seal, [u8; 32]), VmgsError> {
+pub fn wrap(draws: &mut Draws, under: &Key, key: &Key) -> Result<(Seal, [u8; 32]), VmgsError> {
     loop {
-        let (seal, data) = encrypt(under, &key.0)?;
+        let (seal, data) = encrypt(draws, under, &key.0)?;
         let mut wrapped = [0; 32];
         wrapped.copy_from_slice(&data);
         if wrapped != [0; 32] {
@@ -146,8 +181,9 @@ mod tests {
 
     #[test]
     fn a_one_byte_file_never_becomes_a_zero_byte() {
+        let mut draws = Draws::default();
         for _ in 0..4096 {
-            let (key, seal, ct) = seal_once(&[0x5a]).expect("seal");
+            let (key, seal, ct) = seal_once(&mut draws, &[0x5a]).expect("seal");
             assert_ne!(ct, [0]);
             assert_ne!(seal.nonce, [0; 12]);
             assert_eq!(open(key.expose(), &seal, &ct).expect("open").as_slice(), &[0x5a]);
@@ -158,7 +194,21 @@ mod tests {
     fn zero_keys_and_empty_messages_are_refused() {
         assert!(Key::from_bytes(&[0; 32]).is_err());
         assert!(Key::from_slice(&[1; 31]).is_err());
-        assert!(seal_once(&[]).is_err());
+        assert!(seal_once(&mut Draws::default(), &[]).is_err());
+    }
+
+    #[test]
+    fn no_random_byte_is_handed_out_twice() {
+        let mut draws = Draws::default();
+        let mut seen = std::collections::BTreeSet::new();
+        for n in 0..500 {
+            let mut out = [0; 32];
+            let len = if n % 3 == 0 { 12 } else { 32 };
+            draws.fill(&mut out[..len]).expect("random");
+            // Eight bytes that repeat are no accident: the chance is below 2^-46 over the whole test.
+            assert!(seen.insert(out[..8].to_vec()) && seen.insert(out[len - 8..len].to_vec()), "draw {n}");
+        }
+        assert!(draws.ready.len() < Draws::AT_ONCE);
     }
 
     #[test]

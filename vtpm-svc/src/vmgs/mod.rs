@@ -12,6 +12,7 @@ pub mod crypto;
 pub mod error;
 pub mod format;
 pub mod image;
+mod place;
 pub mod root;
 pub mod store;
 pub mod uefi;

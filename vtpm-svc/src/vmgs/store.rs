@@ -20,9 +20,7 @@ use super::block::BlockFile;
 use super::crypto;
 use super::crypto::Key;
 use super::error::VmgsError;
-use super::format::AUTHENTICATED;
 use super::format::BLOCK;
-use super::format::ENCRYPTED;
 use super::format::ENTRIES;
 use super::format::Entry;
 use super::format::ExtendedEntry;
@@ -36,6 +34,8 @@ use super::format::MAX_FILE;
 use super::format::SECTOR;
 use super::image;
 use super::image::Layout;
+use super::place::Placer;
+use super::place::blocks_of;
 use super::root::Listed;
 use super::root::Mark;
 use super::root::Root;
@@ -333,22 +333,24 @@ impl<F: BlockFile> Vmgs<F> {
         let encrypted = self.header.encrypted || new_key.is_some();
         let (mut table, mut extended, mut root) =
             (self.table.clone(), self.extended.clone(), self.root.clone());
-        let mut space =
-            Space::new(self.capacity, [&image::named_blocks(&self.header, &self.table), &self.other]);
+        let mut live = image::named_blocks(&self.header, &self.table);
         if self.header.sequence == 0 {
-            space = Space::new(self.capacity, [&BTreeSet::new(), &BTreeSet::new()]);
+            live.clear();
         }
-        let mut writes: Vec<(u32, Vec<u8>)> = Vec::new();
+        // Files, root and two tables, to lie in one extent if there is one.
+        let mut expected = 3;
+        for change in changes {
+            if let Change::Put(_, data) = change {
+                expected += blocks_of(data.len());
+            }
+        }
+        let mut placer = Placer::new(self.capacity, [&live, &self.other], encrypted, expected);
         let mut put = |id: FileId, data: &[u8], table: &mut FileTable, extended: &mut ExtendedTable| {
-            let (entry, truth, bytes) = place(&mut space, data, encrypted, self.capacity)?;
+            let (entry, truth) = placer.file(data)?;
             table.0[id.index()] = entry;
+            let attributes = truth.attributes;
             *extended.entry_mut(id) = truth;
-            writes.push((entry.block, bytes));
-            Ok::<_, VmgsError>(Listed {
-                attributes: extended.entry(id).attributes,
-                valid: entry.valid,
-                digest: digest(data),
-            })
+            Ok::<_, VmgsError>(Listed { attributes, valid: entry.valid, digest: digest(data) })
         };
         if new_key.is_some() {
             for (id, _) in self.table.files().filter(|(id, _)| *id != FileId::ROOT) {
@@ -380,24 +382,20 @@ impl<F: BlockFile> Vmgs<F> {
         root.generation += 1;
         put(FileId::ROOT, &root.to_bytes(), &mut table, &mut extended)?;
         let key = new_key.or_else(|| self.key.clone());
-        let (keys, tables) = seal_tables(&mut space, &mut table, &extended, key.as_ref(), self.capacity)?;
-        writes.extend(tables);
+        let keys = placer.tables(&mut table, &extended, key.as_ref())?;
 
         let mark = root.mark();
         if let Some(anchor) = &mut self.anchor {
             anchor.announce(mark)?;
         }
-        self.write_all(&writes)?;
+        self.write_all(&placer.runs())?;
         let was_encrypted = std::mem::replace(&mut self.header.encrypted, encrypted);
         let (next, slot) = self.next_header(table.entry(FileId::FILE_TABLE).block, keys);
         if let Err(e) = self.write_header(&next, slot) {
             self.header.encrypted = was_encrypted;
             return Err(e);
         }
-        self.other = match self.header.sequence {
-            0 => BTreeSet::new(),
-            _ => image::named_blocks(&self.header, &self.table),
-        };
+        self.other = live;
         (self.header, self.active) = (next, slot);
         (self.table, self.extended, self.root, self.key) = (table, extended, root, key);
         if let Some(anchor) = &mut self.anchor {
@@ -581,90 +579,4 @@ fn judge(
     }
     anchor.confirm(mark)?;
     Ok(())
-}
-
-/// Finds a place for a file and seals it.
-fn place(
-    space: &mut Space,
-    data: &[u8],
-    encrypted: bool,
-    capacity: u32,
-) -> Result<(Entry, ExtendedEntry, Vec<u8>), VmgsError> {
-    let blocks = (data.len().div_ceil(BLOCK) as u32).max(1);
-    let block = space.take(blocks).ok_or(VmgsError::NoSpace { need: blocks, capacity })?;
-    let mut entry = Entry { block, blocks, valid: data.len() as u64, ..Entry::default() };
-    let mut truth = ExtendedEntry::default();
-    let bytes = if encrypted {
-        let (key, seal, bytes) = crypto::seal_once(data)?;
-        entry.seal = seal;
-        entry.attributes = ENCRYPTED | AUTHENTICATED;
-        truth.attributes = entry.attributes;
-        truth.key.copy_from_slice(key.expose());
-        bytes
-    } else {
-        data.to_vec()
-    };
-    Ok((entry, truth, bytes))
-}
-
-type Sealed = ([KeySlot; 2], Vec<(u32, Vec<u8>)>);
-
-/// Places both tables; encrypts the extended one under a metadata key that is drawn here and wrapped at once.
-fn seal_tables(
-    space: &mut Space,
-    table: &mut FileTable,
-    extended: &ExtendedTable,
-    key: Option<&Key>,
-    capacity: u32,
-) -> Result<Sealed, VmgsError> {
-    let no_space = || VmgsError::NoSpace { need: 1, capacity };
-    let table_block = space.take(1).ok_or_else(no_space)?;
-    let extended_block = space.take(1).ok_or_else(no_space)?;
-    let whole = Entry { blocks: 1, valid: BLOCK as u64, ..Entry::default() };
-    table.0[FileId::FILE_TABLE.index()] = Entry { block: table_block, ..whole };
-    let mut keys = [KeySlot::default(); 2];
-    let mut entry = Entry { block: extended_block, ..whole };
-    let bytes = match key {
-        Some(datastore) => {
-            let (metadata, seal, bytes) = crypto::seal_once(&extended.to_block())?;
-            entry.seal = seal;
-            entry.attributes = ENCRYPTED | AUTHENTICATED;
-            let (seal, wrapped) = crypto::wrap(datastore, &metadata)?;
-            keys[0] = KeySlot { seal, wrapped };
-            bytes
-        }
-        None => vec![0; BLOCK],
-    };
-    table.0[FileId::EXTENDED.index()] = entry;
-    Ok((keys, vec![(extended_block, bytes), (table_block, table.to_block().to_vec())]))
-}
-
-/// The blocks that a commit may use.
-struct Space {
-    /// Free extents: first block and length.
-    holes: Vec<(u32, u32)>,
-}
-
-impl Space {
-    fn new(capacity: u32, live: [&BTreeSet<u32>; 2]) -> Self {
-        let mut holes = Vec::new();
-        let mut start = FIRST_BLOCK;
-        let busy: BTreeSet<u32> = live[0].union(live[1]).copied().collect();
-        for block in busy.into_iter().chain([capacity]) {
-            if block > start {
-                holes.push((start, block - start));
-            }
-            start = start.max(block.saturating_add(1));
-        }
-        Self { holes }
-    }
-
-    /// Takes the smallest hole that fits, the first one of equals.
-    fn take(&mut self, blocks: u32) -> Option<u32> {
-        let hole = self.holes.iter_mut().filter(|(_, len)| *len >= blocks).min_by_key(|(_, len)| *len)?;
-        let block = hole.0;
-        hole.0 += blocks;
-        hole.1 -= blocks;
-        Some(block)
-    }
 }

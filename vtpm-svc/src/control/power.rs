@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Powering the TPM on: making it if it never existed, starting it, and what the platform does before a guest can.
+//!
+//! All of it is one commit. Nothing is answered before that, so a crash on the way leaves the TPM as it was before, or
+//! (a new one) not there yet.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use super::server::Service;
+use super::server::Startup;
+use crate::engine::Engine;
+use crate::engine::EngineError;
+use crate::engine::state::is_virgin;
+use crate::log;
+use crate::manufacture;
+use crate::vmgs::block::BlockFile;
+
+impl<F: BlockFile + 'static> Service<F> {
+    /// Powers the TPM on. A TPM is manufactured only if the image says that it never had one.
+    pub fn power_on(&self, delete_volatile: bool) -> Result<(), EngineError> {
+        let mut engine = self.engine();
+        engine.stop();
+        let virgin = is_virgin(&self.state.vmgs());
+        let certified = self.authority.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        self.state.hold();
+        let started = self.start(&mut engine, virgin);
+        let settled = match started {
+            Ok(()) => self.state.settle(delete_volatile).map_err(|e| {
+                log::error(&format!("storing the state of the TPM that was started: {e}"));
+                EngineError::State("stopped, because its state cannot be stored")
+            }),
+            Err(e) => {
+                self.state.abandon();
+                Err(e)
+            }
+        };
+        if settled.is_err() {
+            engine.stop();
+            return settled;
+        }
+        self.locality.store(0, Ordering::SeqCst);
+        if virgin {
+            let certificates = if certified { "with" } else { "without" };
+            log::info(&format!("manufactured a new TPM {certificates} certificates"));
+        }
+        Ok(())
+    }
+
+    fn start(&self, engine: &mut Engine, virgin: bool) -> Result<(), EngineError> {
+        if virgin {
+            self.make(engine)?;
+        }
+        engine.start(false)?;
+        self.state.understood().map_err(|e| {
+            log::error(&format!("reading the TPM's state again: {e}"));
+            EngineError::State("stopped, because its state cannot be read")
+        })?;
+        let startup = match self.policy.startup {
+            Startup::None => return Ok(()),
+            Startup::Clear => 0,
+            Startup::State => 1,
+        };
+        let answer = engine.process(0, &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, startup])?;
+        match answer.get(6..10) {
+            Some([0, 0, 0, 0]) => Ok(()),
+            _ => {
+                log::error(&format!("TPM2_Startup({startup}) was answered with {:02x?}", answer.get(6..10)));
+                Err(EngineError::State("stopped, because it refused TPM2_Startup"))
+            }
+        }
+    }
+
+    /// Makes a TPM; its state is held until it is complete.
+    fn make(&self, engine: &mut Engine) -> Result<(), EngineError> {
+        let authority = self.authority.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let made = engine.start(true).map_err(|e| e.to_string()).and_then(|()| {
+            let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
+            manufacture::finish(&mut transport, authority.as_ref(), self.state.engine_version())
+                .map_err(|e| e.to_string())
+        });
+        engine.stop();
+        made.map_err(|e| {
+            log::error(&format!("manufacturing the TPM: {e}"));
+            EngineError::State("not made")
+        })
+    }
+}
