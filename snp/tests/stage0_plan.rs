@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails where its image fails")]
 
+mod support;
+
 use std::sync::Arc;
 
 use snp::digest::LaunchDigest;
@@ -19,6 +21,8 @@ use snp::image::shim::Shim;
 use snp::image::sites::CodeMemory;
 use snp::image::sites::Ports;
 use snp::plan::PageType;
+use support::kernels::Segment;
+use support::kernels::elf;
 
 const MIB: u64 = 1 << 20;
 
@@ -242,6 +246,56 @@ fn acceptance_is_lazy_by_itself_only_for_a_large_guest_with_a_kernel_that_can() 
     }));
     let error = Boot { accept: Acceptance::Lazy, ..Boot::default() }.image().unwrap_err();
     assert!(error.to_string().starts_with("--accept lazy: this kernel does not know"), "{error}");
+}
+
+#[test]
+fn a_guest_that_is_too_large_for_the_table_of_unaccepted_memory_is_not_lazy() {
+    // The table has 64 KiB, 24 bytes of them for its header: one bit for each 2 MiB below 1,048,192 MiB, 1 GiB of which is the
+    // device gap.
+    let most = 1_047_168;
+    let boot = |mib, accept| Boot {
+        kernel: knowing(bz_image(64 << 10, 1 << 20)),
+        memory: mib * MIB,
+        accept,
+        ..Boot::default()
+    };
+    let lazy = |mib| shim(&boot(mib, Acceptance::Auto).image().unwrap()).inputs.accept.is_some();
+    assert!(lazy(most) && !lazy(most + 2));
+    let error = boot(most + 2, Acceptance::Lazy).image().unwrap_err();
+    assert_eq!(error, ImageError::LazyMemory((most + 2) * MIB));
+}
+
+/// System V ABI, "Program Header": bytes of a segment beyond its part of the file are zero. Memory that a guest has just
+/// validated holds anything.
+#[test]
+fn an_elf_kernels_memory_is_what_its_segments_say_whatever_was_there_before() {
+    const START: u64 = 16 * MIB;
+    let segments = [
+        Segment { mem_len: 0x5080, ..Segment::new(START, vec![1; 0x2800]) },
+        // Begins in the page in which the zeros of the one before end.
+        Segment { mem_len: 0x3000, ..Segment::new(START + 0x5100, vec![2; 0x10]) },
+        // Its zeros begin at a page, and the next segment lies in that page too.
+        Segment { mem_len: 0x1080, ..Segment::new(START + 0x1_0000, vec![3; 0x1000]) },
+        Segment::new(START + 0x1_1200, vec![4; 0x20]),
+        // Nothing but zeros.
+        Segment { mem_len: 0x2345, ..Segment::new(START + 0x2_0800, Vec::new()) },
+    ];
+    let image = Boot { kernel: elf(START + 0x40, &segments, &[], &[]), ..Boot::default() }.image().unwrap();
+    let mut memory = vec![0xa5; 0x3_0000];
+    let shim = shim(&image);
+    for (item, (_, bytes)) in shim.inputs.items.iter().zip(&shim.staging) {
+        if let Some(at) = item.target.checked_sub(START).filter(|at| *at < memory.len() as u64) {
+            let place = &mut memory[at as usize..][..item.mem_len as usize];
+            place.fill(0);
+            place[..item.len as usize].copy_from_slice(bytes.as_slice());
+        }
+    }
+    for (n, segment) in segments.iter().enumerate() {
+        let found = &memory[(segment.paddr - START) as usize..][..segment.mem_len as usize];
+        let mut expected = segment.contents.clone();
+        expected.resize(segment.mem_len as usize, 0);
+        assert!(found == expected, "segment {n}");
+    }
 }
 
 #[test]

@@ -194,6 +194,12 @@ pub enum ImageError {
          use --accept auto or eager"
     )]
     NotLazy,
+    /// More memory than stage0's table of unaccepted memory has bits for.
+    #[error(
+        "--accept lazy: {0} bytes of --memory, but the kernel can be told of {max} bytes at most; use --accept auto or eager",
+        max = lazy::MEMORY_MAX
+    )]
+    LazyMemory(u64),
     /// stage0 would end the guest.
     #[error("internal layout error: stage0 would refuse it: {0}")]
     Stage0(&'static str),
@@ -284,6 +290,7 @@ impl DirectBoot<'_> {
         records.retain(|r| {
             r.page_type == PageType::Normal && ![layout::GDT, layout::PAGE_TABLES].contains(&r.gpa)
         });
+        shim::add_zeros(&mut records, &self.kernel.zeros());
         let layout = shim::Layout {
             contents: records,
             ram: &ram,
@@ -304,6 +311,11 @@ impl DirectBoot<'_> {
     /// Whether the kernel is to accept most of its memory by itself.
     fn lazy(&self) -> Result<bool, ImageError> {
         match &self.guest {
+            Guest::Snp(Snp { validation: Validation::Stage0(Acceptance::Lazy), .. })
+                if self.memory > lazy::MEMORY_MAX =>
+            {
+                Err(ImageError::LazyMemory(self.memory))
+            }
             Guest::Snp(Snp { validation: Validation::Stage0(acceptance), .. }) => {
                 acceptance.resolve(self.kernel, self.memory).ok_or(ImageError::NotLazy)
             }

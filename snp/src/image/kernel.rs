@@ -200,6 +200,17 @@ impl Kernel {
         }
     }
 
+    /// Memory for which the file has nothing and that must be zero when the kernel starts. A bzImage clears its own.
+    pub fn zeros(&self) -> Vec<Range<u64>> {
+        match self {
+            Kernel::BzImage(_) => Vec::new(),
+            Kernel::Elf(k) => {
+                let zeros = k.segments.iter().map(|s| s.gpa + s.file.len() as u64..s.gpa + s.mem_len);
+                zeros.filter(|range| !range.is_empty()).collect()
+            }
+        }
+    }
+
     /// Runs of contents with their addresses, page-aligned, ascending and disjoint.
     pub fn runs(&self) -> Vec<(u64, Bytes)> {
         match self {

@@ -7,11 +7,17 @@
 use std::ops::Range;
 
 use super::kernel::Kernel;
+use super::layout;
+use crate::stage0::efi::BITMAP;
 use crate::stage0::efi::UNACCEPTED_GUID;
+use crate::stage0::layout as stage0;
 use crate::stage0::layout::LARGE;
 
 /// Memory above which lazy acceptance pays: smaller guests end almost fully accepted anyway.
 pub const AUTO_ABOVE: u64 = 2 << 30;
+/// Largest guest memory for which the table of unaccepted memory has bits: one for each 2 MiB, the device gap included.
+pub const MEMORY_MAX: u64 = (stage0::UNACCEPTED_END - stage0::UNACCEPTED - BITMAP as u64) / 8 * 64 * LARGE
+    - (layout::HOLE_END - layout::HOLE_START);
 /// Where the decompressor may place the kernel: it would accept other memory page by page.
 const KASLR_WINDOW: Range<u64> = 16 << 20..(16 + 256) << 20;
 /// What Linux wants to be told when there are EFI tables and no EFI: an early message and a leak warning fewer.
@@ -35,7 +41,10 @@ impl Acceptance {
         match self {
             Acceptance::Eager => Some(false),
             Acceptance::Lazy => knows_unaccepted_memory(kernel).then_some(true),
-            Acceptance::Auto => Some(memory > AUTO_ABOVE && knows_unaccepted_memory(kernel)),
+            Acceptance::Auto => {
+                let pays = memory > AUTO_ABOVE && memory <= MEMORY_MAX;
+                Some(pays && knows_unaccepted_memory(kernel))
+            }
         }
     }
 }

@@ -22,12 +22,14 @@ use crate::plan::Record;
 use crate::stage0::BUILT;
 use crate::stage0::InputsPage;
 use crate::stage0::e820;
+use crate::stage0::efi;
 use crate::stage0::inputs::Inputs;
 use crate::stage0::inputs::Item;
 use crate::stage0::inputs::Kind;
 use crate::stage0::item_hash;
 use crate::stage0::layout as stage0;
 use crate::stage0::layout::LARGE;
+use crate::stage0::reason::Reason;
 
 /// What enters a guest through stage0, and what the platform has to know about the shim.
 #[derive(Clone, Debug)]
@@ -96,6 +98,33 @@ pub(super) struct Layout<'a> {
     pub accept: Option<Vec<Range<u64>>>,
 }
 
+/// Lengthens the kernel's records over the memory behind them that must be zero. Nothing else clears it: memory that stage0
+/// has validated holds what the host left there.
+pub(super) fn add_zeros(contents: &mut Vec<Record>, zeros: &[Range<u64>]) {
+    for zero in zeros {
+        let start = zero.start & !(PAGE_SIZE - 1);
+        // The page of the next record has zeros up to that record's contents.
+        let next = contents.iter().map(|r| r.gpa).filter(|gpa| *gpa > start).min().unwrap_or(u64::MAX);
+        let end = zero.end.next_multiple_of(PAGE_SIZE).min(next);
+        let before = contents.iter_mut().filter(|r| r.gpa <= start && start <= r.end());
+        match before.max_by_key(|r| r.gpa) {
+            Some(record) => record.len = record.len.max(end - record.gpa),
+            None => {
+                let zero = Record::new(start, PageType::Normal, vec![0], "kernel");
+                contents.push(Record { len: end - start, ..zero });
+            }
+        }
+    }
+}
+
+/// Writes the tables of lazy acceptance as stage0 will, to find out now whether it can.
+fn check_lazy(boot_params: &[u8], inputs: Inputs<'_>) -> Result<(), Reason> {
+    let room = |start: u64, end: u64| vec![0; (end - start) as usize];
+    efi::unaccepted(&mut room(stage0::UNACCEPTED, stage0::UNACCEPTED_END), inputs)?;
+    let mut tables = room(stage0::EFI_TABLES, stage0::EFI_TABLES_END);
+    efi::announce(&mut tables, &mut boot_params.to_vec(), inputs)
+}
+
 impl Layout<'_> {
     /// The plan, and what goes with it.
     pub fn build(self) -> Result<(LaunchPlan, Shim), ImageError> {
@@ -123,6 +152,9 @@ impl Layout<'_> {
         let boot_params = contents.iter().find(|r| r.gpa == layout::BOOT_PARAMS);
         let map = boot_params.map_or(&[][..], |r| r.contents.as_slice());
         e820::check(map, Inputs(&page)).map_err(|reason| ImageError::Stage0(reason.words()))?;
+        if Inputs(&page).lazy() {
+            check_lazy(map, Inputs(&page)).map_err(|reason| ImageError::Stage0(reason.words()))?;
+        }
 
         let records = vec![
             Record::new(stage0::IMAGE, PageType::Normal, BUILT.image.to_vec(), "stage0"),
@@ -151,7 +183,7 @@ impl Layout<'_> {
             _ => Kind::Initrd,
         };
         let len = bytes.len() as u64;
-        Item { kind, source, target: record.gpa, len, mem_len: len, hash: item_hash(bytes) }
+        Item { kind, source, target: record.gpa, len, mem_len: record.len, hash: item_hash(bytes) }
     }
 }
 

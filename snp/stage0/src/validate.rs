@@ -15,11 +15,12 @@ use crate::reason::Reason;
 /// The RMP has pages of another size than asked for.
 const SIZE_MISMATCH: u32 = 6;
 
-/// Validates one 4 KiB page that is mapped to itself.
+/// Validates one 4 KiB page that is mapped to itself. Evicts its cache lines on every CPU: page tables and stack will lie here.
 pub fn page(address: u64) {
     if let Err(reason) = outcome(cpu::pvalidate(address, false)) {
         fail(reason);
     }
+    evict(address, PAGE);
 }
 
 fn outcome((code, unchanged): (u32, bool)) -> Result<(), Reason> {
