@@ -273,6 +273,7 @@ fn each_mismatch_fails_for_its_own_reason() {
     // The caller's rules.
     assert_eq!(fails(builder().set(field::REPORT_DATA, &[0x12; 64]), milan(), any), ["nonce"]);
     let hex = |byte: &str, len: usize| byte.repeat(len);
+    let signer = format!("id_key_digests = ['{}']", hex("bb", 48));
     for (rule, good, bad) in [
         (
             "measurement",
@@ -294,9 +295,17 @@ fn each_mismatch_fails_for_its_own_reason() {
             format!("host_data = ['{}']", hex("dd", 32)),
             format!("host_data = ['{}']", hex("de", 32)),
         ),
-        ("family-id", format!("family_id = '{}'", hex("01", 16)), format!("family_id = '{}'", hex("02", 16))),
-        ("image-id", format!("image_id = '{}'", hex("02", 16)), format!("image_id = '{}'", hex("01", 16))),
-        ("guest-svn", "minimum_svn = 5".into(), "minimum_svn = 6".into()),
+        (
+            "family-id",
+            format!("{signer}\nfamily_id = '{}'", hex("01", 16)),
+            format!("{signer}\nfamily_id = '{}'", hex("02", 16)),
+        ),
+        (
+            "image-id",
+            format!("{signer}\nimage_id = '{}'", hex("02", 16)),
+            format!("{signer}\nimage_id = '{}'", hex("01", 16)),
+        ),
+        ("guest-svn", format!("{signer}\nminimum_svn = 5"), format!("{signer}\nminimum_svn = 6")),
         ("vmpl", "vmpl = [1, 0]".into(), "vmpl = [1]".into()),
         ("smt", "allow_smt = true".into(), "allow_smt = false".into()),
         ("allowed-signer", "signers = ['vcek']".into(), "signers = ['vlek']".into()),
@@ -397,6 +406,36 @@ fn revocation_lists_are_checked_before_they_are_believed() {
     assert!(!pass && text.contains("not current"), "{text}");
     let (pass, text) = found(Authority::new().crl(&[], NOW - 5, NOW + 5));
     assert!(!pass && text.contains("not signed by 'ARK-Test'"), "{text}");
+    let (pass, text) = found(authority.list(&[], NOW - 5, None, None));
+    assert!(!pass && text.contains("when the next one is due"), "{text}");
+    // 2.5.29.27 makes a list one of changes, 2.5.29.28 one of some certificates only (RFC 5280, 5.2.4 and 5.2.5).
+    for partial in ["2.5.29.27", "2.5.29.28"] {
+        let error = Crl::read(&authority.list(&[], NOW - 5, Some(NOW + 5), Some(partial))).unwrap_err();
+        assert!(error.to_string().contains(partial), "{error}");
+    }
+}
+
+#[test]
+fn names_in_certificates_cannot_paint_a_verdict() {
+    let authority = Authority::new();
+    let painted = format!("SEV-VCEK\u{1b}[2J\u{202e}\rVERIFIED{}", '\u{9b}');
+    let key = (painted.as_str(), &authority.chip_key);
+    let cert = support::chain::certificate(key, ("SEV-Test\u{7}", &authority.intermediate_key), 0, &[]);
+    let evil = authority.endorsement("Milan-B0", &[("1.3.6.1.4.1.3704.1.5", b"\x16\x06CN=\x1b[J".to_vec())]);
+    let report = authority.report(builder());
+    let policy = Policy::parse("any_measurement = true\nproviders = ['CN=cloud']").unwrap();
+    let trust = Trust { other_root: Some(authority.root.clone()) };
+    for certificates in [vec![cert], vec![evil, authority.intermediate.clone()]] {
+        let evidence = Evidence { report: &report, certificates: &certificates, crl: None };
+        let verdict = verify(&evidence, &Demands { policy: &policy, nonce: None, trust: &trust, now: NOW });
+        assert!(!verdict.verified);
+        for check in verdict.checks {
+            let text = check.expected + &check.found;
+            let visible = text.chars().all(|c| c == '\u{fffd}' || c.is_ascii_graphic() || c == ' ');
+            assert!(visible, "{}: {text:?}", check.rule);
+        }
+        assert!(certificates[0].name().starts_with("SEV-VCEK"));
+    }
 }
 
 proptest! {

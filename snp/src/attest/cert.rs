@@ -312,6 +312,16 @@ impl Crl {
         };
         let parsed = CertificateList::from_der(der).map_err(|e| error(e.to_string()))?;
         let signed = signed_range(der).ok_or_else(|| error("no signed part".into()))?;
+        // RFC 5280, section 5.2: a critical extension changes what the list says, such as "only what is new" or "of others too".
+        let list = &parsed.tbs_cert_list;
+        let of_entries = list.revoked_certificates.iter().flatten().map(|entry| &entry.crl_entry_extensions);
+        let extensions = of_entries.chain([&list.crl_extensions]).flatten().flatten();
+        if let Some(unknown) = extensions.into_iter().find(|extension| extension.critical) {
+            return Err(error(format!(
+                "critical extension {}, expected a plain, complete list",
+                unknown.extn_id
+            )));
+        }
         Ok(Crl { der: der.clone(), signed, parsed })
     }
 
@@ -336,6 +346,8 @@ impl Crl {
         };
         let verdict = if self.parsed.tbs_cert_list.issuer != issuer.parsed.tbs_certificate.subject {
             Err(format!("it is issued by '{}'", self.issuer_name()))
+        } else if self.parsed.tbs_cert_list.signature != self.parsed.signature_algorithm {
+            Err("it names two signature algorithms".to_owned())
         } else {
             issuer.check_signature(&signed)
         };
@@ -356,7 +368,13 @@ impl fmt::Debug for Crl {
 fn common_name(name: &x509_cert::name::Name) -> String {
     let attributes = name.0.iter().flat_map(|part| part.0.iter());
     let value = attributes.filter(|a| a.oid == COMMON_NAME).map(|a| a.value.value()).next();
-    value.map_or_else(|| name.to_string(), |bytes| String::from_utf8_lossy(bytes).into_owned())
+    printable(&value.map_or_else(|| name.to_string(), |bytes| String::from_utf8_lossy(bytes).into_owned()))
+}
+
+/// The text with everything replaced that could move a terminal's cursor: certificates come from strangers, and a name must not
+/// be able to paint another verdict over ours.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '\u{fffd}' }).collect()
 }
 
 /// The DER structures of a file that holds one in DER, or PEM blocks with `label`.

@@ -153,7 +153,9 @@ impl<'a> Chain<'a> {
         }
         result?;
         let (made, due) = list.period();
-        if now < made || due.is_some_and(|due| now > due) {
+        // RFC 5280, section 5.1.2.5: the date of the next list must be there. Without it a list would count for ever.
+        let due = due.ok_or("the list does not say when the next one is due")?;
+        if now < made || now > due {
             return Err("the list is not current: fetch a new one".into());
         }
         let certs = [Some(self.endorsement), self.intermediate, self.root].into_iter().flatten();

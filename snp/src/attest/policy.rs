@@ -55,6 +55,15 @@ pub enum PolicyError {
          say any_measurement = true"
     )]
     AnySoftware,
+    /// Rules about an ID block that anyone may have signed.
+    #[error(
+        "the policy has {rule}, which reports take from the ID block, but does not say who may sign one: the host could make \
+         its own with any value. Add id_key_digests or author_key_digests, or remove {rule}"
+    )]
+    AnySigner {
+        /// The first such rule.
+        rule: &'static str,
+    },
 }
 
 /// `N` bytes, written as hex.
@@ -188,6 +197,17 @@ impl Policy {
         if !says_something && !policy.any_measurement {
             return Err(PolicyError::AnySoftware);
         }
+        let by_id_block = [
+            ("minimum_svn", policy.minimum_svn.is_some()),
+            ("family_id", policy.family_id.is_some()),
+            ("image_id", policy.image_id.is_some()),
+        ];
+        if policy.id_key_digests.is_none()
+            && policy.author_key_digests.is_none()
+            && let Some((rule, _)) = by_id_block.into_iter().find(|(_, is_there)| *is_there)
+        {
+            return Err(PolicyError::AnySigner { rule });
+        }
         Ok(policy)
     }
 
@@ -220,6 +240,26 @@ mod tests {
         assert!(matches!(Policy::parse("minimum_svn = 1"), Err(PolicyError::AnySoftware)));
         assert!(Policy::parse("any_measurement = true").is_ok());
         assert!(Policy::parse("id_key_digests = []").is_ok());
+    }
+
+    #[test]
+    fn rules_about_the_id_block_need_a_signer() {
+        let digest = "ab".repeat(48);
+        for rule in [
+            "minimum_svn = 1",
+            &format!("family_id = '{}'", "00".repeat(16)),
+            "image_id = '61616161616161616161616161616161'",
+        ] {
+            let pinned = format!("measurements = ['{digest}']\n{rule}");
+            let error = Policy::parse(&pinned).unwrap_err();
+            assert!(matches!(error, PolicyError::AnySigner { .. }), "{error}");
+            for signer in ["id_key_digests", "author_key_digests"] {
+                assert!(
+                    Policy::parse(&format!("{pinned}\n{signer} = ['{digest}']")).is_ok(),
+                    "{rule} {signer}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use p384::ecdsa::signature::Verifier as _;
 
 use super::cert::Cert;
 use super::cert::Crl;
+use super::cert::printable;
 use super::chain::Chain;
 use super::chain::Trust;
 use super::chain::kind_of;
@@ -265,7 +266,7 @@ fn check_platform(report: &Report, policy: &Policy, chain: &Chain, checks: &mut 
     }
     if let Some(providers) = &policy.providers {
         let provider = chain.endorsement.provider().unwrap_or_else(|| "none (no VLEK)".into());
-        checks.member("provider", providers, &provider, String::clone);
+        checks.member("provider", providers, &provider, |name| printable(name));
     }
     if !policy.minimum_tcb.is_empty() {
         check_minimum_tcb(report, policy, product, checks);

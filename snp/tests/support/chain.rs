@@ -135,6 +135,11 @@ impl Authority {
 
     /// A revocation list in DER, by the root.
     pub fn crl(&self, revoked: &[u8], made: u64, due: u64) -> Vec<u8> {
+        self.list(revoked, made, Some(due), None)
+    }
+
+    /// A revocation list in DER, by the root; `critical` is the object identifier of an extension.
+    pub fn list(&self, revoked: &[u8], made: u64, due: Option<u64>, critical: Option<&str>) -> Vec<u8> {
         let revoke = |serial: &u8| RevokedCert {
             serial_number: SerialNumber::new(&[*serial]).unwrap(),
             revocation_date: time(NOW - 10),
@@ -145,9 +150,12 @@ impl Authority {
             signature: algorithm(),
             issuer: Name::from_str("CN=ARK-Test").unwrap(),
             this_update: time(made),
-            next_update: Some(time(due)),
+            next_update: due.map(time),
             revoked_certificates: Some(revoked.iter().map(revoke).collect()),
-            crl_extensions: None,
+            crl_extensions: critical.map(|id| {
+                let extn_value = OctetString::new([5, 0]).unwrap();
+                vec![Extension { extn_id: oid(id), critical: true, extn_value }]
+            }),
         };
         let signature = sign(&self.root_key, &tbs.to_der().unwrap());
         let list = CertificateList { tbs_cert_list: tbs, signature_algorithm: algorithm(), signature };
