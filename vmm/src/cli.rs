@@ -7,6 +7,7 @@ mod measure;
 mod reboot;
 mod run;
 mod verify;
+mod vtpm;
 
 use std::io;
 use std::io::Write;
@@ -30,8 +31,9 @@ Examples:
     cvmm --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0' --snp --platform emulated
   The launch digest of that guest, without a VM:
     cvmm measure --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0'
-  A key, and an encrypted file for what a vTPM keeps:
-    (umask 077; head -c 32 /dev/urandom >vm.key); cvmm vmgs create vm.vmgs --key-file vm.key";
+  A TPM that keeps its state in an encrypted file, which is made once:
+    (umask 077; head -c 32 /dev/urandom >vm.key); cvmm vmgs create vm.vmgs --key-file vm.key
+    cvmm --kernel bzImage --initrd initrd.img --vtpm vm.vmgs --vtpm-key-file vm.key";
 
 /// A virtual machine monitor for confidential guests: boots Linux directly as an AMD SEV-SNP guest on KVM.
 #[derive(Parser)]

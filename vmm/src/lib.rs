@@ -20,3 +20,4 @@ pub mod platform;
 pub mod registers;
 pub mod terminal;
 pub mod vcpu;
+pub mod vtpm;

@@ -84,7 +84,7 @@ pub(crate) fn boot(
     let mut machine = Machine::new(vm.as_ref(), console)?;
     for companion in companions {
         companion
-            .before_life(life, &mut machine)
+            .before_life(life, vm.as_ref(), &mut machine)
             .map_err(|problem| MonitorError::Companion { name: companion.name(), problem })?;
     }
     let conversions = match &guest.snp {

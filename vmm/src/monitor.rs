@@ -35,6 +35,7 @@ use crate::machine::MachineError;
 use crate::outcome::Outcome;
 use crate::platform::CallError;
 use crate::platform::Platform;
+use crate::platform::Vm;
 use crate::terminal;
 use crate::terminal::RawMode;
 use crate::terminal::Typed;
@@ -105,8 +106,13 @@ pub trait Companion {
     /// What error messages call it.
     fn name(&self) -> &'static str;
     /// Called for each VM before its launch, the first (`life` 1) included: resets itself, and puts its devices on the new
-    /// machine's buses.
-    fn before_life(&mut self, life: u32, machine: &mut Machine) -> Result<(), Box<dyn Error + Send + Sync>>;
+    /// machine's buses, its memory into the VM.
+    fn before_life(
+        &mut self,
+        life: u32,
+        vm: &dyn Vm,
+        machine: &mut Machine,
+    ) -> Result<(), Box<dyn Error + Send + Sync>>;
 }
 
 /// Why a run failed.

@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 
 /// Takes over a descriptor that the parent process left open.
 pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: F_GETFD only asks whether the descriptor is open.
-    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+    // SAFETY: F_SETFD fails if the descriptor is not open; if it is, the programs that this process starts do not get it.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: it is open, it was named for this purpose on the command line, and it is taken once.

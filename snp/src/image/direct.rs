@@ -323,6 +323,11 @@ impl DirectBoot<'_> {
         }
     }
 
+    /// The command line that the kernel will get: `cmdline`, and what lazy acceptance adds to it.
+    pub fn kernel_cmdline(&self) -> Result<String, ImageError> {
+        Ok(self.cmdline_text(self.lazy()?))
+    }
+
     /// The command line as the kernel gets it.
     fn cmdline_text(&self, lazy: bool) -> String {
         match (lazy, self.cmdline) {

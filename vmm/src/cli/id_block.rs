@@ -315,7 +315,7 @@ pub struct IdentityCheck<'a> {
     /// File of `cvmm measure --json` that the block was made for.
     pub reference: Option<&'a Path>,
     /// Options of this launch, under the names that `cvmm measure` gives them.
-    pub inputs: [(&'static str, String); 2],
+    pub inputs: [(&'static str, String); 3],
 }
 
 impl IdentityCheck<'_> {

@@ -33,6 +33,7 @@ use snp::vmm_type::VmmType;
 
 use super::Failure;
 use super::run::ImageArgs;
+use super::vtpm::MeasureArgs;
 
 /// Most vCPUs that are measured: as many as KVM can give to a guest.
 const VCPUS_MAX: u32 = 4096;
@@ -88,6 +89,8 @@ fn parse_features(text: &str) -> Result<u64, String> {
 pub struct Args {
     #[command(flatten)]
     image: ImageArgs,
+    #[command(flatten)]
+    vtpm: MeasureArgs,
     /// OVMF firmware with SEV metadata, in place of direct boot; a --kernel is then measured by its hash
     #[arg(long, value_name = "FILE", conflicts_with = "igvm")]
     firmware: Option<PathBuf>,
@@ -256,7 +259,9 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
     for vcpus in counts(args) {
         let snp = Snp { c_bit: args.c_bit, cpuid: None, validation: args.image.validation() };
         let image_args = ImageArgs { cpus: vcpus, ..args.image.clone() };
-        let image = image_args.boot(&files, Guest::Snp(snp)).image().map_err(Failure::usage)?;
+        let mut boot = image_args.boot(&files, Guest::Snp(snp));
+        args.vtpm.announce(&mut boot)?;
+        let image = boot.image().map_err(Failure::usage)?;
         let trace = trace(&image.plan).map_err(Failure::usage)?;
         digests.push(count_digest(vcpus, trace.launch_digest()));
         last = Some((image.plan, image.shim, trace));
@@ -267,6 +272,7 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
         ("launch pages", plan.launch_pages().to_string()),
         ("memory", format!("{:#x}", args.image.memory)),
         ("cmdline", args.image.cmdline.clone()),
+        ("vtpm", args.vtpm.wanted().to_string()),
         ("initrd sha256", files.initrd.as_deref().map_or("none".into(), |initrd| args.fingerprint(initrd))),
     ];
     let bound = shim.as_ref().map_or_else(String::new, Shim::explain);

@@ -19,6 +19,7 @@ use snp::policy::GuestPolicy;
 use super::Failure;
 use super::id_block::IdentityCheck;
 use super::reboot::RebootArgs;
+use super::vtpm::VtpmArgs;
 use crate::config;
 use crate::config::BootFiles;
 use crate::config::ConfigError;
@@ -26,6 +27,7 @@ use crate::cpuid;
 use crate::launch::LaunchOptions;
 use crate::launch::Staged;
 use crate::monitor;
+use crate::monitor::Companion;
 use crate::monitor::Console;
 use crate::monitor::Guest;
 use crate::monitor::Host;
@@ -149,6 +151,8 @@ pub struct Args {
     emulated_keys: Option<PathBuf>,
     #[command(flatten)]
     reboot: RebootArgs,
+    #[command(flatten)]
+    vtpm: VtpmArgs,
 }
 
 /// Answer of the emulated platform to `PVALIDATE` of 2 MiB.
@@ -209,21 +213,25 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         ));
     }
     let files = args.image.read().map_err(Failure::usage)?;
-    let (platform, guest) = if args.snp { snp_guest(args, files)? } else { plain_guest(args, files)? };
-    let host = Host { interactive: true, restart: args.reboot.restart(), ..Host::new(Box::new(Console)) };
+    let (platform, guest, companions) =
+        if args.snp { snp_guest(args, files)? } else { plain_guest(args, files)? };
+    let restart = args.reboot.restart();
+    let host = Host { interactive: true, restart, companions, console: Box::new(Console) };
     let outcome = monitor::run(platform.as_ref(), guest, host).map_err(Failure::monitor)?;
     eprintln!("cvmm: {outcome}");
     Ok(outcome.exit_code())
 }
 
-type Prepared = (Box<dyn Platform>, Guest);
+type Prepared = (Box<dyn Platform>, Guest, Vec<Box<dyn Companion>>);
 
 fn plain_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     let platform = KvmPlatform::open().map_err(Failure::monitor)?;
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
-    let image = args.image.boot(&files, ImageGuest::Plain).image().map_err(Failure::usage)?;
+    let mut boot = args.image.boot(&files, ImageGuest::Plain);
+    let companions = args.vtpm.start(&mut boot)?;
+    let image = boot.image().map_err(Failure::usage)?;
     let table = CpuidTable::plain(&offered, args.image.cpus);
-    Ok((Box::new(platform), guest(image, &table, None)))
+    Ok((Box::new(platform), guest(image, &table, None), companions))
 }
 
 /// The guest that an image describes.
@@ -262,7 +270,9 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     let sev = platform.snp_cpuid();
     let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;
     let snp = Snp { c_bit: sev.c_bit, cpuid: Some(&table), validation: args.image.validation() };
-    let image = args.image.boot(&files, ImageGuest::Snp(snp)).image().map_err(Failure::usage)?;
+    let mut boot = args.image.boot(&files, ImageGuest::Snp(snp));
+    let companions = args.vtpm.start(&mut boot)?;
+    let image = boot.image().map_err(Failure::usage)?;
     if args.platform == PlatformKind::Emulated {
         let kernel = sites::annotate(&files.kernel).map_err(Failure::usage)?;
         platform.annotate(kernel, image.shim.as_ref().map(|shim| shim.sites.clone()));
@@ -271,8 +281,11 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
     eprintln!("cvmm: launch digest {digest} ({} pages)", image.plan.launch_pages());
     let identity = match (&args.id_block, &args.id_auth) {
         (Some(block), Some(auth)) => {
-            let inputs =
-                [("cmdline", args.image.cmdline.clone()), ("memory", format!("{:#x}", args.image.memory))];
+            let inputs = [
+                ("cmdline", args.image.cmdline.clone()),
+                ("memory", format!("{:#x}", args.image.memory)),
+                ("vtpm", args.vtpm.wanted().to_string()),
+            ];
             let request = IdentityCheck { block, auth, reference: args.reference.as_deref(), inputs };
             Some(request.check(&image.plan, digest, args.policy)?)
         }
@@ -284,5 +297,5 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
         identity,
         accept_cpuid: args.accept_cpuid,
     };
-    Ok((platform, guest(image, &table, Some(options))))
+    Ok((platform, guest(image, &table, Some(options)), companions))
 }

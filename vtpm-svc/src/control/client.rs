@@ -3,6 +3,7 @@
 //!
 //! The data socket is one half of a pair whose other half is handed to the server. Replies are matched to commands by
 //! reading exactly one response per command; there is no time-out on a command, because making a key may take seconds.
+//! Control requests have a long one: a service that does not answer them is as good as gone, and its socket is closed.
 
 use std::io;
 use std::io::Write;
@@ -12,12 +13,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use super::data;
 use super::data::Received;
 use super::socket::Stream;
 use super::wire::INIT_DELETE_VOLATILE;
 use super::wire::number;
+
+/// Longest wait for the answer to a control request. Powering on may take long: it makes the TPM, and its certified keys.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Why the TPM could not be driven.
 #[derive(Debug, thiserror::Error)]
@@ -72,8 +77,13 @@ impl Control {
         let mut message = command.to_be_bytes().to_vec();
         message.extend_from_slice(body);
         let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        stream.write_all(&message).map_err(io_error(what))?;
-        Self::reply(&mut stream, what, reply)
+        let answer = stream.write_all(&message).map_err(io_error(what));
+        let answer = answer.and_then(|()| Self::reply(&mut stream, what, reply));
+        if let Err(ClientError::Io { .. }) = answer {
+            // An answer that comes late would be taken for the next one's.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        answer
     }
 
     fn reply(stream: &mut UnixStream, what: &'static str, reply: usize) -> Result<Vec<u8>, ClientError> {
@@ -144,6 +154,12 @@ impl Client {
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path)
             .map_err(|source| ClientError::Io { what: "control socket (is vtpm-svc running?)", source })?;
+        Self::over(stream, &path.display().to_string())
+    }
+
+    /// The same over a control connection that exists already; `name` is for messages.
+    pub fn over(stream: UnixStream, name: &str) -> Result<Self, ClientError> {
+        stream.set_read_timeout(Some(PATIENCE)).map_err(io_error("control socket"))?;
         let (ours, theirs) = UnixStream::pair().map_err(io_error("data socket"))?;
         let handover = Stream::Unix(stream.try_clone().map_err(io_error("control socket"))?);
         handover
@@ -159,7 +175,7 @@ impl Client {
         const NEEDED: u32 = 1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 7 | 1 << 10 | 1 << 12 | 1 << 13;
         let missing = NEEDED & !u32::from_be_bytes([caps[0], caps[1], caps[2], caps[3]]);
         if missing != 0 {
-            return Err(ClientError::Capabilities { path: path.display().to_string(), missing });
+            return Err(ClientError::Capabilities { path: name.to_owned(), missing });
         }
         Ok(Self { control, data: Stream::Unix(ours), locality: 0 })
     }

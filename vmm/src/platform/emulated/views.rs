@@ -59,6 +59,13 @@ struct Slot {
     len: u64,
 }
 
+impl Slot {
+    /// The shared side of what the monitor asked for.
+    fn of(slot: &MemorySlot) -> Self {
+        Slot { gpa: slot.gpa, host: slot.shared.host_address(), len: slot.shared.len() }
+    }
+}
+
 #[derive(Default)]
 struct Slots {
     /// By slot number; `None` is free.
@@ -72,17 +79,33 @@ pub struct Views {
     options: EmulatedOptions,
     c_mask: u64,
     regions: RwLock<Vec<Region>>,
+    /// Memory without a private side, such as a device's buffer: not RAM, and an access with the C-bit is a fault.
+    shared_only: RwLock<Vec<MemorySlot>>,
     slots: Mutex<Slots>,
 }
 
 impl Views {
     /// No memory yet.
     pub fn new(options: EmulatedOptions, c_bit: u8) -> Self {
-        Views { options, c_mask: 1 << c_bit, regions: RwLock::default(), slots: Mutex::default() }
+        Views {
+            options,
+            c_mask: 1 << c_bit,
+            regions: RwLock::default(),
+            shared_only: RwLock::default(),
+            slots: Mutex::default(),
+        }
     }
 
     fn single(&self) -> bool {
         self.options.backing == Backing::Single
+    }
+
+    /// Adds memory that the guest can only see as shared: KVM's slot without a guest_memfd.
+    pub fn add_shared_only(&self, vm: &KvmVm, slot: MemorySlot) -> Result<(), CallError> {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let shown = Slot::of(&slot);
+        self.shared_only.write().unwrap_or_else(PoisonError::into_inner).push(slot);
+        slots.insert(vm, shown)
     }
 
     /// Adds a region of RAM in both views.
@@ -155,7 +178,8 @@ impl Views {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
         let states = slots.aliased.then_some(states);
-        let wanted: Vec<Slot> = regions.iter().flat_map(|r| self.shared_view(r, states)).collect();
+        let mut wanted: Vec<Slot> = regions.iter().flat_map(|r| self.shared_view(r, states)).collect();
+        wanted.extend(self.shared_only.read().unwrap_or_else(PoisonError::into_inner).iter().map(Slot::of));
         slots.retain(vm, |slot| slot.gpa & self.c_mask != 0 || wanted.contains(slot))?;
         for slot in wanted {
             if !slots.used.contains(&Some(slot)) {

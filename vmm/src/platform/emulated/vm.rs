@@ -232,6 +232,9 @@ impl Vm for EmulatedVm {
     }
 
     fn set_memory(&self, slot: MemorySlot) -> Result<(), CallError> {
+        if slot.private.is_none() {
+            return self.0.views.add_shared_only(&self.0.kvm, slot);
+        }
         let range = slot.gpa..slot.gpa.saturating_add(slot.shared.len());
         self.0.views.add(&self.0.kvm, slot)?;
         match self.0.model.pages.add_ram(range) {

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The options that give a guest its TPM.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use snp::image::direct::DirectBoot;
+
+use super::Failure;
+use crate::vtpm::Vtpm;
+use crate::vtpm::measured;
+use crate::vtpm::service;
+
+/// The TPM of a run.
+#[derive(clap::Args, Clone, Debug, Default)]
+#[command(next_help_heading = "vTPM")]
+pub struct VtpmArgs {
+    /// Give the guest a TPM 2.0 that cvmm starts and ends with it. Its state is in FILE (made by `cvmm vmgs create`); without
+    /// FILE the TPM is new at each run and forgotten at its end. Part of an SNP guest's launch digest. The TPM runs on the host:
+    /// its operator can read and change everything in it
+    #[arg(long, value_name = "FILE", num_args = 0..=1, conflicts_with = "vtpm_socket")]
+    vtpm: Option<Option<PathBuf>>,
+    /// Give the guest the TPM of a service that listens on this control socket (vtpm-svc, swtpm) and stays when the guest ends
+    #[arg(long, value_name = "SOCKET")]
+    vtpm_socket: Option<PathBuf>,
+    /// File with the key of --vtpm FILE: 32 bytes, or 64 hexadecimal digits
+    #[arg(long, value_name = "FILE", requires = "vtpm", group = "vtpm_key")]
+    vtpm_key_file: Option<PathBuf>,
+    /// File whose first line is the passphrase of --vtpm FILE
+    #[arg(long, value_name = "FILE", requires = "vtpm", group = "vtpm_key")]
+    vtpm_passphrase_file: Option<PathBuf>,
+    /// systemd credential with the key of --vtpm FILE
+    #[arg(long, value_name = "NAME", requires = "vtpm", group = "vtpm_key")]
+    vtpm_key_credential: Option<String>,
+    /// Program that prints the key of --vtpm FILE
+    #[arg(long, value_name = "PROGRAM", requires = "vtpm", group = "vtpm_key")]
+    vtpm_key_hook: Option<PathBuf>,
+    /// Folder that remembers which copy of --vtpm FILE is the newest [default: as for `cvmm vmgs`]
+    #[arg(long, value_name = "DIR", requires = "vtpm_key")]
+    vtpm_anchor: Option<PathBuf>,
+    /// Folder of the host's certificate authority, made if missing: a new TPM gets EK and AK certificates from it
+    #[arg(long, value_name = "DIR", requires = "vtpm")]
+    vtpm_ek_ca: Option<PathBuf>,
+    /// The service's program [default: vtpm-svc beside cvmm, or in PATH]
+    #[arg(long, value_name = "FILE", requires = "vtpm")]
+    vtpm_svc: Option<PathBuf>,
+}
+
+/// Whether a measured guest has a TPM.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct MeasureArgs {
+    /// The guest has a TPM: what announces it, its event log first of all, is part of the digest. Taken as for a run; FILE is not
+    /// read
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    vtpm: Option<Option<PathBuf>>,
+}
+
+impl MeasureArgs {
+    /// Announces the TPM, if there is one.
+    pub fn announce(&self, boot: &mut DirectBoot<'_>) -> Result<(), Failure> {
+        if self.wanted() {
+            measured::announce(boot).map_err(Failure::usage)?;
+        }
+        Ok(())
+    }
+
+    /// Whether there is one.
+    pub fn wanted(&self) -> bool {
+        self.vtpm.is_some()
+    }
+}
+
+impl VtpmArgs {
+    /// Whether the guest has a TPM.
+    pub fn wanted(&self) -> bool {
+        self.vtpm.is_some() || self.vtpm_socket.is_some()
+    }
+
+    /// Announces the TPM to `boot` and connects to its service, which is started if it is to be.
+    pub fn start(&self, boot: &mut DirectBoot<'_>) -> Result<Option<Arc<Vtpm>>, Failure> {
+        let vtpm = match (&self.vtpm, &self.vtpm_socket) {
+            (Some(state), _) => {
+                let options = self.service(state.as_deref())?;
+                Vtpm::start(&options, measured::announce(boot).map_err(Failure::usage)?)
+            }
+            (None, Some(socket)) => Vtpm::connect(socket, measured::announce(boot).map_err(Failure::usage)?),
+            (None, None) => return Ok(None),
+        };
+        vtpm.map(|vtpm| Some(Arc::new(vtpm))).map_err(Failure::monitor)
+    }
+
+    fn service(&self, state: Option<&Path>) -> Result<service::Options, Failure> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let key: [(&str, Option<OsString>); 4] = [
+            ("--key-file", self.vtpm_key_file.clone().map(Into::into)),
+            ("--passphrase-file", self.vtpm_passphrase_file.clone().map(Into::into)),
+            ("--key-credential", self.vtpm_key_credential.clone().map(Into::into)),
+            ("--key-hook", self.vtpm_key_hook.clone().map(Into::into)),
+        ];
+        let keys = key.iter().filter(|(_, value)| value.is_some()).count();
+        match state {
+            None if keys > 0 => {
+                return Err(Failure::Usage(
+                    "--vtpm: a key is given, but no file; say which: --vtpm FILE".into(),
+                ));
+            }
+            None => {}
+            Some(file) => check(file, keys)?,
+        }
+        let rest = [("--anchor", &self.vtpm_anchor), ("--ek-ca", &self.vtpm_ek_ca)];
+        let rest = rest.map(|(option, value)| (option, value.clone().map(OsString::from)));
+        for (option, value) in key.into_iter().chain(rest) {
+            if let Some(value) = value {
+                arguments.extend([option.into(), value]);
+            }
+        }
+        Ok(service::Options { program: self.vtpm_svc.clone(), state: state.map(Path::to_owned), arguments })
+    }
+}
+
+/// A state file that is not there is never made on the way: a mistyped name, or a file that somebody removed, would give the
+/// guest another TPM, and whatever it had sealed would be lost to it.
+fn check(file: &Path, keys: usize) -> Result<(), Failure> {
+    let path = file.display();
+    if !file.exists() {
+        return Err(Failure::Usage(format!(
+            "--vtpm {path}: no such file. For a new TPM make a key and the file, once:\n  \
+             (umask 077; head -c 32 /dev/urandom >{path}.key)\n  \
+             cvmm vmgs create {path} --key-file {path}.key"
+        )));
+    }
+    if keys == 0 {
+        return Err(Failure::Usage(format!(
+            "--vtpm {path}: the file is encrypted; give its key with --vtpm-key-file, --vtpm-passphrase-file, \
+             --vtpm-key-credential or --vtpm-key-hook"
+        )));
+    }
+    Ok(())
+}

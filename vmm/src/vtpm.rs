@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The guest's TPM: a service outside of this process runs it, this module connects it to the guest.
+//!
+//! With direct boot nobody in the guest measures what starts it, so the monitor plays the firmware's part: [`measured`] makes
+//! the event log before the launch (it enters the digest), and [`Vtpm::attach`] brings the PCRs to the same values before the
+//! first vCPU runs. Commands go through the CRB device; its buffer is one page of memory that guest and monitor share, also
+//! in SNP guests.
+//!
+//! The service may end or stop answering at any time. Then the guest's TPM reports a fatal error, the monitor says so once,
+//! and the guest goes on. The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
+
+pub mod measured;
+pub mod service;
+
+use std::io;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::thread;
+
+use devices::bus::Bus;
+use devices::bus::Overlap;
+use devices::tpm_crb;
+use devices::tpm_crb::Backend;
+use devices::tpm_crb::BackendError;
+use devices::tpm_crb::Buffer;
+use devices::tpm_crb::Crb;
+use vtpm_svc::control::client::Client;
+use vtpm_svc::control::client::ClientError;
+use vtpm_svc::control::client::Control;
+use vtpm_svc::measured::Event;
+use vtpm_svc::tpm2::CommandError;
+
+use crate::memory::Mapping;
+use crate::platform::CallError;
+use crate::platform::MemorySlot;
+use crate::platform::Vm;
+use service::Service;
+
+/// Why the guest has no TPM.
+#[derive(Debug, thiserror::Error)]
+pub enum VtpmError {
+    /// The service's program.
+    #[error("cannot start the vTPM service {program}: {source}{hint}")]
+    Start {
+        /// What was started.
+        program: String,
+        /// The operating system's answer.
+        source: io::Error,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// It ended before it served anything.
+    #[error(
+        "the vTPM service {program} ended ({status}) instead of serving; the reason is in its message above"
+    )]
+    Ended {
+        /// What was started.
+        program: String,
+        /// How it ended.
+        status: ExitStatus,
+    },
+    /// A socket that somebody else serves.
+    #[error("--vtpm-socket {path}: {source}")]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// What happened.
+        source: ClientError,
+    },
+    /// The service.
+    #[error("the vTPM: {0}")]
+    Client(#[from] ClientError),
+    /// The TPM.
+    #[error("measuring the boot into the vTPM: {0}")]
+    Command(#[from] CommandError),
+    /// A TPM that forgets cannot be made.
+    #[error("--vtpm without a file: {what}: {reason}")]
+    Fresh {
+        /// What was being done.
+        what: &'static str,
+        /// What happened.
+        reason: String,
+    },
+    /// The buffer page or a thread.
+    #[error("the vTPM's device: {what}: {source}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The buffer page in the guest.
+    #[error("the vTPM's device: {0}")]
+    Kvm(#[from] CallError),
+    /// A mistake in the table of addresses.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
+}
+
+/// A TPM that is ready to be attached to a VM, and again to the VM that follows a reset.
+pub struct Vtpm {
+    link: Arc<Link>,
+    control: Control,
+    events: Vec<Event>,
+    service: Mutex<Option<Service>>,
+}
+
+/// The way to the service, shared by the threads that use it.
+struct Link {
+    client: Mutex<Client>,
+    /// Set when the user has been told that the service is gone.
+    told: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Vtpm {
+    /// The TPM of a service that cvmm starts, and ends with the guest.
+    pub fn start(options: &service::Options, events: Vec<Event>) -> Result<Self, VtpmError> {
+        let (client, service) = service::start(options)?;
+        Ok(Self::new(client, events, Some(service)))
+    }
+
+    /// The TPM of a service that listens on the control socket `path`; it is left running.
+    pub fn connect(path: &Path, events: Vec<Event>) -> Result<Self, VtpmError> {
+        let client =
+            Client::connect(path).map_err(|source| VtpmError::Socket { path: path.to_owned(), source })?;
+        Ok(Self::new(client, events, None))
+    }
+
+    fn new(client: Client, events: Vec<Event>, service: Option<Service>) -> Self {
+        let control = client.control();
+        let link = Arc::new(Link { client: Mutex::new(client), told: AtomicBool::new(false) });
+        Vtpm { link, control, events, service: Mutex::new(service) }
+    }
+
+    /// Powers the TPM on as at a reset of the machine, measures the boot into it, and gives it to `vm`: registers on `mmio`,
+    /// the buffer page as memory slot `slot`. To be called once for each VM, before its vCPUs run.
+    pub fn attach(&self, vm: &dyn Vm, slot: u32, mmio: &mut Bus) -> Result<(), VtpmError> {
+        self.power_on()?;
+        let host = |what| move |source| VtpmError::Host { what, source };
+        let page = Mapping::anonymous(tpm_crb::BUFFER_LEN as u64).map_err(host("the buffer page"))?;
+        let page = Arc::new(page);
+        vm.set_memory(MemorySlot { slot, gpa: tpm_crb::BUFFER, shared: Arc::clone(&page), private: None })?;
+        let backend = Box::new(Way(Arc::clone(&self.link)));
+        let cancel = self.canceller().map_err(host("a thread"))?;
+        let crb = Crb::new(Arc::new(Page(page)), tpm_crb::BUFFER, backend, cancel);
+        let crb = crb.map_err(host("a thread"))?;
+        mmio.insert(tpm_crb::BASE, tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
+        Ok(())
+    }
+
+    /// Off, on, and the PCRs as the event log says.
+    fn power_on(&self) -> Result<(), VtpmError> {
+        // A command of the guest before the reset may still be running.
+        self.control.cancel().or_else(|e| match e {
+            // Before the first power-on there is nothing to cancel.
+            ClientError::Refused { .. } => Ok(()),
+            other => Err(other),
+        })?;
+        let mut client = lock(&self.link.client);
+        client.reset(tpm_crb::BUFFER_LEN as u32)?;
+        let mut transmit = |command: &[u8]| client.execute(0, command).map_err(|e| e.to_string());
+        Ok(vtpm_svc::measured::extend(&mut transmit, &self.events)?)
+    }
+
+    /// What the device calls to cancel. It must not wait for the service, so a thread does.
+    fn canceller(&self) -> io::Result<Box<dyn Fn() + Send>> {
+        let (wanted, orders) = mpsc::sync_channel(1);
+        let control = self.control.clone();
+        thread::Builder::new().name("tpm-cancel".into()).stack_size(256 << 10).spawn(move || {
+            // A service that is gone is reported by whoever waits for the command.
+            orders.iter().for_each(|()| drop(control.cancel()));
+        })?;
+        Ok(Box::new(move || {
+            // Full: a cancel is on its way already.
+            let _ = wanted.try_send(());
+        }))
+    }
+
+    /// The guest is over: a service that was started for it ends, its state on disk.
+    pub fn end(&self) {
+        self.link.told.store(true, Ordering::Release);
+        if let Some(service) = lock(&self.service).take() {
+            service.end(self.control.clone());
+        }
+    }
+}
+
+/// The way to the service, for the device's thread.
+struct Way(Arc<Link>);
+
+impl Backend for Way {
+    fn execute(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>, BackendError> {
+        lock(&self.0.client).execute(locality, command).map_err(|e| {
+            if !self.0.told.swap(true, Ordering::AcqRel) {
+                eprintln!("cvmm: warning: the vTPM service is gone ({e}); the guest's TPM fails from now on");
+            }
+            BackendError(e.to_string())
+        })
+    }
+}
+
+/// The shared page, for the device.
+struct Page(Arc<Mapping>);
+
+impl Buffer for Page {
+    fn read(&self, offset: usize, out: &mut [u8]) {
+        // The device keeps within the page.
+        let _ = self.0.read(offset as u64, out);
+    }
+
+    fn write(&self, offset: usize, data: &[u8]) {
+        let _ = self.0.write(offset as u64, data);
+    }
+}
