@@ -5,10 +5,14 @@ pub mod bad_input;
 pub mod boot;
 pub mod doctor;
 pub mod endings;
+pub mod vtpm;
 
 use crate::suite::Case;
 
 /// Every case, cheap ones first.
 pub fn all() -> Vec<Case> {
-    [bad_input::cases(), doctor::cases(), boot::cases(), endings::cases()].into_iter().flatten().collect()
+    [bad_input::cases(), doctor::cases(), boot::cases(), endings::cases(), vtpm::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }

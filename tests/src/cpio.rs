@@ -13,6 +13,7 @@ pub struct Archive {
 
 const DIRECTORY: u32 = 0o040_755;
 const FILE: u32 = 0o100_755;
+const SYMLINK: u32 = 0o120_777;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
 impl Archive {
@@ -24,6 +25,11 @@ impl Archive {
     /// Adds an executable file.
     pub fn file(&mut self, path: &str, contents: &[u8]) {
         self.entry(path, FILE, (0, 0), contents);
+    }
+
+    /// Adds a symbolic link.
+    pub fn symlink(&mut self, path: &str, target: &str) {
+        self.entry(path, SYMLINK, (0, 0), target.as_bytes());
     }
 
     /// Adds a character device node.

@@ -18,4 +18,5 @@ pub mod nested;
 pub mod probe;
 pub mod suite;
 pub mod tiny;
+pub mod tpm;
 pub mod workspace;

@@ -10,6 +10,7 @@ use anyhow::Result;
 use cvmm_tests::initrd;
 use cvmm_tests::kernels::Kernel;
 use cvmm_tests::kernels::Role;
+use cvmm_tests::tpm;
 use cvmm_tests::workspace::Workspace;
 
 use crate::steps::show;
@@ -42,7 +43,7 @@ pub fn build_initrds(workspace: &Workspace) -> Result<()> {
         let bytes = initrd::build(&kernel, &init, initrd::SEV_GUEST_MODULES)?;
         write(&workspace.guest_initrd(role), &bytes)?;
     }
-    Ok(())
+    write(&tpm::initrd_path(workspace), &tpm::initrd()?)
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -42,7 +42,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let workspace = Workspace::find();
     let mut steps = Steps::new();
     setup::prepare(&mut steps, false)?;
-    steps.step("build cvmm (release)", || build::release(&workspace, &["vmm"]))?;
+    steps.step("build cvmm and vtpm-svc (release)", || build::release(&workspace, &["vmm", "vtpm-svc"]))?;
     let mut total = Counts::default();
     if args.filter.is_none() && !args.no_unit {
         total = steps.step("unit tests of all packages", || unit_tests(&workspace))?;
