@@ -32,6 +32,9 @@ use crate::tpm;
 /// Making RSA keys in software, in an emulated machine, takes long.
 const LIMIT: Duration = Duration::from_secs(900);
 
+/// The PCR that Linux itself extends (its integrity measurement architecture), after the log that is handed to it.
+const IMA: &str = "10";
+
 /// What the tools' script prints when it is through.
 const ALL_STEPS: &str = "all steps passed";
 
@@ -144,7 +147,7 @@ fn log_holds(context: &Context, guest: &Guest, console: &Console) -> Result<()> 
         })
         .collect();
     ensure!(found.len() == 2 * 16, "PCRs that the guest read: {:?}", found.keys());
-    for (name, value) in &found {
+    for (name, value) in found.iter().filter(|((_, pcr), _)| pcr != IMA) {
         // What the log does not extend is as it was at power-on.
         let zero = format!("0x{}", "0".repeat(value.len().saturating_sub(2)));
         let expected = replayed.get(name).unwrap_or(&zero);

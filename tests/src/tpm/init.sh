@@ -28,9 +28,9 @@ for action in $(sed -n 's/.*cvmm\.do=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
         all=0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
         try tpm2_pcrread sha256:$all+sha384:$all
         bank=
-        while read -r pcr colon value; do
+        while IFS=' :' read -r pcr value; do
             case $pcr in
-            sha*) bank=${pcr%:} ;;
+            sha*) bank=$pcr ;;
             *) say pcr "$bank $pcr $value" ;;
             esac
         done <out
