@@ -172,10 +172,11 @@ fn separator(pcr: u32) -> Event {
     Event::of_data(pcr, kind::SEPARATOR, vec![0; 4])
 }
 
-/// Starts the TPM, extends its PCRs with the events, and takes the platform hierarchy away from the guest, as firmware
-/// does before it hands over.
+/// Starts and tests the TPM, extends its PCRs with the events, and takes the platform hierarchy away from the guest, as
+/// firmware does before it hands over.
 pub fn extend(tpm: &mut dyn Transport, events: &[Event]) -> Result<(), CommandError> {
     tpm2::startup_clear(tpm)?;
+    tpm2::self_test(tpm)?;
     for event in events.iter().filter(|e| e.kind != kind::NO_ACTION) {
         tpm2::pcr_extend(tpm, event.pcr, &event.digests)?;
     }
