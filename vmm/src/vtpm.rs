@@ -2,8 +2,8 @@
 //! The guest's TPM: a service outside of this process runs it, this module connects it to the guest.
 //!
 //! With direct boot nobody in the guest measures what starts it, so the monitor plays the firmware's part: [`measured`] makes
-//! the event log before the launch (it enters the digest), and [`Vtpm::attach`] brings the PCRs to the same values before the
-//! first vCPU runs. Commands go through the CRB device; its buffer is one page of memory that guest and monitor share, also
+//! the event log before the launch (it enters the digest), and [`Vtpm::before_life`] brings the PCRs to the same values before
+//! the first vCPU of each VM runs. Commands go through the CRB device; its buffer is one page of memory that guest and monitor share, also
 //! in SNP guests.
 //!
 //! The service may end or stop answering at any time. Then the guest's TPM reports a fatal error, the monitor says so once,
@@ -12,6 +12,7 @@
 pub mod measured;
 pub mod service;
 
+use std::error::Error;
 use std::io;
 use std::path::Path;
 use std::path::PathBuf;
@@ -38,7 +39,9 @@ use vtpm_svc::control::client::Control;
 use vtpm_svc::measured::Event;
 use vtpm_svc::tpm2::CommandError;
 
+use crate::machine::Machine;
 use crate::memory::Mapping;
+use crate::monitor::Companion;
 use crate::platform::CallError;
 use crate::platform::MemorySlot;
 use crate::platform::Vm;
@@ -76,10 +79,10 @@ pub enum VtpmError {
         source: ClientError,
     },
     /// The service.
-    #[error("the vTPM: {0}")]
+    #[error(transparent)]
     Client(#[from] ClientError),
     /// The TPM.
-    #[error("measuring the boot into the vTPM: {0}")]
+    #[error("measuring the boot: {0}")]
     Command(#[from] CommandError),
     /// A TPM that forgets cannot be made.
     #[error("--vtpm without a file: {what}: {reason}")]
@@ -90,7 +93,7 @@ pub enum VtpmError {
         reason: String,
     },
     /// The buffer page or a thread.
-    #[error("the vTPM's device: {what}: {source}")]
+    #[error("its device: {what}: {source}")]
     Host {
         /// What was being done.
         what: &'static str,
@@ -98,19 +101,22 @@ pub enum VtpmError {
         source: io::Error,
     },
     /// The buffer page in the guest.
-    #[error("the vTPM's device: {0}")]
+    #[error("its device: {0}")]
     Kvm(#[from] CallError),
     /// A mistake in the table of addresses.
     #[error(transparent)]
     Overlap(#[from] Overlap),
 }
 
-/// A TPM that is ready to be attached to a VM, and again to the VM that follows a reset.
+/// Memory slot of the buffer page: RAM has the lowest ones.
+const SLOT: u32 = 64;
+
+/// A TPM that is ready for a VM, and again for the VM that follows a reset.
 pub struct Vtpm {
     link: Arc<Link>,
     control: Control,
     events: Vec<Event>,
-    service: Mutex<Option<Service>>,
+    service: Option<Service>,
 }
 
 /// The way to the service, shared by the threads that use it.
@@ -141,17 +147,16 @@ impl Vtpm {
     fn new(client: Client, events: Vec<Event>, service: Option<Service>) -> Self {
         let control = client.control();
         let link = Arc::new(Link { client: Mutex::new(client), told: AtomicBool::new(false) });
-        Vtpm { link, control, events, service: Mutex::new(service) }
+        Vtpm { link, control, events, service }
     }
 
-    /// Powers the TPM on as at a reset of the machine, measures the boot into it, and gives it to `vm`: registers on `mmio`,
-    /// the buffer page as memory slot `slot`. To be called once for each VM, before its vCPUs run.
-    pub fn attach(&self, vm: &dyn Vm, slot: u32, mmio: &mut Bus) -> Result<(), VtpmError> {
-        self.power_on()?;
+    /// Gives the TPM to a VM: registers on `mmio`, the buffer page as a memory slot.
+    fn attach(&self, vm: &dyn Vm, mmio: &mut Bus) -> Result<(), VtpmError> {
         let host = |what| move |source| VtpmError::Host { what, source };
         let page = Mapping::anonymous(tpm_crb::BUFFER_LEN as u64).map_err(host("the buffer page"))?;
         let page = Arc::new(page);
-        vm.set_memory(MemorySlot { slot, gpa: tpm_crb::BUFFER, shared: Arc::clone(&page), private: None })?;
+        let shared = Arc::clone(&page);
+        vm.set_memory(MemorySlot { slot: SLOT, gpa: tpm_crb::BUFFER, shared, private: None })?;
         let backend = Box::new(Way(Arc::clone(&self.link)));
         let cancel = self.canceller().map_err(host("a thread"))?;
         let crb = Crb::new(Arc::new(Page(page)), tpm_crb::BUFFER, backend, cancel);
@@ -187,11 +192,30 @@ impl Vtpm {
             let _ = wanted.try_send(());
         }))
     }
+}
 
+impl Companion for Vtpm {
+    fn name(&self) -> &'static str {
+        "the vTPM"
+    }
+
+    /// Powers the TPM on as at a reset of the machine, measures the boot into it, and gives it to the VM.
+    fn before_life(
+        &mut self,
+        _life: u32,
+        vm: &dyn Vm,
+        machine: &mut Machine,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.power_on()?;
+        Ok(self.attach(vm, &mut machine.mmio)?)
+    }
+}
+
+impl Drop for Vtpm {
     /// The guest is over: a service that was started for it ends, its state on disk.
-    pub fn end(&self) {
+    fn drop(&mut self) {
         self.link.told.store(true, Ordering::Release);
-        if let Some(service) = lock(&self.service).take() {
+        if let Some(service) = self.service.take() {
             service.end(self.control.clone());
         }
     }

@@ -97,7 +97,6 @@ impl Bench {
             cpuid: vec![cpuid::to_kvm(&self.cpuid.for_vcpu(0))],
             snp: Some(LaunchOptions::default()),
             staged: Default::default(),
-            vtpm: None,
         }
     }
 

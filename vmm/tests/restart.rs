@@ -26,13 +26,13 @@ use tiny::power_off;
 use vmm::machine::Machine;
 use vmm::monitor;
 use vmm::monitor::Companion;
-use vmm::platform::Vm;
 use vmm::monitor::Guest;
 use vmm::monitor::Host;
 use vmm::monitor::MonitorError;
 use vmm::monitor::Restart;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
+use vmm::platform::Vm;
 use vmm::platform::emulated::Backing;
 
 /// One test at a time: they count what the process holds, and send it signals.
@@ -71,7 +71,12 @@ impl<F: FnMut(u32) -> Result<(), Box<dyn Error + Send + Sync>>> Companion for Ob
         "observer"
     }
 
-    fn before_life(&mut self, life: u32, _: &dyn Vm, _: &mut Machine) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn before_life(
+        &mut self,
+        life: u32,
+        _: &dyn Vm,
+        _: &mut Machine,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
         self.0(life)
     }
 }

@@ -4,11 +4,11 @@
 use std::ffi::OsString;
 use std::path::Path;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use snp::image::direct::DirectBoot;
 
 use super::Failure;
+use crate::monitor::Companion;
 use crate::vtpm::Vtpm;
 use crate::vtpm::measured;
 use crate::vtpm::service;
@@ -79,16 +79,16 @@ impl VtpmArgs {
     }
 
     /// Announces the TPM to `boot` and connects to its service, which is started if it is to be.
-    pub fn start(&self, boot: &mut DirectBoot<'_>) -> Result<Option<Arc<Vtpm>>, Failure> {
+    pub fn start(&self, boot: &mut DirectBoot<'_>) -> Result<Vec<Box<dyn Companion>>, Failure> {
         let vtpm = match (&self.vtpm, &self.vtpm_socket) {
             (Some(state), _) => {
                 let options = self.service(state.as_deref())?;
                 Vtpm::start(&options, measured::announce(boot).map_err(Failure::usage)?)
             }
             (None, Some(socket)) => Vtpm::connect(socket, measured::announce(boot).map_err(Failure::usage)?),
-            (None, None) => return Ok(None),
+            (None, None) => return Ok(Vec::new()),
         };
-        vtpm.map(|vtpm| Some(Arc::new(vtpm))).map_err(Failure::monitor)
+        Ok(vec![Box::new(vtpm.map_err(Failure::monitor)?)])
     }
 
     fn service(&self, state: Option<&Path>) -> Result<service::Options, Failure> {
