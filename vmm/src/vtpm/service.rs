@@ -149,7 +149,9 @@ impl Fresh {
         let fresh = Fresh(base.join(format!("cvmm-vtpm-{}", hex::encode(unique))));
         // Fails if it exists: what somebody else has put there is never used.
         std::fs::DirBuilder::new().mode(0o700).create(&fresh.0).map_err(io("making a folder"))?;
-        let key = Key::random().map_err(image)?;
+        let mut secret = zeroize::Zeroizing::new([0; 32]);
+        vtpm_svc::vmgs::crypto::fill_random(secret.as_mut_slice()).map_err(image)?;
+        let key = Key::from_bytes(&secret).map_err(image)?;
         std::fs::File::options()
             .write(true)
             .create_new(true)
