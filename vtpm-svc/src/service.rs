@@ -155,7 +155,7 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
         println!("{}", capabilities());
         return Ok(());
     }
-    let (mut policy, not_need_init) = args.policy()?;
+    let (mut policy, running) = args.policy()?;
     if let Some(text) = &args.log {
         let path = options::file_setting("log", text)?;
         let truncate = text.split(',').any(|s| s == "truncate");
@@ -211,8 +211,8 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
         log::warn(&missing);
     }
     log::info(TRUST);
-    if not_need_init {
-        service.power_on(false)?;
+    if let Some(startup) = running {
+        service.power_on(false, startup)?;
     }
     match control {
         Some(Open::Listening(l)) => service.serve_control(l),

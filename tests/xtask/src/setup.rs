@@ -23,8 +23,16 @@ use crate::steps::show;
 
 /// Packages whose programs the harness runs: the emulator for nested runs, which is also the peer of the boot bench; the
 /// TPM engine that vtpm-svc loads; and the TPM tools that its tests drive it with, on the host and in guests.
-const PACKAGES: &[&str] =
-    &["qemu-system-x86", "libtpms0", "swtpm", "swtpm-tools", "tpm2-tools", "busybox-static", "openssl"];
+const PACKAGES: &[&str] = &[
+    "qemu-system-x86",
+    "libtpms0",
+    "swtpm",
+    "swtpm-tools",
+    "tpm2-tools",
+    "tss2",
+    "busybox-static",
+    "openssl",
+];
 
 /// The release that the project is tested on.
 const CODENAME: &str = "bookworm";

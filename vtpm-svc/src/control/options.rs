@@ -214,8 +214,9 @@ pub fn file_setting(option: &'static str, text: &str) -> Result<PathBuf, OptionE
 }
 
 impl SocketArgs {
-    /// Everything that can be judged without opening anything.
-    pub fn policy(&self) -> Result<(Policy, bool), OptionError> {
+    /// Everything that can be judged without opening anything: what clients may do, and what to send to the TPM if it is
+    /// to run from the start.
+    pub fn policy(&self) -> Result<(Policy, Option<Startup>), OptionError> {
         let refuse = |option, problem: &str| Err(OptionError { option, problem: problem.into() });
         if self.tpmstate.is_some() {
             return refuse(
@@ -237,13 +238,14 @@ impl SocketArgs {
             terminate: self.terminate,
             ..Policy::default()
         };
-        let mut not_need_init = false;
+        let mut running = None;
         for flag in &self.flags {
             match flag.as_str() {
-                "not-need-init" => not_need_init = true,
-                "startup-clear" => policy.startup = Startup::Clear,
-                "startup-state" => policy.startup = Startup::State,
-                "startup-none" => policy.startup = Startup::None,
+                "not-need-init" => running = running.or(Some(Startup::None)),
+                // As with swtpm, asking for a start-up implies a TPM that runs.
+                "startup-clear" => running = Some(Startup::Clear),
+                "startup-state" => running = Some(Startup::State),
+                "startup-none" => {}
                 other => {
                     return Err(OptionError {
                         option: "flags",
@@ -267,7 +269,7 @@ impl SocketArgs {
         if !matches!(self.seccomp.as_str(), "action=kill" | "action=none") {
             return refuse("seccomp", "expected action=kill or action=none");
         }
-        Ok((policy, not_need_init))
+        Ok((policy, running))
     }
 }
 

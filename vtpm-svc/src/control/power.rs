@@ -18,13 +18,16 @@ use crate::vmgs::block::BlockFile;
 
 impl<F: BlockFile + 'static> Service<F> {
     /// Powers the TPM on. A TPM is manufactured only if the image says that it never had one.
-    pub fn power_on(&self, delete_volatile: bool) -> Result<(), EngineError> {
+    ///
+    /// `startup` is for a service that starts with a running TPM; at a client's `INIT`, as with swtpm, the client or
+    /// the firmware behind it sends `TPM2_Startup`.
+    pub fn power_on(&self, delete_volatile: bool, startup: Startup) -> Result<(), EngineError> {
         let mut engine = self.engine();
         engine.stop();
         let virgin = is_virgin(&self.state.vmgs());
         let certified = self.authority.lock().unwrap_or_else(PoisonError::into_inner).is_some();
         self.state.hold();
-        let started = self.start(&mut engine, virgin);
+        let started = self.start(&mut engine, virgin, startup);
         let settled = match started {
             Ok(()) => self.state.settle(delete_volatile).map_err(|e| {
                 log::error(&format!("storing the state of the TPM that was started: {e}"));
@@ -47,7 +50,7 @@ impl<F: BlockFile + 'static> Service<F> {
         Ok(())
     }
 
-    fn start(&self, engine: &mut Engine, virgin: bool) -> Result<(), EngineError> {
+    fn start(&self, engine: &mut Engine, virgin: bool, startup: Startup) -> Result<(), EngineError> {
         if virgin {
             self.make(engine)?;
         }
@@ -56,7 +59,7 @@ impl<F: BlockFile + 'static> Service<F> {
             log::error(&format!("reading the TPM's state again: {e}"));
             EngineError::State("stopped, because its state cannot be read")
         })?;
-        let startup = match self.policy.startup {
+        let startup = match startup {
             Startup::None => return Ok(()),
             Startup::Clear => 0,
             Startup::State => 1,

@@ -41,7 +41,7 @@ use crate::vmgs::root::FLAG_EXPORTED;
 /// Clients of one kind that are served at a time.
 const MAX_CLIENTS: usize = 16;
 
-/// What `TPM2_Startup` the service sends by itself after power-on.
+/// What `TPM2_Startup` the service sends by itself when it starts with a running TPM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Startup {
     /// None: firmware does it.
@@ -56,8 +56,6 @@ pub enum Startup {
 /// What clients may do.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Policy {
-    /// Sent after power-on.
-    pub startup: Startup,
     /// State blobs may leave and enter through the control channel (migration).
     pub state_export: bool,
     /// Commands in locality 4 are refused.
@@ -84,7 +82,7 @@ pub struct Service<F> {
     pub(super) state: VmgsState<F>,
     /// Only there until the TPM has been made.
     pub(super) authority: Mutex<Option<Authority>>,
-    pub(super) policy: Policy,
+    policy: Policy,
     pub(super) locality: AtomicU8,
     data_fd_in_use: AtomicBool,
     end: Sender<End>,
@@ -319,7 +317,8 @@ impl<F: BlockFile + 'static> Service<F> {
         match request {
             Request::GetCapability => Response::ok().word(wire::CAPABILITIES),
             Request::Init { flags } => {
-                done(self.power_on(flags & wire::INIT_DELETE_VOLATILE != 0).inspect_err(|e| {
+                let delete = flags & wire::INIT_DELETE_VOLATILE != 0;
+                done(self.power_on(delete, Startup::None).inspect_err(|e| {
                     log::error(&format!("powering the TPM on: {e}"));
                 }))
             }

@@ -59,14 +59,21 @@ impl Site {
         output(&mut c)
     }
 
-    /// Starts the service on the control socket `c` and data socket `d` of this site.
+    /// Starts the service on the control socket `c` and data socket `d` of this site, and waits until it is there.
     pub fn start(&self, more: &[&str]) -> Service {
+        let mut service = self.launch(more);
+        service.wait_until_ready(&self.path("log"));
+        service
+    }
+
+    /// Starts it and does not wait.
+    pub fn launch(&self, more: &[&str]) -> Service {
         let mut c = program();
         c.args(["socket", "--tpm2", "--ctrl", &format!("type=unixio,path={}", self.path("c").display())]);
         c.args(["--server", &format!("type=unixio,path={}", self.path("d").display())]);
         c.arg("--vmgs").arg(self.path("vmgs")).arg("--key-file").arg(self.path("key"));
         c.arg("--anchor").arg(self.path("anchor")).args(more);
-        Service::spawn(c, self.path("log"), self.path("c"), self.path("d"))
+        Service::launch(c, &self.path("log"), self.path("c"), self.path("d"))
     }
 
     pub fn log(&self) -> String {
@@ -99,33 +106,41 @@ pub struct Service {
 }
 
 impl Service {
-    pub fn spawn(mut c: Command, log: PathBuf, control: PathBuf, data: PathBuf) -> Self {
+    pub fn spawn(c: Command, log: PathBuf, control: PathBuf, data: PathBuf) -> Self {
+        let mut service = Self::launch(c, &log, control, data);
+        service.wait_until_ready(&log);
+        service
+    }
+
+    fn launch(mut c: Command, log: &Path, control: PathBuf, data: PathBuf) -> Self {
         for socket in [&control, &data] {
             // A socket of an earlier run must not be taken for this one's.
             let _ = std::fs::remove_file(socket);
         }
-        let out = std::fs::File::options().create(true).append(true).open(&log).expect("log");
+        let out = std::fs::File::options().create(true).append(true).open(log).expect("log");
         let child = c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(out).spawn().unwrap_or_else(|e| {
             panic!(
                 "{:?} does not run ({e}); `cargo xtask setup` installs the tools that tests use",
                 c.get_program()
             )
         });
-        let mut service = Self { child, control, data, first: Default::default() };
+        Self { child, control, data, first: Default::default() }
+    }
+
+    fn wait_until_ready(&mut self, log: &Path) {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
-            if let Ok(s) = UnixStream::connect(&service.control) {
+            if let Ok(s) = UnixStream::connect(&self.control) {
                 s.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
-                service.first = Some(s).into();
-                break;
+                self.first = Some(s).into();
+                return;
             }
-            let ended = service.child.try_wait().expect("wait");
-            let text = || std::fs::read_to_string(&log).unwrap_or_default();
+            let ended = self.child.try_wait().expect("wait");
+            let text = || std::fs::read_to_string(log).unwrap_or_default();
             assert!(ended.is_none(), "the service ended: {}", text());
             assert!(Instant::now() < deadline, "the service is not ready: {}", text());
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(1));
         }
-        service
     }
 
     /// swtpm that waits for its data socket to be handed over.
