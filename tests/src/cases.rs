@@ -3,6 +3,7 @@
 
 pub mod bad_input;
 pub mod boot;
+pub mod certs;
 pub mod doctor;
 pub mod endings;
 pub mod vtpm;
@@ -11,7 +12,7 @@ use crate::suite::Case;
 
 /// Every case, cheap ones first.
 pub fn all() -> Vec<Case> {
-    [bad_input::cases(), doctor::cases(), boot::cases(), endings::cases(), vtpm::cases()]
+    [bad_input::cases(), doctor::cases(), boot::cases(), certs::cases(), endings::cases(), vtpm::cases()]
         .into_iter()
         .flatten()
         .collect()
