@@ -64,6 +64,8 @@ pub struct Staged {
     pub bytes: Vec<(u64, Bytes)>,
     /// RAM that is shared when the guest starts, ascending; all other RAM is private.
     pub shared: Vec<Range<u64>>,
+    /// A staged byte that the host keeps changing, for tests ([`crate::tamper`]).
+    pub raced: Option<u64>,
 }
 
 /// An SNP guest whose VM has its RAM and vCPUs.

@@ -18,6 +18,7 @@ pub mod monitor;
 pub mod outcome;
 pub mod platform;
 pub mod registers;
+pub mod tamper;
 pub mod terminal;
 pub mod vcpu;
 pub mod vtpm;

@@ -19,21 +19,21 @@ use vmm_sys_util::signal::Killable;
 use vmm_sys_util::signal::SIGRTMIN;
 
 use crate::certs::Certificates;
-use crate::certs::Source;
 use crate::conversion::Conversions;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::Prepared;
 use crate::machine::Machine;
 use crate::memory::GuestRam;
+use crate::monitor::Companion;
 use crate::monitor::Event;
 use crate::monitor::Guest;
-use crate::monitor::Host;
 use crate::monitor::MonitorError;
 use crate::platform::Platform;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::tamper::Racer;
 use crate::vcpu;
 use crate::vcpu::Shared;
 
@@ -47,6 +47,7 @@ const KICK_INTERVAL: Duration = Duration::from_millis(2);
 pub(crate) struct Booted {
     vcpus: Vec<Box<dyn Vcpu>>,
     pub(crate) shared: Arc<Shared>,
+    racer: Option<Racer>,
     /// Keeps the guest's memory mapped for as long as vCPUs may run.
     vm: Arc<dyn Vm>,
 }
@@ -55,15 +56,16 @@ pub(crate) struct Booted {
 pub(crate) struct Running {
     threads: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
-    _vm: Arc<dyn Vm>,
+    _racer: Option<Racer>,
+    vm: Arc<dyn Vm>,
 }
 
-/// Creates the VM of the guest's life number `life` and launches the guest in it; what it writes goes to `console`.
+/// Creates the VM of the guest's life number `life` and launches the guest in it.
 pub(crate) fn boot(
     platform: &dyn Platform,
     guest: &Guest,
     console: Box<dyn Write + Send>,
-    host: &mut Host,
+    companions: &mut [Box<dyn Companion>],
     life: u32,
 ) -> Result<Booted, MonitorError> {
     let create = |step| move |source| MonitorError::Create { step, source };
@@ -72,17 +74,6 @@ pub(crate) fn boot(
     vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
     if guest.snp.is_some() {
         launch::init_snp(vm.as_ref(), &guest.plan)?;
-    }
-    let certificates = match guest.snp {
-        Some(_) => host.certificates.clone().or_else(|| platform.certificates().map(Source::Table)),
-        None => None,
-    };
-    if certificates.is_some() {
-        // After INIT2 and before any vCPU (`snp_enable_certs`).
-        vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
-            step: "offering certificates to the guest".into(),
-            source,
-        })?;
     }
     let ram = GuestRam::new(guest.ram.iter().copied()).map_err(MonitorError::Ram)?;
     let memfds = launch::add_memory(vm.as_ref(), &ram, guest.snp.is_some())?;
@@ -94,7 +85,7 @@ pub(crate) fn boot(
         vcpus.push(vcpu);
     }
     let mut machine = Machine::new(vm.as_ref(), console)?;
-    for companion in &mut host.companions {
+    for companion in companions {
         companion
             .before_life(life, vm.as_ref(), &mut machine)
             .map_err(|problem| MonitorError::Companion { name: companion.name(), problem })?;
@@ -121,9 +112,22 @@ pub(crate) fn boot(
             Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
         }
     };
-    let certificates = certificates.map(|source| Certificates::new(source, ram));
+    let racer = guest.staged.raced.map(|gpa| Racer::start(ram.clone(), gpa));
+    let racer =
+        racer.transpose().map_err(|source| MonitorError::Host { what: "cannot start a thread", source })?;
+    let table = platform.certificates().filter(|_| guest.snp.is_some());
+    let certificates = match table {
+        None => None,
+        Some(table) => {
+            vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
+                step: "offering certificates to the guest".into(),
+                source,
+            })?;
+            Some(Certificates::new(table, ram))
+        }
+    };
     let shared = Arc::new(Shared { machine, conversions, certificates, stop: AtomicBool::new(false) });
-    Ok(Booted { vcpus, shared, vm })
+    Ok(Booted { vcpus, shared, racer, vm })
 }
 
 impl Booted {
@@ -136,7 +140,8 @@ impl Booted {
                 source: io::Error::from_raw_os_error(e.errno()),
             }
         })?;
-        let mut running = Running { threads: Vec::new(), shared: self.shared, _vm: self.vm };
+        let mut running =
+            Running { threads: Vec::new(), shared: self.shared, _racer: self.racer, vm: self.vm };
         for (id, mut vcpu) in (0u32..).zip(self.vcpus) {
             let (shared, events) = (Arc::clone(&running.shared), events.clone());
             let thread = spawn(format!("vcpu{id}"), move || {
@@ -172,6 +177,9 @@ impl Running {
                 let _ = thread.kill(SIGRTMIN());
             }
             thread::sleep(KICK_INTERVAL);
+        }
+        if let Some(statistics) = self.vm.statistics() {
+            eprintln!("cvmm: statistics {statistics}");
         }
         for thread in self.threads {
             // A thread that panicked has said so.

@@ -253,6 +253,20 @@ impl GuestRam {
         })
     }
 
+    /// As [`GuestRam::read`], by way of the kernel; see [`Mapping::try_read`].
+    pub fn try_read(&self, gpa: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.for_each_part(gpa, buf.len() as u64, |index, offset, done, len| {
+            self.regions[index].mapping.try_read(offset, &mut buf[done as usize..(done + len) as usize])
+        })
+    }
+
+    /// As [`GuestRam::write`], by way of the kernel; see [`Mapping::try_read`].
+    pub fn try_write(&self, gpa: u64, data: &[u8]) -> io::Result<()> {
+        self.for_each_part(gpa, data.len() as u64, |index, offset, done, len| {
+            self.regions[index].mapping.try_write(offset, &data[done as usize..(done + len) as usize])
+        })
+    }
+
     /// Copies into guest RAM.
     pub fn write(&self, gpa: u64, data: &[u8]) -> io::Result<()> {
         self.for_each_part(gpa, data.len() as u64, |index, offset, done, len| {

@@ -72,8 +72,13 @@ fn bench() -> Option<Bench> {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("keys.pem");
     std::fs::write(&file, keys).unwrap();
-    let options =
-        EmulatedOptions { backing: Backing::Split, strict: false, two_mib: TwoMib::Accept, keys: file };
+    let options = EmulatedOptions {
+        backing: Backing::Split,
+        strict: false,
+        two_mib: TwoMib::Accept,
+        statistics: false,
+        keys: file,
+    };
     let platform = EmulatedPlatform::open(options).unwrap();
     let mut offered = cpuid::from_kvm(&platform.supported_cpuid().unwrap());
     // RDRAND, which an SNP guest needs and no guest here uses; a KVM that is a software model may not have it.

@@ -362,10 +362,20 @@ impl PageStates {
     }
 
     /// Calls `f` for each run of neighbouring pages of one region in one state, in the order of the regions.
-    pub fn for_each_run(&self, mut f: impl FnMut(Range<u64>, PageState)) {
+    pub fn for_each_run(&self, f: impl FnMut(Range<u64>, PageState)) {
+        self.for_each_run_in(0..u64::MAX, f);
+    }
+
+    /// As [`PageStates::for_each_run`], of the pages that begin in `range`.
+    pub fn for_each_run_in(&self, range: Range<u64>, mut f: impl FnMut(Range<u64>, PageState)) {
         for region in self.regions() {
-            let mut frame = region.first;
-            for run in region.pages.chunk_by(|a, b| a.load(Relaxed) == b.load(Relaxed)) {
+            let end = region.first + region.pages.len() as u64;
+            let first = range.start.div_ceil(PAGE).clamp(region.first, end);
+            let last = range.end.div_ceil(PAGE).clamp(first, end);
+            let [from, to] = [first, last].map(|frame| (frame - region.first) as usize);
+            let mut frame = first;
+            let pages = region.pages.get(from..to).unwrap_or_default();
+            for run in pages.chunk_by(|a, b| a.load(Relaxed) == b.load(Relaxed)) {
                 let end = frame + run.len() as u64;
                 f(frame * PAGE..end * PAGE, PageState(run[0].load(Relaxed)));
                 frame = end;

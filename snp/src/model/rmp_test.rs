@@ -163,6 +163,13 @@ fn runs_cover_all_ram_in_order() {
             (0x1_0000_0000..0x1_0020_0000, false)
         ]
     );
+    let mut runs = Vec::new();
+    pages.for_each_run_in(0x2000..0x1_0000_1000, |range, state| runs.push((range, state.private())));
+    assert_eq!(
+        runs,
+        [(0x2000..0x3000, true), (0x3000..0x40_0000, false), (0x1_0000_0000..0x1_0000_1000, false)]
+    );
+    pages.for_each_run_in(0x40_0000..0x8000_0000, |range, _| panic!("{range:?} is no RAM"));
 }
 
 #[test]

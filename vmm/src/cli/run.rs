@@ -17,9 +17,9 @@ use snp::pages::cpuid::CpuidTable;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
-use super::certs::CertsArgs;
 use super::id_block::IdentityCheck;
 use super::reboot::RebootArgs;
+use super::trials::Trials;
 use super::vtpm::VtpmArgs;
 use crate::config;
 use crate::config::BootFiles;
@@ -153,9 +153,9 @@ pub struct Args {
     #[command(flatten)]
     reboot: RebootArgs,
     #[command(flatten)]
-    vtpm: VtpmArgs,
+    trials: Trials,
     #[command(flatten)]
-    certs: CertsArgs,
+    vtpm: VtpmArgs,
 }
 
 /// Answer of the emulated platform to `PVALIDATE` of 2 MiB.
@@ -216,16 +216,10 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         ));
     }
     let files = args.image.read().map_err(Failure::usage)?;
-    let certificates = args.certs.source()?;
     let (platform, guest, companions) =
         if args.snp { snp_guest(args, files)? } else { plain_guest(args, files)? };
-    let host = Host {
-        interactive: true,
-        restart: args.reboot.restart(),
-        certificates,
-        companions,
-        ..Host::new(Box::new(Console))
-    };
+    let restart = args.reboot.restart();
+    let host = Host { interactive: true, restart, companions, console: Box::new(Console) };
     let outcome = monitor::run(platform.as_ref(), guest, host).map_err(Failure::monitor)?;
     eprintln!("cvmm: {outcome}");
     Ok(outcome.exit_code())
@@ -251,24 +245,20 @@ fn guest(image: DirectImage, table: &CpuidTable, snp: Option<LaunchOptions>) -> 
         plan: image.plan,
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         snp,
-        staged: image
-            .shim
-            .map_or_else(Staged::default, |shim| Staged { bytes: shim.staging, shared: shim.shared }),
+        staged: image.shim.map_or_else(Staged::default, |shim| Staged {
+            bytes: shim.staging,
+            shared: shim.shared,
+            raced: None,
+        }),
     }
 }
 
 fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
+    args.policy.check_kvm(GuestPolicy::KVM_6_12_ALLOWED).map_err(Failure::usage)?;
     let platform: Box<dyn Platform> = match args.platform {
         PlatformKind::Kvm => {
             let platform = KvmPlatform::open().map_err(Failure::monitor)?;
             platform.check_snp().map_err(Failure::monitor)?;
-            if args.certs.given() && platform.capabilities().req_certs != Some(1) {
-                return Err(Failure::Monitor(
-                    "--certs: this kernel's KVM does not ask the monitor for certificates (Linux 7.0 does). Without the option, \
-                     guests get an empty table and fetch certificates themselves"
-                        .into(),
-                ));
-            }
             Box::new(platform)
         }
         PlatformKind::Emulated => {
@@ -276,12 +266,12 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
                 backing: args.backing,
                 strict: args.strict,
                 two_mib: args.pvalidate_2m.into(),
+                statistics: args.trials.statistics,
                 keys: args.emulated_keys.clone().unwrap_or_else(emulated::default_keys_path),
             };
             Box::new(EmulatedPlatform::open(options).map_err(Failure::monitor)?)
         }
     };
-    args.policy.check_kvm(platform.allowed_policy()).map_err(Failure::usage)?;
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
     let sev = platform.snp_cpuid();
     let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;
@@ -313,5 +303,11 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
         identity,
         accept_cpuid: args.accept_cpuid,
     };
-    Ok((platform, guest(image, &table, Some(options)), companions))
+    let inputs = image.shim.as_ref().map(|shim| shim.inputs.clone());
+    let mut guest = guest(image, &table, Some(options));
+    if let Some(tamper) = args.trials.tamper {
+        let inputs = inputs.ok_or_else(|| Failure::Usage("--tamper needs a guest with stage0".into()))?;
+        tamper.apply(&inputs, &mut guest.plan, &mut guest.staged).map_err(Failure::usage)?;
+    }
+    Ok((platform, guest, companions))
 }

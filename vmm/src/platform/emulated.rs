@@ -3,13 +3,15 @@
 //!
 //! `snp::model` holds the rules of KVM's SEV code, of the firmware and of the RMP; this module is the glue that brings the
 //! guest's SNP instructions to it. The C-bit is an ordinary address bit ([`views`]); VMGEXIT, PVALIDATE and RMPADJUST are
-//! overwritten in guest memory by port writes , which exit to the monitor ([`vcpu`]).
+//! overwritten in guest memory by port writes, which exit to the monitor ([`vcpu`]).
 //!
 //! **It protects nothing**: no confidentiality, no integrity. Reports are signed by a key chain of its own, which no
 //! verifier trusts by default.
 
 mod keys;
 mod registers;
+mod statistics;
+mod strict;
 mod trial;
 mod vcpu;
 mod views;
@@ -24,15 +26,13 @@ use std::sync::PoisonError;
 use clap::ValueEnum;
 pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
-use snp::attest::cert_table;
-use snp::attest::cert_table::Kind;
 use snp::image::sites::Annotations;
 use snp::image::sites::ShimSites;
 use snp::model::faults::Faults;
 use snp::model::firmware::Platform as Firmware;
+use snp::model::firmware::certs;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::SnpCpuid;
-use snp::policy::GuestPolicy;
 
 pub use trial::EmulationTrial;
 pub use trial::try_emulation;
@@ -46,9 +46,6 @@ use super::kvm::OpenError;
 
 /// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.
 const C_BIT_MAX: u8 = 46;
-
-/// The kernel that the model stands for.
-const ALLOWED_POLICY: u64 = GuestPolicy::KVM_6_12_ALLOWED;
 
 /// Fewest physical address bits that leave one for the C-bit.
 pub const ADDRESS_BITS_MIN: u32 = 36;
@@ -71,6 +68,8 @@ pub struct EmulatedOptions {
     pub strict: bool,
     /// How `PVALIDATE` of 2 MiB is answered.
     pub two_mib: TwoMib,
+    /// Say at the end what the guest did with its pages.
+    pub statistics: bool,
     /// The file with the platform's attestation keys; made if it does not exist.
     pub keys: PathBuf,
 }
@@ -159,20 +158,13 @@ impl Platform for EmulatedPlatform {
         self.sev
     }
 
-    fn allowed_policy(&self) -> u64 {
-        ALLOWED_POLICY
-    }
-
     fn annotate(&self, kernel: Annotations, stage0: Option<ShimSites>) {
         *self.annotations.lock().unwrap_or_else(PoisonError::into_inner) =
             Notes { kernel: Some(kernel), stage0 };
     }
 
-    fn certificates(&self) -> Option<Arc<Vec<u8>>> {
-        let chain = self.firmware.chain.certificates();
-        let entries: [(Kind, &[u8]); 3] =
-            [(Kind::VCEK, &chain.vcek), (Kind::ASK, &chain.ask), (Kind::ARK, &chain.ark)];
-        Some(Arc::new(cert_table::encode(&entries)))
+    fn certificates(&self) -> Option<Vec<u8>> {
+        Some(certs::chain_table(self.firmware.chain.certificates()))
     }
 
     fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {

@@ -126,7 +126,8 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys.pem");
     std::fs::write(&keys, self::keys()).unwrap();
-    let options = EmulatedOptions { backing, strict: false, two_mib: TwoMib::Accept, keys };
+    let options =
+        EmulatedOptions { backing, strict: false, two_mib: TwoMib::Accept, statistics: false, keys };
     let platform = EmulatedPlatform::open(options).unwrap();
 
     // The registers and tables of a plain boot will do, with what KVM adds to EFER and CR4 for SEV guests (Linux 6.12,

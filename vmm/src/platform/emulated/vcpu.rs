@@ -5,10 +5,13 @@
 //! at the next `KVM_RUN`; it must not be advanced here. Where RIP itself is to change, the OUT is completed first by a
 //! `KVM_RUN` with `immediate_exit` (Linux `Documentation/virt/kvm/api.rst`, `KVM_RUN`).
 
+mod forbidden;
+
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use kvm_bindings::kvm_cpuid_entry2;
@@ -16,7 +19,10 @@ use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_mp_state;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_sregs;
+use kvm_bindings::kvm_translation;
 use kvm_bindings::kvm_vcpu_events;
+use kvm_ioctls::Cap;
+use kvm_ioctls::SyncReg;
 use snp::ghcb::msr::MSR_GHCB;
 use snp::ghcb::msr::MSR_SEV_STATUS;
 use snp::image::sites::Opcode;
@@ -25,6 +31,9 @@ use snp::model::memory::GuestMemory;
 use snp::model::memory::View;
 use snp::model::nae::Direction;
 use snp::model::rmp::InstructionResult;
+use snp::model::rmp::PAGE;
+use snp::model::rmp::PAGES_2M;
+use snp::model::rmp::SUCCESS;
 use snp::model::vcpu::MapGpaRange;
 use snp::model::vcpu::Outcome;
 use snp::model::vcpu::Reply;
@@ -55,6 +64,8 @@ const PAGE_FAULT: u8 = 14;
 const STATUS_FLAGS: u64 = 0x8d5;
 const CARRY: u64 = 1;
 const MSR_TSC: u32 = 0x10;
+/// Pause of a vCPU that has nothing to do any more.
+const WHILE_SEARCHING: Duration = Duration::from_millis(5);
 const MSR_TSC_AUX: u32 = 0xc000_0103;
 
 /// A vCPU.
@@ -71,16 +82,17 @@ pub struct EmulatedVcpu {
     held: bool,
     /// What the monitor was told, and has not answered yet.
     told: Option<Told>,
-    /// What follows from the monitor's last answer, if that was worked out before the next run.
-    next: Option<Next>,
     /// Instruction pointers at which a replacement was seen.
     sites: HashSet<u64>,
+    /// KVM leaves the registers in memory that it shares with the monitor, and takes them from there
+    /// (`KVM_CAP_SYNC_REGS`): two system calls less for each instruction.
+    synced: bool,
 }
 
 /// An exit that the model made, with room for the monitor's answer.
 enum Told {
     MapGpaRange { range: MapGpaRange, ret: u64 },
-    Certs { gpa: u64, npages: u64, ret: u64 },
+    Certs { gpa: u64, npages: u64, ret: u32 },
     Io { port: u16, direction: Direction, data: Vec<u8> },
     Mmio { gpa: u64, len: usize, direction: Direction, data: [u8; 8] },
     Terminate { data: u64 },
@@ -110,6 +122,12 @@ impl EmulatedVcpu {
         wake: Arc<Wake>,
     ) -> Self {
         let model = VcpuModel::new(&vm.model, Vec::new());
+        let mut kvm = kvm;
+        // The answer is a set of the register groups that can be shared; the first is that of KVM_GET_REGS.
+        let synced = vm.kvm.fd.check_extension_int(Cap::SyncRegs) & SyncReg::Register as i32 != 0;
+        if synced {
+            kvm.fd.set_sync_valid_reg(SyncReg::Register);
+        }
         EmulatedVcpu {
             id,
             vm,
@@ -121,8 +139,8 @@ impl EmulatedVcpu {
             // All but the first wait for their creation; the kernel's INIT-SIPI emulation is never used.
             held: id != 0,
             told: None,
-            next: None,
             sites: HashSet::new(),
+            synced,
         }
     }
 
@@ -157,7 +175,7 @@ impl EmulatedVcpu {
         if self.sites.contains(&rip) {
             return true;
         }
-        let Ok(t) = self.kvm.fd.translate_gva(rip) else { return false };
+        let Ok(t) = self.translate(rip) else { return false };
         let (gpa, c_bit) = self.split(t.physical_address);
         let mut code = [0; 4];
         let Some(code) = code.get_mut(..wanted.len()) else { return false };
@@ -198,8 +216,34 @@ impl EmulatedVcpu {
         }
     }
 
+    /// The registers at an exit that has just happened.
+    fn regs_at_exit(&self) -> Result<kvm_regs, CallError> {
+        if self.synced { Ok(self.kvm.fd.sync_regs().regs) } else { self.kvm.get_regs() }
+    }
+
+    /// Has the guest go on with other registers after an exit that has just happened.
+    fn resume_with(&mut self, regs: &kvm_regs) -> Result<(), CallError> {
+        if !self.synced {
+            return self.kvm.set_regs(regs);
+        }
+        self.kvm.fd.sync_regs_mut().regs = *regs;
+        self.kvm.fd.set_sync_dirty_reg(SyncReg::Register);
+        Ok(())
+    }
+
+    /// `KVM_TRANSLATE`. KVM walks the guest's tables itself; in strict runs they may lie in pages that wait to be opened.
+    fn translate(&self, address: u64) -> Result<kvm_translation, CallError> {
+        let walk = || self.kvm.fd.translate_gva(address).map_err(CallError::of("KVM_TRANSLATE"));
+        let seen = self.vm.views.opened();
+        let found = walk()?;
+        if found.valid == 0 && self.vm.strict() && self.vm.views.open(&self.vm.model.pages, seen)? {
+            return walk();
+        }
+        Ok(found)
+    }
+
     fn instruction(&mut self, opcode: Opcode) -> Result<Next, CallError> {
-        let mut regs = self.kvm.get_regs()?;
+        let mut regs = self.regs_at_exit()?;
         let Some(site) = self.site(regs.rip, &self.vm.ports.patched(opcode)) else {
             return Ok(Next::Pass);
         };
@@ -208,8 +252,7 @@ impl EmulatedVcpu {
             let outcome = self.model.vmgexit(&vm.model, &vm.views);
             return self.follow(outcome);
         }
-        let translation =
-            self.kvm.fd.translate_gva(regs.rax).map_err(CallError::of("KVM_TRANSLATE of an operand"))?;
+        let translation = self.translate(regs.rax)?;
         if translation.valid == 0 {
             self.page_fault(site, regs.rax)?;
             return Ok(Next::Enter);
@@ -221,9 +264,15 @@ impl EmulatedVcpu {
         };
         match result {
             InstructionResult::Done { eax, carry } => {
+                if opcode == Opcode::Pvalidate && eax == SUCCESS && !carry {
+                    let len = if regs.rcx & 1 == 1 { PAGES_2M * PAGE } else { PAGE };
+                    let start = gpa & !(PAGE - 1);
+                    let (pages, validated) = (&self.vm.model.pages, regs.rdx & 1 == 1);
+                    self.vm.views.validation_changed(pages, start..start + len, validated)?;
+                }
                 regs.rax = eax.into();
                 regs.rflags = regs.rflags & !STATUS_FLAGS | if carry { CARRY } else { 0 };
-                self.kvm.set_regs(&regs)?;
+                self.resume_with(&regs)?;
                 Ok(Next::Enter)
             }
             InstructionResult::NestedFault { gpa } => {
@@ -260,6 +309,7 @@ impl EmulatedVcpu {
         if !self.is_site(at.rip, &self.vm.ports.patched_handover()) {
             return Ok(Next::Pass);
         }
+        self.vm.meter.kernel_begins(&self.vm.model.pages);
         self.vm.begin_kernel()?;
         Ok(Next::Enter)
     }
@@ -270,11 +320,7 @@ impl EmulatedVcpu {
         if self.site(at.rip, &self.vm.ports.patched_hook()).is_none() {
             return Ok(Next::Pass);
         }
-        let entry = self
-            .kvm
-            .fd
-            .translate_gva(at.rax)
-            .map_err(CallError::of("KVM_TRANSLATE of the kernel's entry"))?;
+        let entry = self.translate(at.rax)?;
         if entry.valid == 0 {
             return Err(invalid("the decompressor jumps to an address that is not mapped"));
         }
@@ -310,11 +356,12 @@ impl EmulatedVcpu {
                 }
                 Outcome::RunFails(errno) => return Err(CallError::errno("KVM_RUN", errno.0)),
                 Outcome::MapGpaRange(range) => {
+                    vm.meter.page_state_change();
                     self.told = Some(Told::MapGpaRange { range, ret: u64::MAX });
                     return Ok(Next::Tell);
                 }
                 Outcome::ReqCerts { gpa, npages } => {
-                    self.told = Some(Told::Certs { gpa, npages, ret: libc::EIO as u64 });
+                    self.told = Some(Told::Certs { gpa, npages, ret: libc::EIO as u32 });
                     return Ok(Next::Tell);
                 }
                 Outcome::Terminate { data0 } => {
@@ -348,9 +395,7 @@ impl EmulatedVcpu {
         let reply = match self.told.take() {
             None => return Ok(Next::Enter),
             Some(Told::MapGpaRange { ret, .. }) => Reply::MapGpaRange { ret },
-            Some(Told::Certs { npages, ret, .. }) => {
-                Reply::Certs { ret: i32::try_from(ret).unwrap_or(libc::EINVAL), npages }
-            }
+            Some(Told::Certs { npages, ret, .. }) => Reply::Certs { ret: ret as i32, npages },
             Some(Told::Io { data, .. }) => Reply::Io(data),
             Some(Told::Mmio { data, .. }) => Reply::Mmio(data),
             // A guest that has ended, or that made an access which cannot be answered, stays where it is.
@@ -403,10 +448,7 @@ impl EmulatedVcpu {
             self.vm.begin()?;
             self.started = true;
         }
-        let mut next = match self.next.take() {
-            Some(next) => next,
-            None => self.answered()?,
-        };
+        let mut next = self.answered()?;
         loop {
             match next {
                 Next::Tell => return Ok(Step::Told),
@@ -423,8 +465,15 @@ impl EmulatedVcpu {
                     Err(source) => return Err(CallError { call: "waiting for an AP creation", source }),
                 }
             }
-            match self.kvm.fd.run() {
-                Ok(_) => {}
+            let seen = self.vm.views.opened();
+            let ran = self.kvm.fd.run().map(|_| ());
+            if self.vm.views.searching() {
+                // Another vCPU has made a forbidden access, and will say so; what this one found means nothing.
+                std::thread::sleep(WHILE_SEARCHING);
+                return Ok(Step::Interrupted);
+            }
+            match ran {
+                Ok(()) => {}
                 Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
                     // An order for this vCPU comes with the same signal.
                     if self.wake.pending() {
@@ -433,13 +482,10 @@ impl EmulatedVcpu {
                     return Ok(Step::Interrupted);
                 }
                 Err(e) if e.errno() == libc::EFAULT && self.vm.strict() => {
-                    return Err(CallError {
-                        call: "KVM_RUN",
-                        source: std::io::Error::other(format!(
-                            "strict: the guest touched a page through the view that the page's state forbids, at RIP {}",
-                            self.kvm.get_regs().map_or("unknown".into(), |r| format!("{:#x}", r.rip))
-                        )),
-                    });
+                    if self.vm.views.open(&self.vm.model.pages, seen)? {
+                        continue;
+                    }
+                    return self.forbidden();
                 }
                 Err(e) => return Err(CallError::of("KVM_RUN")(e)),
             }
@@ -534,14 +580,6 @@ impl Vcpu for EmulatedVcpu {
 
     fn set_lint(&mut self) -> Result<(), CallError> {
         self.kvm.set_lint()
-    }
-
-    fn complete_exit(&mut self) -> Result<(), CallError> {
-        // An exit of the underlying VM is completed when that runs; nobody waits for it.
-        if self.told.is_some() && self.next.is_none() {
-            self.next = Some(self.answered()?);
-        }
-        Ok(())
     }
 
     fn run(&mut self) -> Result<Exit<'_>, CallError> {

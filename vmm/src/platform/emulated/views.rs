@@ -3,8 +3,7 @@
 //!
 //! Each guest page appears at two guest-physical addresses: `gpa`, the shared view, and `gpa | C`, the private view. With
 //! *single* backing both show the same memory. With *split* backing each has its own, so that an access through the wrong
-//! view finds other data; *strict* makes it an error at once, by taking away access to the side that the page's state
-//! forbids.
+//! view finds other data; *strict* ([`super::strict`]) makes it an error at once.
 //!
 //! On hardware some accesses are private although no C-bit is in the address, because paging is off, or because page walks
 //! and instruction fetches always are. Split backing has to bend in two places for them:
@@ -21,6 +20,9 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::RwLock;
+use std::sync::RwLockReadGuard;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 
 use snp::model::memory::GuestMemory;
 use snp::model::memory::OutsideRam;
@@ -29,24 +31,30 @@ use snp::model::rmp::PageStates;
 
 use super::Backing;
 use super::EmulatedOptions;
+use super::strict::Gate;
 use crate::memory::Mapping;
 use crate::platform::CallError;
 use crate::platform::MemorySlot;
 use crate::platform::kvm::KvmVm;
 
 /// End of the memory that both views share.
-const LOW_END: u64 = 1 << 20;
+pub const LOW_END: u64 = 1 << 20;
 
-struct Region {
-    gpa: u64,
-    shared: Arc<Mapping>,
-    private: Arc<Mapping>,
-    /// What the monitor punches holes into; kept so that the numbers stay its own.
-    _memfd: Option<Arc<OwnedFd>>,
+/// A region of RAM.
+pub struct Region {
+    /// Where the guest sees it, without the C-bit.
+    pub gpa: u64,
+    /// What backs its shared view.
+    pub shared: Arc<Mapping>,
+    /// What backs its private view; the same with single backing.
+    pub private: Arc<Mapping>,
+    /// The file behind the private side and the offset into it; the monitor punches holes into it.
+    pub memfd: Option<(Arc<OwnedFd>, u64)>,
 }
 
 impl Region {
-    fn range(&self) -> Range<u64> {
+    /// Addresses without the C-bit.
+    pub fn range(&self) -> Range<u64> {
         self.gpa..self.gpa + self.shared.len()
     }
 }
@@ -82,6 +90,9 @@ pub struct Views {
     /// Memory without a private side, such as a device's buffer: not RAM, and an access with the C-bit is a fault.
     shared_only: RwLock<Vec<MemorySlot>>,
     slots: Mutex<Slots>,
+    gate: Gate,
+    /// A vCPU looks for the page that it must not touch; the slots are not whole.
+    searching: AtomicBool,
 }
 
 impl Views {
@@ -93,7 +104,17 @@ impl Views {
             regions: RwLock::default(),
             shared_only: RwLock::default(),
             slots: Mutex::default(),
+            gate: Gate::default(),
+            searching: AtomicBool::new(false),
         }
+    }
+
+    fn regions(&self) -> RwLockReadGuard<'_, Vec<Region>> {
+        self.regions.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shared_only(&self) -> Vec<Slot> {
+        self.shared_only.read().unwrap_or_else(PoisonError::into_inner).iter().map(Slot::of).collect()
     }
 
     fn single(&self) -> bool {
@@ -120,12 +141,15 @@ impl Views {
         }
         let (private, memfd) = match slot.private {
             Some((memfd, offset)) if !self.single() => {
-                (Arc::new(Mapping::file(&memfd, offset, len).map_err(fail)?), Some(memfd))
+                (Arc::new(Mapping::file(&memfd, offset, len).map_err(fail)?), Some((memfd, offset)))
             }
-            other => (Arc::clone(&slot.shared), other.map(|(memfd, _)| memfd)),
+            other => (Arc::clone(&slot.shared), other),
         };
         let private_host = private.host_address();
-        let region = Region { gpa, shared: slot.shared, private, _memfd: memfd };
+        let region = Region { gpa, shared: slot.shared, private, memfd };
+        if self.options.strict {
+            self.gate.add(&region).map_err(protecting)?;
+        }
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let mut wanted = self.shared_view(&region, None);
         wanted.push(Slot { gpa: gpa | self.c_mask, host: private_host, len });
@@ -136,12 +160,8 @@ impl Views {
     /// Slots of the shared view of one region. `states` is given while private pages show their private memory.
     fn shared_view(&self, region: &Region, states: Option<&PageStates>) -> Vec<Slot> {
         let mut slots = Vec::new();
-        let mut push = |range: Range<u64>, mapping: &Mapping| {
-            if range.start < range.end {
-                let host = mapping.host_address() + (range.start - region.gpa);
-                slots.push(Slot { gpa: range.start, host, len: range.end - range.start });
-            }
-        };
+        let mut push =
+            |range: Range<u64>, mapping: &Mapping| Slot::push(&mut slots, region, range, mapping, 0);
         let all = region.range();
         let middle = all.start.max(LOW_END).min(all.end);
         push(all.start..middle, &region.private);
@@ -176,21 +196,15 @@ impl Views {
     /// Makes the underlying VM's slots what they should be. No vCPU may be running.
     fn rebuild(&self, vm: &KvmVm, states: &PageStates) -> Result<(), CallError> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let regions = self.regions();
         let states = slots.aliased.then_some(states);
         let mut wanted: Vec<Slot> = regions.iter().flat_map(|r| self.shared_view(r, states)).collect();
-        wanted.extend(self.shared_only.read().unwrap_or_else(PoisonError::into_inner).iter().map(Slot::of));
-        slots.retain(vm, |slot| slot.gpa & self.c_mask != 0 || wanted.contains(slot))?;
-        for slot in wanted {
-            if !slots.used.contains(&Some(slot)) {
-                slots.insert(vm, slot)?;
-            }
-        }
-        Ok(())
+        wanted.extend(self.shared_only());
+        slots.replace(vm, &wanted, |slot| slot.gpa & self.c_mask != 0)
     }
 
-    /// Follows a change of page states: strict runs take access away from the stale side, and an alias is redrawn.
-    pub fn state_changed(
+    /// Follows a change of the private attribute: strict runs take access away from the stale side, and an alias is redrawn.
+    pub fn attribute_changed(
         &self,
         vm: &KvmVm,
         states: &PageStates,
@@ -198,31 +212,74 @@ impl Views {
         private: bool,
     ) -> Result<(), CallError> {
         if self.options.strict {
-            self.protect(range, private)
-                .map_err(|source| CallError { call: "mprotect of guest RAM (strict)", source })?;
+            self.gate.attribute_changed(&self.regions(), states, &range, private).map_err(protecting)?;
         }
         let aliased = self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased;
         if aliased { self.rebuild(vm, states) } else { Ok(()) }
     }
 
-    fn protect(&self, range: Range<u64>, private: bool) -> io::Result<()> {
-        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
-        for region in regions.iter() {
-            let part = region.range();
-            // The first MiB has one memory for both views, the private one; its shared side is never shown.
-            let (start, end) = (range.start.max(part.start).max(LOW_END), range.end.min(part.end));
-            if start < end {
-                let (offset, len) = (start - part.start, end - start);
-                let (open, close) = if private {
-                    (&region.private, &region.shared)
-                } else {
-                    (&region.shared, &region.private)
-                };
-                open.set_accessible(offset, len, true)?;
-                close.set_accessible(offset, len, false)?;
-            }
+    /// Follows `PVALIDATE`, or the launch of pages.
+    pub fn validation_changed(
+        &self,
+        states: &PageStates,
+        range: Range<u64>,
+        validated: bool,
+    ) -> Result<(), CallError> {
+        match (self.options.strict, validated) {
+            (false, _) => Ok(()),
+            (true, true) => self.gate.validated(&self.regions(), states, range),
+            (true, false) => self.gate.rescinded(&self.regions(), &range),
         }
-        Ok(())
+        .map_err(protecting)
+    }
+
+    /// See [`Gate::opened`].
+    pub fn opened(&self) -> u64 {
+        self.gate.opened()
+    }
+
+    /// Opens what was validated, after something ran into a closed page; see [`Gate::open`].
+    pub fn open(&self, states: &PageStates, seen: u64) -> Result<bool, CallError> {
+        self.gate.open(&self.regions(), states, seen).map_err(protecting)
+    }
+
+    /// Whether a vCPU looks for the page that it must not touch. What others find in memory then means nothing.
+    pub fn searching(&self) -> bool {
+        self.searching.load(Ordering::Acquire)
+    }
+
+    /// Leaves only pages that the guest may use in the underlying VM, for good: an access to another one shows its address, as
+    /// one to device memory. False if another vCPU has done that.
+    pub fn show_allowed_only(&self, vm: &KvmVm, states: &PageStates) -> Result<bool, CallError> {
+        if self.searching.swap(true, Ordering::AcqRel) {
+            return Ok(false);
+        }
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = self.shared_only();
+        for region in self.regions().iter() {
+            states.for_each_run_in(region.range(), |run, state| {
+                let (low, high) = (run.start..run.end.min(LOW_END), run.start.max(LOW_END)..run.end);
+                if state.usable() || !state.private() {
+                    Slot::push(&mut wanted, region, low.clone(), &region.private, 0);
+                    Slot::push(&mut wanted, region, low, &region.private, self.c_mask);
+                }
+                if state.usable() {
+                    Slot::push(&mut wanted, region, high.clone(), &region.private, self.c_mask);
+                }
+                if !state.private() {
+                    Slot::push(&mut wanted, region, high, &region.shared, 0);
+                } else if slots.aliased && state.usable() {
+                    Slot::push(&mut wanted, region, high, &region.private, 0);
+                }
+            });
+        }
+        slots.replace(vm, &wanted, |_| false)?;
+        Ok(true)
+    }
+
+    /// Whether the shared view shows private memory now.
+    pub fn aliased(&self) -> bool {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased
     }
 
     /// Splits a range at region borders; all or nothing.
@@ -231,10 +288,10 @@ impl Views {
         gpa: u64,
         len: u64,
         view: View,
-        mut f: impl FnMut(&Mapping, u64, Range<usize>, u64) -> io::Result<()>,
+        mut f: impl FnMut(Side<'_>, u64, Range<usize>) -> io::Result<()>,
     ) -> Result<(), OutsideRam> {
         let outside = OutsideRam { gpa, len };
-        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let regions = self.regions();
         let end = gpa.checked_add(len).ok_or(outside)?;
         let covered: u64 =
             regions.iter().map(|r| r.range().end.min(end).saturating_sub(r.range().start.max(gpa))).sum();
@@ -250,39 +307,94 @@ impl Views {
                     continue;
                 }
                 let low = start < LOW_END;
-                let mapping = if low || view == View::Private { &region.private } else { &region.shared };
+                let side = match &region.memfd {
+                    Some((memfd, offset)) if self.options.strict && (low || view == View::Private) => {
+                        Side::File(memfd, *offset)
+                    }
+                    _ if low || view == View::Private => Side::Mapping(&region.private),
+                    _ => Side::Mapping(&region.shared),
+                };
                 let buffer = (start - gpa) as usize..(stop - gpa) as usize;
-                f(mapping, start - all.start, buffer, stop - start).map_err(|_| outside)?;
+                f(side, start - all.start, buffer).map_err(|_| outside)?;
             }
         }
         Ok(())
     }
 }
 
+/// How the monitor reaches one side of a page.
+enum Side<'a> {
+    /// Through its mapping.
+    Mapping(&'a Mapping),
+    /// Through the file behind it, at an offset: firmware and RMP reach private pages that are closed to the guest.
+    File(&'a OwnedFd, u64),
+}
+
 impl GuestMemory for Views {
     fn read(&self, gpa: u64, view: View, buf: &mut [u8]) -> Result<(), OutsideRam> {
         let strict = self.options.strict;
-        self.with(gpa, buf.len() as u64, view, |mapping, offset, range, _| {
+        self.with(gpa, buf.len() as u64, view, |side, offset, range| {
             let buf = buf.get_mut(range).unwrap_or_default();
-            // Another vCPU may hide the page between the model's check and this access.
-            if strict {
-                mapping.try_read(offset, buf)
-            } else {
-                mapping.read(offset, buf).map_err(io::Error::other)
+            match side {
+                Side::File(file, start) => read_all(file, start + offset, buf),
+                // Another vCPU may hide the page between the model's check and this access.
+                Side::Mapping(mapping) if strict => mapping.try_read(offset, buf),
+                Side::Mapping(mapping) => mapping.read(offset, buf).map_err(io::Error::other),
             }
         })
     }
 
     fn write(&self, gpa: u64, view: View, bytes: &[u8]) -> Result<(), OutsideRam> {
         let strict = self.options.strict;
-        self.with(gpa, bytes.len() as u64, view, |mapping, offset, range, _| {
+        self.with(gpa, bytes.len() as u64, view, |side, offset, range| {
             let data = bytes.get(range).unwrap_or_default();
-            if strict {
-                mapping.try_write(offset, data)
-            } else {
-                mapping.write(offset, data).map_err(io::Error::other)
+            match side {
+                Side::File(file, start) => write_all(file, start + offset, data),
+                Side::Mapping(mapping) if strict => mapping.try_write(offset, data),
+                Side::Mapping(mapping) => mapping.write(offset, data).map_err(io::Error::other),
             }
         })
+    }
+}
+
+fn read_all(file: &OwnedFd, mut at: u64, mut buf: &mut [u8]) -> io::Result<()> {
+    while !buf.is_empty() {
+        match rustix::io::pread(file, &mut *buf, at)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            done => (buf, at) = (buf.get_mut(done..).unwrap_or_default(), at + done as u64),
+        }
+    }
+    Ok(())
+}
+
+fn write_all(file: &OwnedFd, mut at: u64, mut data: &[u8]) -> io::Result<()> {
+    while !data.is_empty() {
+        match rustix::io::pwrite(file, data, at)? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            done => (data, at) = (data.get(done..).unwrap_or_default(), at + done as u64),
+        }
+    }
+    Ok(())
+}
+
+fn protecting(source: io::Error) -> CallError {
+    CallError { call: "mprotect of guest RAM (strict)", source }
+}
+
+impl Slot {
+    /// Adds a slot that shows `range` of `region` at its address, with the bits `mask` set; it may continue the last one.
+    fn push(slots: &mut Vec<Slot>, region: &Region, range: Range<u64>, mapping: &Mapping, mask: u64) {
+        if range.is_empty() {
+            return;
+        }
+        let (gpa, len) = (range.start | mask, range.end - range.start);
+        let host = mapping.host_address() + (range.start - region.gpa);
+        let continued =
+            slots.iter_mut().rev().take(3).find(|s| s.gpa + s.len == gpa && s.host + s.len == host);
+        match continued {
+            Some(slot) => slot.len += len,
+            None => slots.push(Slot { gpa, host, len }),
+        }
     }
 }
 
@@ -295,6 +407,22 @@ impl Slots {
         match free.and_then(|i| self.used.get_mut(i)) {
             Some(place) => *place = Some(slot),
             None => self.used.push(Some(slot)),
+        }
+        Ok(())
+    }
+
+    /// Makes the slots those of `wanted`, and the others that are to be kept.
+    fn replace(
+        &mut self,
+        vm: &KvmVm,
+        wanted: &[Slot],
+        keep: impl Fn(&Slot) -> bool,
+    ) -> Result<(), CallError> {
+        self.retain(vm, |slot| keep(slot) || wanted.contains(slot))?;
+        for slot in wanted {
+            if !self.used.contains(&Some(*slot)) {
+                self.insert(vm, *slot)?;
+            }
         }
         Ok(())
     }

@@ -33,15 +33,18 @@ use snp::model::vm::ApAction;
 use snp::model::vm::ApCreation;
 use snp::model::vm::VmConfig;
 use snp::model::vm::VmModel;
+use snp::policy::GuestPolicy;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::EmulatedOptions;
 use super::Notes;
 use super::registers::Recorded;
+use super::statistics::Meter;
 use super::vcpu::EmulatedVcpu;
 use super::views::Views;
 use super::wake::Order;
 use super::wake::Wake;
+use crate::memory::PAGE;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::CallError;
 use crate::platform::MemorySlot;
@@ -63,6 +66,7 @@ pub struct Inner {
     pub(super) views: Views,
     pub(super) ports: Ports,
     pub(super) model: VmModel,
+    pub(super) meter: Meter,
     options: EmulatedOptions,
     notes: Notes,
     members: Mutex<Vec<Member>>,
@@ -125,6 +129,7 @@ impl Inner {
             None => self.begin_kernel()?,
         }
         *begun = true;
+        self.meter.begin();
         Ok(())
     }
 
@@ -190,7 +195,7 @@ impl EmulatedVm {
             platform: firmware,
             ram: Vec::new(),
             vmsa_features: 0,
-            allowed_policy: super::ALLOWED_POLICY,
+            allowed_policy: GuestPolicy::KVM_6_12_ALLOWED,
             two_mib: options.two_mib,
             faults,
         });
@@ -200,6 +205,7 @@ impl EmulatedVm {
             views,
             model,
             ports: Ports::default(),
+            meter: Meter::default(),
             options,
             notes,
             members: Mutex::default(),
@@ -251,7 +257,7 @@ impl Vm for EmulatedVm {
         vm.model
             .set_attributes(start, len, attributes.attributes, attributes.flags)
             .map_err(|errno| CallError::errno(CALL, errno.0))?;
-        vm.views.state_changed(&vm.kvm, &vm.model.pages, start..end, private)
+        vm.views.attribute_changed(&vm.kvm, &vm.model.pages, start..end, private)
     }
 
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, CallError> {
@@ -291,8 +297,15 @@ impl Vm for EmulatedVm {
             flags: update.flags,
         };
         let result = self.0.model.launch_update(&mut args, source, &self.0.views);
+        let launched = update.gfn_start * PAGE..args.gfn_start * PAGE;
+        let opened = self.0.views.validation_changed(&self.0.model.pages, launched, true);
         (update.gfn_start, update.uaddr, update.len) = (args.gfn_start, args.uaddr, args.len);
-        result.map_err(failed("KVM_SEV_SNP_LAUNCH_UPDATE"))
+        result.map_err(failed("KVM_SEV_SNP_LAUNCH_UPDATE"))?;
+        opened.map_err(|e| SevError {
+            command: "KVM_SEV_SNP_LAUNCH_UPDATE",
+            errno: e.source.raw_os_error().unwrap_or(libc::EIO),
+            firmware: 0,
+        })
     }
 
     fn snp_launch_finish(
@@ -315,7 +328,12 @@ impl Vm for EmulatedVm {
     }
 
     fn snp_enable_req_certs(&self) -> Result<(), SevError> {
-        self.0.model.enable_req_certs().map_err(failed("KVM_SEV_SNP_ENABLE_REQ_CERTS"))
+        self.0.model.set_certs_enabled();
+        Ok(())
+    }
+
+    fn statistics(&self) -> Option<String> {
+        self.0.options.statistics.then(|| self.0.meter.report(&self.0.model.pages))
     }
 }
 

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Options of a run that try a guest: what it did, counted, and how it bears a dishonest host.
+
+use crate::tamper::Tamper;
+
+/// The options.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Trials {
+    /// Emulated platform: print at the end what the guest did with its pages, as a line of JSON
+    #[arg(long, requires = "snp")]
+    pub statistics: bool,
+    /// Alter one bit after everything was measured and checked: in a launch page (stage0, hashes), in staged bytes (kernel,
+    /// initrd, cmdline, boot-params, acpi), or in staged bytes over and over (ITEM@race)
+    #[arg(long, value_name = "WHAT", hide = true, requires = "snp")]
+    pub tamper: Option<Tamper>,
+}
