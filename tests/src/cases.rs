@@ -1,19 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The integration tests, one file per subject. A new subject adds its file and its line in [`all`].
 
+pub mod acceptance;
 pub mod bad_input;
 pub mod boot;
-pub mod certs;
 pub mod doctor;
 pub mod endings;
+pub mod strict;
 pub mod vtpm;
 
 use crate::suite::Case;
 
 /// Every case, cheap ones first.
 pub fn all() -> Vec<Case> {
-    [bad_input::cases(), doctor::cases(), boot::cases(), certs::cases(), endings::cases(), vtpm::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        bad_input::cases(),
+        doctor::cases(),
+        boot::cases(),
+        endings::cases(),
+        strict::cases(),
+        acceptance::cases(),
+        vtpm::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

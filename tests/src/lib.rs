@@ -16,6 +16,8 @@ pub mod machine;
 pub mod modules;
 pub mod nested;
 pub mod probe;
+pub mod snp_kernel;
+pub mod statistics;
 pub mod suite;
 pub mod tiny;
 pub mod tpm;

@@ -27,11 +27,15 @@ use crate::guest::Mode;
 use crate::guest::Report;
 use crate::kernels::Kernel;
 use crate::kernels::Role;
+use crate::statistics::launch_pages;
 use crate::suite::Case;
 use crate::suite::Context;
 
 /// cvmm's exit code for a guest that asked for a reset.
 pub const REBOOTED: i32 = 3;
+
+/// Most pages of a launch, VMSAs aside, whatever kernel, initrd and memory.
+pub const MEASURED_PAGES: u64 = 12;
 
 /// What Linux logs as an SNP guest (arch/x86/mm/mem_encrypt.c).
 pub const SNP_LOG_LINE: &str = "Memory Encryption Features active: AMD SEV SEV-ES SEV-SNP";
@@ -134,6 +138,8 @@ fn boots(context: &Context, guest: &Guest) -> Result<()> {
             ensure!(log.contains(SNP_LOG_LINE), "the guest's log says {log:?}, not {SNP_LOG_LINE:?}");
             let announced = format!("launch digest {predicted}");
             ensure!(output.errors().contains(&announced), "cvmm did not announce {announced}");
+            let pages = launch_pages(&output.errors())?;
+            ensure!(pages <= MEASURED_PAGES + u64::from(guest.cpus), "the launch takes {pages} pages");
             for action in guest.actions.split(',') {
                 match action {
                     "report" => check_report(&console, "report", guest, &predicted)?,
