@@ -2,6 +2,7 @@
 //! Attestation: what a report says, and where each field lies in it.
 
 pub mod cert;
+pub mod cert_table;
 pub mod chain;
 pub mod policy;
 pub mod report;

@@ -4,6 +4,7 @@
 pub mod acceptance;
 pub mod bad_input;
 pub mod boot;
+pub mod certs;
 pub mod doctor;
 pub mod endings;
 pub mod strict;
@@ -17,6 +18,7 @@ pub fn all() -> Vec<Case> {
         bad_input::cases(),
         doctor::cases(),
         boot::cases(),
+        certs::cases(),
         endings::cases(),
         strict::cases(),
         acceptance::cases(),

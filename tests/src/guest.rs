@@ -149,6 +149,11 @@ impl<'a> Report<'a> {
         self.0.get(0x50..0x90)
     }
 
+    /// What the firmware drew for this launch of the guest, and keeps for its life.
+    pub fn report_id(&self) -> Option<&'a [u8]> {
+        self.0.get(0x140..0x160)
+    }
+
     /// The launch digest.
     pub fn measurement(&self) -> Option<&'a [u8]> {
         self.0.get(0x90..0xc0)

@@ -4,71 +4,227 @@
 //! `KVM_EXIT_SNP_REQ_CERTS` (Linux 7.0, `Documentation/virt/kvm/api.rst`). The guest chooses address and size of the buffer,
 //! so both are checked: only shared RAM is written to. Certificates spare the guest a request to AMD's key server; it must
 //! verify them all the same.
+//!
+//! The table of a file is read at each request, so that it can be replaced while guests run. It must belong to the key that
+//! signs the report, and that key can change at any time, by a firmware update for example. The kernel's documentation
+//! therefore recommends a lock: the monitor holds a shared one on the file from before it reads until the firmware has answered
+//! the guest's request; whoever changes the key holds an exclusive one meanwhile. [`Held`] is that lock.
+
+#![allow(unsafe_code, reason = "one fcntl for which rustix has no name: F_OFD_SETLK")]
+
+use std::fs::File;
+use std::io;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use rustix::fs::FlockOperation;
+use snp::attest::cert_table;
+use snp::attest::cert_table::TableError;
 
 use crate::memory::GuestRam;
 use crate::memory::PAGE;
 
-/// Where the table comes from.
+/// Largest file that is taken, in bytes; five certificates have less than 10 KiB.
+pub const FILE_LIMIT: u64 = 64 << 10;
+/// What Linux guests have room for (`SEV_FW_BLOB_MAX_SIZE`).
+pub const LINUX_GUEST_LIMIT: u64 = 16 << 10;
+
+/// Why there is no table at the moment.
+#[derive(Debug, thiserror::Error)]
+pub enum CertsError {
+    /// Somebody changes it now.
+    #[error("{} is locked exclusively: its certificates, or the key that they belong to, are being changed", .0.display())]
+    Locked(PathBuf),
+    /// The file.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong.
+        source: io::Error,
+    },
+    /// Not a file that can be read whole.
+    #[error("{}: expected a file of 24 to {FILE_LIMIT} bytes", .0.display())]
+    Size(PathBuf),
+    /// What it holds.
+    #[error("{} is no table of certificates (GHCB specification, 4.1.8.1): {source}. `cvmm certs` makes one", path.display())]
+    Table {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong.
+        source: TableError,
+    },
+}
+
+impl CertsError {
+    /// What the guest is told: to come back later, or that there is nothing.
+    fn errno(&self) -> i32 {
+        if matches!(self, CertsError::Locked(_)) { libc::EAGAIN } else { libc::EIO }
+    }
+}
+
+/// A file that must not be changed while this lives.
+#[derive(Debug)]
+pub struct Held {
+    _file: File,
+}
+
+/// A file with a table.
+pub struct CertFile {
+    path: PathBuf,
+    /// The last complaint: a guest may ask as often as it likes.
+    complaint: Mutex<String>,
+}
+
+impl CertFile {
+    /// The file at `path`, which must hold a table now.
+    pub fn open(path: &Path) -> Result<Self, CertsError> {
+        let file = CertFile { path: path.to_owned(), complaint: Mutex::default() };
+        let (table, _held) = file.read()?;
+        if table.len() as u64 > LINUX_GUEST_LIMIT {
+            eprintln!(
+                "cvmm: warning: --certs {}: {} bytes, Linux guests have room for {LINUX_GUEST_LIMIT}",
+                path.display(),
+                table.len()
+            );
+        }
+        Ok(file)
+    }
+
+    /// Reads and checks the table, under a lock that the caller keeps until the firmware has answered.
+    fn read(&self) -> Result<(Vec<u8>, Held), CertsError> {
+        let path = &self.path;
+        let fail = |source| CertsError::File { path: path.clone(), source };
+        // A pipe in its place must not make a vCPU wait.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(fail)?;
+        if !file.metadata().map_err(fail)?.is_file() {
+            return Err(CertsError::Size(path.clone()));
+        }
+        // Tools after the kernel's documentation use fcntl's locks, flock(1) and shell scripts the other kind.
+        for locked in [
+            lock_ofd(&file),
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).map_err(Into::into),
+        ] {
+            match locked.map_err(|e: io::Error| (e.raw_os_error(), e)) {
+                Ok(()) => {}
+                Err((Some(libc::EAGAIN | libc::EACCES), _)) => return Err(CertsError::Locked(path.clone())),
+                Err((_, e)) => return Err(fail(e)),
+            }
+        }
+        let mut table = Vec::new();
+        (&file).take(FILE_LIMIT + 1).read_to_end(&mut table).map_err(fail)?;
+        if table.len() as u64 > FILE_LIMIT {
+            return Err(CertsError::Size(path.clone()));
+        }
+        cert_table::parse(&table).map_err(|source| CertsError::Table { path: path.clone(), source })?;
+        Ok((table, Held { _file: file }))
+    }
+
+    /// Says what is wrong on standard error, unless that was the last thing said.
+    fn complain(&self, error: Option<&CertsError>) {
+        let text = error.map(ToString::to_string).unwrap_or_default();
+        let mut last = self.complaint.lock().unwrap_or_else(PoisonError::into_inner);
+        if *last != text {
+            if !text.is_empty() {
+                eprintln!("cvmm: warning: the guest asked for certificates and got none: {text}");
+            }
+            *last = text;
+        }
+    }
+}
+
+/// A shared lock of the open file, not of the process: two vCPUs may ask at once, and the first to close its file must not take
+/// the other's lock with it.
+fn lock_ofd(file: &File) -> io::Result<()> {
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: F_OFD_SETLK reads `lock`, which outlives the call, and does nothing to memory.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Where tables come from.
+#[derive(Clone)]
+pub enum Source {
+    /// A file, read at each request.
+    File(Arc<CertFile>),
+    /// A table that the platform knows.
+    Table(Arc<Vec<u8>>),
+}
+
+/// Answers a guest's requests.
 pub struct Certificates {
-    table: Vec<u8>,
+    source: Source,
     ram: GuestRam,
 }
 
-/// Answer to the exit: what goes into `ret`, and the pages that are needed if it is ENOSPC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Answer to the exit: what goes into `ret`, the pages that are needed if it is ENOSPC, and the lock.
+#[derive(Debug)]
 pub struct Answer {
-    /// 0, ENOSPC or EIO.
+    /// 0, ENOSPC, EAGAIN or EIO.
     pub ret: i32,
     /// Pages, for ENOSPC.
     pub npages: u64,
+    /// To be dropped when the firmware has answered the request.
+    pub held: Option<Held>,
 }
 
 impl Certificates {
-    /// Offers `table` to a guest with this RAM.
-    pub fn new(table: Vec<u8>, ram: GuestRam) -> Self {
-        Certificates { table, ram }
+    /// Offers the tables of `source` to a guest with this RAM.
+    pub fn new(source: Source, ram: GuestRam) -> Self {
+        Certificates { source, ram }
     }
 
     /// Writes the table to the guest's buffer at `gpa`. `is_shared` says whether a page may be written by the host.
     pub fn answer(&self, gpa: u64, npages: u64, is_shared: impl Fn(u64) -> bool) -> Answer {
-        let needed = (self.table.len() as u64).div_ceil(PAGE);
+        match &self.source {
+            Source::Table(table) => self.deliver(table, None, gpa, npages, is_shared),
+            Source::File(file) => {
+                let read = file.read();
+                file.complain(read.as_ref().err());
+                match read {
+                    Ok((table, held)) => self.deliver(&table, Some(held), gpa, npages, is_shared),
+                    Err(e) => Answer { ret: e.errno(), npages, held: None },
+                }
+            }
+        }
+    }
+
+    fn deliver(
+        &self,
+        table: &[u8],
+        held: Option<Held>,
+        gpa: u64,
+        npages: u64,
+        is_shared: impl Fn(u64) -> bool,
+    ) -> Answer {
+        let needed = (table.len() as u64).div_ceil(PAGE);
         if npages < needed {
-            return Answer { ret: libc::ENOSPC, npages: needed };
+            return Answer { ret: libc::ENOSPC, npages: needed, held: None };
         }
         let shared = (0..needed)
             .all(|page| page.checked_mul(PAGE).and_then(|o| gpa.checked_add(o)).is_some_and(&is_shared));
-        let written = gpa.is_multiple_of(PAGE) && shared && self.ram.write(gpa, &self.table).is_ok();
-        Answer { ret: if written { 0 } else { libc::EIO }, npages }
+        let written = gpa.is_multiple_of(PAGE) && shared && self.ram.write(gpa, table).is_ok();
+        match written {
+            true => Answer { ret: 0, npages, held },
+            false => Answer { ret: libc::EIO, npages, held: None },
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn certificates() -> Certificates {
-        let ram = GuestRam::new([(0, 0x10000)]).unwrap();
-        Certificates::new(vec![7; 0x1800], ram)
-    }
-
-    #[test]
-    fn a_short_buffer_is_told_the_size_and_nothing_is_written() {
-        let c = certificates();
-        assert_eq!(c.answer(0x1000, 1, |_| true), Answer { ret: libc::ENOSPC, npages: 2 });
-        let mut byte = [1];
-        c.ram.read(0x1000, &mut byte).unwrap();
-        assert_eq!(byte, [0]);
-    }
-
-    #[test]
-    fn only_shared_ram_is_written() {
-        let c = certificates();
-        assert_eq!(c.answer(0x1000, 2, |gpa| gpa != 0x2000).ret, libc::EIO);
-        assert_eq!(c.answer(0xf000, 2, |_| true).ret, libc::EIO);
-        assert_eq!(c.answer(u64::MAX - 0xfff, 2, |_| true).ret, libc::EIO);
-        assert_eq!(c.answer(0x1000, 2, |_| true).ret, 0);
-        let mut bytes = [0; 2];
-        c.ram.read(0x27ff, &mut bytes).unwrap();
-        assert_eq!(bytes, [7, 0]);
-    }
-}
+#[path = "certs_test.rs"]
+mod tests;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The command line: `cvmm --kernel …` runs a guest, subcommands do everything else.
 
+mod certs;
 mod doctor;
 mod id_block;
 mod measure;
@@ -60,6 +61,8 @@ enum Command {
     IdBlock(id_block::Args),
     /// Check an attestation report, its certificates, and your policy
     Verify(Box<verify::Args>),
+    /// Make and show certificate tables for --certs
+    Certs(certs::Args),
     /// Say what this host offers for SNP guests and for emulated ones, and how to fix what is missing
     Doctor(doctor::Args),
     /// Make, examine and change guest-state files: where a vTPM keeps what outlives the VM
@@ -93,6 +96,7 @@ pub fn main() -> ExitCode {
         Some(Command::Measure(args)) => measure::main(&args),
         Some(Command::IdBlock(args)) => id_block::main(&args),
         Some(Command::Verify(args)) => verify::main(&args),
+        Some(Command::Certs(args)) => certs::main(&args),
         Some(Command::Doctor(args)) => doctor::main(&args),
         Some(Command::Vmgs(args)) => {
             vtpm_svc::cli_vmgs::run(&args, &mut io::stdout().lock()).map(|()| 0).map_err(|e| match e {

@@ -19,15 +19,16 @@ use vmm_sys_util::signal::Killable;
 use vmm_sys_util::signal::SIGRTMIN;
 
 use crate::certs::Certificates;
+use crate::certs::Source;
 use crate::conversion::Conversions;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::Prepared;
 use crate::machine::Machine;
 use crate::memory::GuestRam;
-use crate::monitor::Companion;
 use crate::monitor::Event;
 use crate::monitor::Guest;
+use crate::monitor::Host;
 use crate::monitor::MonitorError;
 use crate::platform::Platform;
 use crate::platform::Vcpu;
@@ -60,12 +61,12 @@ pub(crate) struct Running {
     vm: Arc<dyn Vm>,
 }
 
-/// Creates the VM of the guest's life number `life` and launches the guest in it.
+/// Creates the VM of the guest's life number `life` and launches the guest in it; what it writes goes to `console`.
 pub(crate) fn boot(
     platform: &dyn Platform,
     guest: &Guest,
     console: Box<dyn Write + Send>,
-    companions: &mut [Box<dyn Companion>],
+    host: &mut Host,
     life: u32,
 ) -> Result<Booted, MonitorError> {
     let create = |step| move |source| MonitorError::Create { step, source };
@@ -74,6 +75,17 @@ pub(crate) fn boot(
     vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
     if guest.snp.is_some() {
         launch::init_snp(vm.as_ref(), &guest.plan)?;
+    }
+    let certificates = match guest.snp {
+        Some(_) => host.certificates.clone().or_else(|| platform.certificates().map(Source::Table)),
+        None => None,
+    };
+    if certificates.is_some() {
+        // After INIT2 and before any vCPU (`snp_enable_certs`).
+        vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
+            step: "offering certificates to the guest".into(),
+            source,
+        })?;
     }
     let ram = GuestRam::new(guest.ram.iter().copied()).map_err(MonitorError::Ram)?;
     let memfds = launch::add_memory(vm.as_ref(), &ram, guest.snp.is_some())?;
@@ -85,7 +97,7 @@ pub(crate) fn boot(
         vcpus.push(vcpu);
     }
     let mut machine = Machine::new(vm.as_ref(), console)?;
-    for companion in companions {
+    for companion in &mut host.companions {
         companion
             .before_life(life, vm.as_ref(), &mut machine)
             .map_err(|problem| MonitorError::Companion { name: companion.name(), problem })?;
@@ -115,17 +127,7 @@ pub(crate) fn boot(
     let racer = guest.staged.raced.map(|gpa| Racer::start(ram.clone(), gpa));
     let racer =
         racer.transpose().map_err(|source| MonitorError::Host { what: "cannot start a thread", source })?;
-    let table = platform.certificates().filter(|_| guest.snp.is_some());
-    let certificates = match table {
-        None => None,
-        Some(table) => {
-            vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
-                step: "offering certificates to the guest".into(),
-                source,
-            })?;
-            Some(Certificates::new(table, ram))
-        }
-    };
+    let certificates = certificates.map(|source| Certificates::new(source, ram));
     let shared = Arc::new(Shared { machine, conversions, certificates, stop: AtomicBool::new(false) });
     Ok(Booted { vcpus, shared, racer, vm })
 }

@@ -25,6 +25,7 @@ use signal_hook::iterator::Signals;
 use snp::digest::LaunchDigest;
 use snp::digest::launch_digest;
 
+use crate::certs::Source;
 use crate::launch::LaunchError;
 use crate::launch::LaunchOptions;
 use crate::launch::Staged;
@@ -80,6 +81,8 @@ pub struct Host {
     pub interactive: bool,
     /// What follows when the guest asks for a reset; `None`: the run ends.
     pub restart: Option<Restart>,
+    /// Certificates that an SNP guest may ask for; `None`: those that the platform knows, if any.
+    pub certificates: Option<Source>,
     /// What starts anew with each VM, in this order.
     pub companions: Vec<Box<dyn Companion>>,
 }
@@ -87,7 +90,7 @@ pub struct Host {
 impl Host {
     /// A host that has a console and nothing else.
     pub fn new(console: Box<dyn Write + Send>) -> Self {
-        Host { console, interactive: false, restart: None, companions: Vec::new() }
+        Host { console, interactive: false, restart: None, certificates: None, companions: Vec::new() }
     }
 }
 
@@ -195,12 +198,13 @@ pub(crate) enum Event {
 }
 
 /// Creates `guest` on `platform` and runs it to its end, in more than one VM if `host` says so.
-pub fn run(platform: &dyn Platform, mut guest: Guest, host: Host) -> Result<Outcome, MonitorError> {
-    let Host { console, interactive, restart, mut companions } = host;
+pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<Outcome, MonitorError> {
+    let (interactive, restart) = (host.interactive, host.restart);
     let (events, inbox) = mpsc::channel();
     // Signals are caught from here on, so that one that arrives during a launch is not lost.
     let _signals = SignalThread::start(events.clone())?;
-    let console = SharedConsole(Arc::new(Mutex::new(console)));
+    let console =
+        SharedConsole(Arc::new(Mutex::new(std::mem::replace(&mut host.console, Box::new(io::sink())))));
     let keyboard = Keyboard::default();
     let mut raw = None;
     let digest = if restart.is_some() { guest.digest()? } else { None };
@@ -209,7 +213,7 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, host: Host) -> Result<Outc
     loop {
         let begun = Instant::now();
         let output = Box::new(console.clone());
-        let booted = life::boot(platform, &guest, output, &mut companions, life);
+        let booted = life::boot(platform, &guest, output, &mut host, life);
         let booted = booted.map_err(|e| in_life(life, e))?;
         if restart.is_none() {
             guest.forget_contents();

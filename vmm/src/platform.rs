@@ -111,11 +111,13 @@ pub trait Platform: Send + Sync {
     fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, CallError>;
     /// What the platform decides about an SNP guest's CPUID, the position of the C-bit first of all.
     fn snp_cpuid(&self) -> SnpCpuid;
+    /// Bits of the guest policy that this platform's KVM lets guests have.
+    fn allowed_policy(&self) -> u64;
     /// Tells what an image knows about itself beside the plan. Not measured; a platform with hardware has no use for it.
     fn annotate(&self, _kernel: Annotations, _stage0: Option<ShimSites>) {}
     /// The certificates that belong to this platform's reports, as a table for guests (GHCB specification, 4.1.8.1), where the
     /// platform knows them itself.
-    fn certificates(&self) -> Option<Vec<u8>> {
+    fn certificates(&self) -> Option<Arc<Vec<u8>>> {
         None
     }
     /// Creates a VM.
@@ -189,6 +191,9 @@ pub trait Vcpu: Send {
     fn get_xcr0(&self) -> Result<u64, CallError>;
     /// `KVM_SET_LAPIC` of the two local interrupt pins, as a PC's firmware leaves them: LINT0 ExtINT, LINT1 NMI.
     fn set_lint(&mut self) -> Result<(), CallError>;
+    /// `KVM_RUN` with `immediate_exit`: the kernel takes in the answer to the last exit and does what follows from it, but does
+    /// not enter the guest.
+    fn complete_exit(&mut self) -> Result<(), CallError>;
     /// `KVM_RUN` until the next exit for the monitor. A signal ends it with [`Exit::Interrupted`].
     fn run(&mut self) -> Result<Exit<'_>, CallError>;
 }
@@ -256,7 +261,7 @@ pub enum Exit<'a> {
         /// Pages that it has; set to the pages needed when `ret` says ENOSPC.
         npages: &'a mut u64,
         /// The answer; must always be written.
-        ret: &'a mut u32,
+        ret: &'a mut u64,
     },
     /// Triple fault.
     Shutdown,

@@ -9,6 +9,7 @@ use devices::bus::Action;
 use snp::ghcb::term::SevTerm;
 
 use crate::certs::Certificates;
+use crate::certs::Held;
 use crate::conversion::Conversions;
 use crate::machine::Machine;
 use crate::outcome::Outcome;
@@ -100,6 +101,8 @@ pub enum RunError {
 enum Step {
     Continue,
     Stop(Outcome),
+    /// The file must not change until the kernel has done what the answer asks for.
+    Complete(Held),
 }
 
 impl From<Option<Action>> for Step {
@@ -126,6 +129,10 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
         match dispatch(id, exit, shared)? {
             Step::Continue => {}
             Step::Stop(outcome) => return Ok(Some(outcome)),
+            Step::Complete(held) => {
+                vcpu.complete_exit().map_err(|source| run_error(id, source))?;
+                drop(held);
+            }
         }
     }
     Ok(None)
@@ -181,12 +188,13 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
         }
         Exit::ReqCerts { gpa, npages, ret } => {
             // As for page-state changes, the answer is always written.
-            *ret = libc::EIO as u32;
-            if let (Some(certificates), Some(conversions)) = (&shared.certificates, &shared.conversions) {
-                let answer = certificates.answer(gpa, *npages, |page| conversions.is_shared(page));
-                (*ret, *npages) = (answer.ret as u32, answer.npages);
-            }
-            Step::Continue
+            *ret = libc::EIO as u64;
+            let (Some(certificates), Some(conversions)) = (&shared.certificates, &shared.conversions) else {
+                return Ok(Step::Continue);
+            };
+            let answer = certificates.answer(gpa, *npages, |page| conversions.is_shared(page));
+            (*ret, *npages) = (answer.ret as u64, answer.npages);
+            answer.held.map_or(Step::Continue, Step::Complete)
         }
         Exit::Shutdown => Step::Stop(Outcome::Crashed { vcpu }),
         Exit::Interrupted => Step::Continue,

@@ -303,6 +303,11 @@ pub struct Crl {
 }
 
 impl Crl {
+    /// The bytes of the list.
+    pub fn der(&self) -> &[u8] {
+        &self.der
+    }
+
     /// Reads a list in DER or PEM.
     pub fn read(file: &[u8]) -> Result<Self, CertError> {
         let error = |reason: String| CertError::Format { what: "revocation list", reason };

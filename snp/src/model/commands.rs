@@ -210,6 +210,15 @@ impl VmModel {
         Ok(())
     }
 
+    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS` of Linux 7.0: `snp_enable_certs`.
+    pub fn enable_req_certs(&self) -> Result<(), CommandError> {
+        if self.vcpu_count() != 0 || matches!(*self.launch(), Launch::Created) {
+            return Err(CommandError::kvm(Errno::EINVAL));
+        }
+        self.set_certs_enabled();
+        Ok(())
+    }
+
     /// `KVM_CREATE_VCPU`. The id is the APIC id: AP creation finds vCPUs by it (`sev_snp_ap_creation`).
     pub fn create_vcpu(&self, id: u32) -> Result<(), Errno> {
         if let Err(error) = self.inject_error(Step::CreateVcpu) {

@@ -75,6 +75,16 @@ fn commands_before_init2_are_refused_each_in_its_way() {
 }
 
 #[test]
+fn certificates_are_enabled_between_init2_and_the_first_vcpu() {
+    let (vm, _) = vm();
+    assert_eq!(vm.enable_req_certs(), Err(kvm(Errno::EINVAL)));
+    vm.init2(&Init2::default()).unwrap();
+    assert_eq!(vm.enable_req_certs(), Ok(()));
+    vm.create_vcpu(0).unwrap();
+    assert_eq!(vm.enable_req_certs(), Err(kvm(Errno::EINVAL)));
+}
+
+#[test]
 fn init2_refuses_vcpus_features_flags_and_versions_and_a_second_call() {
     let invalid = Err(kvm(Errno::EINVAL));
     let (vm, _) = vm();

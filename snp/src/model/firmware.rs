@@ -4,7 +4,6 @@
 //! SEV-SNP Firmware ABI Specification (AMD 56860), revision 1.58. A [`Platform`] is what a host has once, a
 //! [`context::GuestContext`] what the firmware keeps for one guest.
 
-pub mod certs;
 pub mod context;
 pub mod cpuid_page;
 pub mod id_block;

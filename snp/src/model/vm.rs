@@ -195,8 +195,8 @@ impl VmModel {
         self.hypercall_exits.load(Relaxed)
     }
 
-    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS`: extended guest requests become exits.
-    pub fn set_certs_enabled(&self) {
+    /// Extended guest requests become exits.
+    pub(crate) fn set_certs_enabled(&self) {
         self.certs_enabled.store(true, Relaxed);
     }
 

@@ -3,12 +3,19 @@
 
 use std::time::Duration;
 
+use anyhow::Context as _;
 use anyhow::Result;
 use anyhow::ensure;
 use guest_init::job::Ending;
 
+use super::boot::REBOOTED;
+use super::boot::predict;
+use crate::digest::hex;
+use crate::digest::unhex;
+use crate::guest::Console;
 use crate::guest::Guest;
 use crate::guest::Mode;
+use crate::guest::Report;
 use crate::kernels::Kernel;
 use crate::kernels::Role;
 use crate::machine::job;
@@ -41,6 +48,7 @@ pub fn cases() -> Vec<Case> {
         Case::new("end/sigint-stops-an-snp-guest-with-130", |context| {
             signalled(context, Mode::Single, SIGINT, 130)
         }),
+        Case::new("end/restart-launches-the-same-snp-guest-anew", restarted),
         Case::new("end/terminal-is-restored-after-sigterm", terminal_is_restored),
     ]
 }
@@ -67,6 +75,29 @@ fn signalled(context: &Context, mode: Mode, signal: i32, code: i32) -> Result<()
     let output = context.log(&job, running.wait());
     ensure!(up, "the guest did not reach its user space");
     ensure!(output.ending == Ending::Code(code), "{} instead of exit code {code}", output.ending);
+    Ok(())
+}
+
+/// A guest that reports and reboots, twice: the digest is the predicted one each time, and each time it is another guest.
+fn restarted(context: &Context) -> Result<()> {
+    let guest =
+        Guest { report_data: "a7".repeat(64), ..guest(context, Mode::SplitStrict, "info,report,reboot")? };
+    let predicted = predict(context, &guest)?;
+    let mut job = guest.run_job(&context.cvmm, &context.keys()?);
+    job.argv.extend(["--on-reboot", "restart", "--max-lives", "2"].map(String::from));
+    let output = context.run(&job)?;
+    ensure!(output.ending == Ending::Code(REBOOTED), "{}", output.ending);
+    let console = Console::parse(&output.text());
+    let reports: Vec<Vec<u8>> = console.all("report").into_iter().map(unhex).collect::<Result<_>>()?;
+    ensure!(reports.len() == 2, "{} reports of two VMs", reports.len());
+    for report in &reports {
+        let measurement = hex(Report(report).measurement().context("measurement")?);
+        ensure!(measurement == predicted, "a report says {measurement}, predicted was {predicted}");
+    }
+    let ids = reports.iter().map(|report| Report(report).report_id().context("report id"));
+    let ids: Vec<&[u8]> = ids.collect::<Result<_>>()?;
+    ensure!(ids[0] != ids[1], "both reports are of one launch: {}", hex(ids[0]));
+    ensure!(console.all("cpus") == ["0", "0"], "the VMs have CPUs {:?}", console.all("cpus"));
     Ok(())
 }
 

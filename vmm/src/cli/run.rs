@@ -17,6 +17,7 @@ use snp::pages::cpuid::CpuidTable;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
+use super::certs::CertsArgs;
 use super::id_block::IdentityCheck;
 use super::reboot::RebootArgs;
 use super::trials::Trials;
@@ -156,6 +157,8 @@ pub struct Args {
     trials: Trials,
     #[command(flatten)]
     vtpm: VtpmArgs,
+    #[command(flatten)]
+    certs: CertsArgs,
 }
 
 /// Answer of the emulated platform to `PVALIDATE` of 2 MiB.
@@ -216,10 +219,16 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         ));
     }
     let files = args.image.read().map_err(Failure::usage)?;
+    let certificates = args.certs.source()?;
     let (platform, guest, companions) =
         if args.snp { snp_guest(args, files)? } else { plain_guest(args, files)? };
-    let restart = args.reboot.restart();
-    let host = Host { interactive: true, restart, companions, console: Box::new(Console) };
+    let host = Host {
+        interactive: true,
+        restart: args.reboot.restart(),
+        certificates,
+        companions,
+        ..Host::new(Box::new(Console))
+    };
     let outcome = monitor::run(platform.as_ref(), guest, host).map_err(Failure::monitor)?;
     eprintln!("cvmm: {outcome}");
     Ok(outcome.exit_code())
@@ -254,11 +263,17 @@ fn guest(image: DirectImage, table: &CpuidTable, snp: Option<LaunchOptions>) -> 
 }
 
 fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
-    args.policy.check_kvm(GuestPolicy::KVM_6_12_ALLOWED).map_err(Failure::usage)?;
     let platform: Box<dyn Platform> = match args.platform {
         PlatformKind::Kvm => {
             let platform = KvmPlatform::open().map_err(Failure::monitor)?;
             platform.check_snp().map_err(Failure::monitor)?;
+            if args.certs.given() && platform.capabilities().req_certs != Some(1) {
+                return Err(Failure::Monitor(
+                    "--certs: this kernel's KVM does not ask the monitor for certificates (Linux 7.0 does). Without the option, \
+                     guests get an empty table and fetch certificates themselves"
+                        .into(),
+                ));
+            }
             Box::new(platform)
         }
         PlatformKind::Emulated => {
@@ -272,6 +287,7 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
             Box::new(EmulatedPlatform::open(options).map_err(Failure::monitor)?)
         }
     };
+    args.policy.check_kvm(platform.allowed_policy()).map_err(Failure::usage)?;
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
     let sev = platform.snp_cpuid();
     let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;

@@ -26,13 +26,15 @@ use std::sync::PoisonError;
 use clap::ValueEnum;
 pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
+use snp::attest::cert_table;
+use snp::attest::cert_table::Kind;
 use snp::image::sites::Annotations;
 use snp::image::sites::ShimSites;
 use snp::model::faults::Faults;
 use snp::model::firmware::Platform as Firmware;
-use snp::model::firmware::certs;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::SnpCpuid;
+use snp::policy::GuestPolicy;
 
 pub use trial::EmulationTrial;
 pub use trial::try_emulation;
@@ -46,6 +48,9 @@ use super::kvm::OpenError;
 
 /// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.
 const C_BIT_MAX: u8 = 46;
+
+/// The kernel that the model stands for.
+const ALLOWED_POLICY: u64 = GuestPolicy::KVM_6_12_ALLOWED;
 
 /// Fewest physical address bits that leave one for the C-bit.
 pub const ADDRESS_BITS_MIN: u32 = 36;
@@ -158,13 +163,20 @@ impl Platform for EmulatedPlatform {
         self.sev
     }
 
+    fn allowed_policy(&self) -> u64 {
+        ALLOWED_POLICY
+    }
+
     fn annotate(&self, kernel: Annotations, stage0: Option<ShimSites>) {
         *self.annotations.lock().unwrap_or_else(PoisonError::into_inner) =
             Notes { kernel: Some(kernel), stage0 };
     }
 
-    fn certificates(&self) -> Option<Vec<u8>> {
-        Some(certs::chain_table(self.firmware.chain.certificates()))
+    fn certificates(&self) -> Option<Arc<Vec<u8>>> {
+        let chain = self.firmware.chain.certificates();
+        let entries: [(Kind, &[u8]); 3] =
+            [(Kind::VCEK, &chain.vcek), (Kind::ASK, &chain.ask), (Kind::ARK, &chain.ark)];
+        Some(Arc::new(cert_table::encode(&entries)))
     }
 
     fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {

@@ -32,6 +32,7 @@ use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
 use snp::pages::cpuid::SnpCpuid;
+use snp::policy::GuestPolicy;
 
 use super::CallError;
 use super::Platform;
@@ -123,6 +124,11 @@ impl Platform for KvmPlatform {
         // AMD APM volume 3, E.4.17: EBX 5:0 is the C-bit's position, EBX 31 is COHERENCY_SFW_NO.
         let ebx = std::arch::x86_64::__cpuid(0x8000_001f).ebx;
         SnpCpuid { c_bit: (ebx & 0x3f) as u8, phys_bits: None, coherency_sfw_no: ebx >> 31 == 1 }
+    }
+
+    fn allowed_policy(&self) -> u64 {
+        // Kernels before 6.19 do not say; their set has not changed since 6.12.
+        self.policy_bits().unwrap_or(GuestPolicy::KVM_6_12_ALLOWED)
     }
 
     fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {

@@ -82,6 +82,8 @@ pub struct EmulatedVcpu {
     held: bool,
     /// What the monitor was told, and has not answered yet.
     told: Option<Told>,
+    /// What follows from the monitor's last answer, if that was worked out before the next run.
+    next: Option<Next>,
     /// Instruction pointers at which a replacement was seen.
     sites: HashSet<u64>,
     /// KVM leaves the registers in memory that it shares with the monitor, and takes them from there
@@ -92,7 +94,7 @@ pub struct EmulatedVcpu {
 /// An exit that the model made, with room for the monitor's answer.
 enum Told {
     MapGpaRange { range: MapGpaRange, ret: u64 },
-    Certs { gpa: u64, npages: u64, ret: u32 },
+    Certs { gpa: u64, npages: u64, ret: u64 },
     Io { port: u16, direction: Direction, data: Vec<u8> },
     Mmio { gpa: u64, len: usize, direction: Direction, data: [u8; 8] },
     Terminate { data: u64 },
@@ -139,6 +141,7 @@ impl EmulatedVcpu {
             // All but the first wait for their creation; the kernel's INIT-SIPI emulation is never used.
             held: id != 0,
             told: None,
+            next: None,
             sites: HashSet::new(),
             synced,
         }
@@ -361,7 +364,7 @@ impl EmulatedVcpu {
                     return Ok(Next::Tell);
                 }
                 Outcome::ReqCerts { gpa, npages } => {
-                    self.told = Some(Told::Certs { gpa, npages, ret: libc::EIO as u32 });
+                    self.told = Some(Told::Certs { gpa, npages, ret: libc::EIO as u64 });
                     return Ok(Next::Tell);
                 }
                 Outcome::Terminate { data0 } => {
@@ -395,7 +398,9 @@ impl EmulatedVcpu {
         let reply = match self.told.take() {
             None => return Ok(Next::Enter),
             Some(Told::MapGpaRange { ret, .. }) => Reply::MapGpaRange { ret },
-            Some(Told::Certs { npages, ret, .. }) => Reply::Certs { ret: ret as i32, npages },
+            Some(Told::Certs { npages, ret, .. }) => {
+                Reply::Certs { ret: i32::try_from(ret).unwrap_or(libc::EINVAL), npages }
+            }
             Some(Told::Io { data, .. }) => Reply::Io(data),
             Some(Told::Mmio { data, .. }) => Reply::Mmio(data),
             // A guest that has ended, or that made an access which cannot be answered, stays where it is.
@@ -448,7 +453,10 @@ impl EmulatedVcpu {
             self.vm.begin()?;
             self.started = true;
         }
-        let mut next = self.answered()?;
+        let mut next = match self.next.take() {
+            Some(next) => next,
+            None => self.answered()?,
+        };
         loop {
             match next {
                 Next::Tell => return Ok(Step::Told),
@@ -580,6 +588,14 @@ impl Vcpu for EmulatedVcpu {
 
     fn set_lint(&mut self) -> Result<(), CallError> {
         self.kvm.set_lint()
+    }
+
+    fn complete_exit(&mut self) -> Result<(), CallError> {
+        // An exit of the underlying VM is completed when that runs; nobody waits for it.
+        if self.told.is_some() && self.next.is_none() {
+            self.next = Some(self.answered()?);
+        }
+        Ok(())
     }
 
     fn run(&mut self) -> Result<Exit<'_>, CallError> {

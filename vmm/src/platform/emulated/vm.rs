@@ -33,7 +33,6 @@ use snp::model::vm::ApAction;
 use snp::model::vm::ApCreation;
 use snp::model::vm::VmConfig;
 use snp::model::vm::VmModel;
-use snp::policy::GuestPolicy;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::EmulatedOptions;
@@ -195,7 +194,7 @@ impl EmulatedVm {
             platform: firmware,
             ram: Vec::new(),
             vmsa_features: 0,
-            allowed_policy: GuestPolicy::KVM_6_12_ALLOWED,
+            allowed_policy: super::ALLOWED_POLICY,
             two_mib: options.two_mib,
             faults,
         });
@@ -328,8 +327,7 @@ impl Vm for EmulatedVm {
     }
 
     fn snp_enable_req_certs(&self) -> Result<(), SevError> {
-        self.0.model.set_certs_enabled();
-        Ok(())
+        self.0.model.enable_req_certs().map_err(failed("KVM_SEV_SNP_ENABLE_REQ_CERTS"))
     }
 
     fn statistics(&self) -> Option<String> {

@@ -269,14 +269,14 @@ impl KvmPlatform {
             user_space_msr: ask(CAP_X86_USER_SPACE_MSR),
             msr_filter: ask(CAP_X86_MSR_FILTER),
             vmsa_features: ask::sev_attribute(&self.kvm, KVM_X86_SEV_VMSA_FEATURES),
-            policy_bits: ask::sev_attribute(&self.kvm, SNP_POLICY_BITS),
+            policy_bits: self.policy_bits(),
             req_certs: ask::sev_attribute(&self.kvm, SEV_SNP_REQ_CERTS),
         }
     }
 
-    /// Policy bits that this kernel lets guests set: what it says itself, or what Linux 6.12 allows.
-    pub fn allowed_policy(&self) -> u64 {
-        ask::sev_attribute(&self.kvm, SNP_POLICY_BITS).unwrap_or(GuestPolicy::KVM_6_12_ALLOWED)
+    /// `KVM_X86_SNP_POLICY_BITS`; `None`: this kernel does not say.
+    pub(super) fn policy_bits(&self) -> Option<u64> {
+        ask::sev_attribute(&self.kvm, SNP_POLICY_BITS)
     }
 
     /// Lists what keeps this host from launching SNP guests.

@@ -60,7 +60,7 @@ pub fn decode(run: &mut kvm_run) -> Exit<'_> {
             Exit::SystemEvent { kind, data: if ndata > 0 { data[0] } else { 0 } }
         }
         EXIT_SNP_REQ_CERTS => {
-            // SAFETY: the member of that reason is { u64 gpa, u64 npages, u32 ret }, at the start of the union, which is
+            // SAFETY: the member of that reason is { u64 gpa, u64 npages, u64 ret }, at the start of the union, which is
             // larger and 8-byte aligned.
             let certs = unsafe { &mut *std::ptr::from_mut(u).cast::<ReqCerts>() };
             Exit::ReqCerts { gpa: certs.gpa, npages: &mut certs.npages, ret: &mut certs.ret }
@@ -125,5 +125,5 @@ pub fn msr_access(run: &mut kvm_run) -> Option<MsrAccess<'_>> {
 struct ReqCerts {
     gpa: u64,
     npages: u64,
-    ret: u32,
+    ret: u64,
 }

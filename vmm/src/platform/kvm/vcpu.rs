@@ -28,6 +28,8 @@ const DELIVERY_NMI: u8 = 4;
 pub struct KvmVcpu {
     /// The file descriptor and its mapping.
     pub fd: VcpuFd,
+    /// The kernel's structure holds an exit that nobody has seen yet.
+    pub(super) unseen: bool,
     /// A vCPU can outlive the VM's handle, and with it the memory must.
     pub(super) _slots: Slots,
 }
@@ -109,7 +111,25 @@ impl Vcpu for KvmVcpu {
         self.fd.set_lapic(&lapic).map_err(CallError::of("KVM_SET_LAPIC"))
     }
 
+    fn complete_exit(&mut self) -> Result<(), CallError> {
+        self.fd.set_kvm_immediate_exit(1);
+        let result = self.fd.run().map(|_| ());
+        self.fd.set_kvm_immediate_exit(0);
+        match result {
+            Err(e) if e.errno() == libc::EINTR => Ok(()),
+            Err(e) => Err(CallError::of("KVM_RUN (completing an exit)")(e)),
+            // Completing one exit may cause another.
+            Ok(()) => {
+                self.unseen = true;
+                Ok(())
+            }
+        }
+    }
+
     fn run(&mut self) -> Result<Exit<'_>, CallError> {
+        if std::mem::take(&mut self.unseen) {
+            return Ok(decode(self.fd.get_kvm_run()));
+        }
         match self.fd.run() {
             Ok(_) => {}
             Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => return Ok(Exit::Interrupted),

@@ -48,7 +48,7 @@ impl KvmVm {
     /// `KVM_CREATE_VCPU`.
     pub fn new_vcpu(&self, id: u32) -> Result<KvmVcpu, CallError> {
         let fd = self.fd.create_vcpu(u64::from(id)).map_err(CallError::of("KVM_CREATE_VCPU"))?;
-        Ok(KvmVcpu { fd, _slots: Arc::clone(&self.slots) })
+        Ok(KvmVcpu { fd, unseen: false, _slots: Arc::clone(&self.slots) })
     }
 
     /// `KVM_SET_USER_MEMORY_REGION` of part of a mapping; the emulated platform shows one mapping at several addresses.

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cvmm certs`: makes and shows the certificate tables that `--certs` hands to guests.
+
+use std::fs::File;
+use std::io;
+use std::io::Write as _;
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use snp::attest::cert::Cert;
+use snp::attest::cert::Crl;
+use snp::attest::cert_table;
+
+use super::Failure;
+use crate::certs::CertFile;
+use crate::certs::FILE_LIMIT;
+use crate::certs::Source;
+
+/// Options of a run about certificates.
+#[derive(clap::Args, Clone, Debug)]
+pub struct CertsArgs {
+    /// Certificates for the guest's extended reports: a table that `cvmm certs` made. Read at each request, under a shared lock
+    #[arg(long, value_name = "FILE", requires = "snp")]
+    certs: Option<PathBuf>,
+}
+
+impl CertsArgs {
+    /// Whether there is a file.
+    pub fn given(&self) -> bool {
+        self.certs.is_some()
+    }
+
+    /// Opens and checks the file.
+    pub fn source(&self) -> Result<Option<Source>, Failure> {
+        let open = |path: &PathBuf| CertFile::open(path).map(|file| Source::File(Arc::new(file)));
+        self.certs.as_ref().map(open).transpose().map_err(|e| Failure::Usage(format!("--certs: {e}")))
+    }
+}
+
+/// Options of `cvmm certs`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Certificates in DER or PEM, one file or several: the VCEK or VLEK, its ASK or ASVK, and the ARK
+    #[arg(value_name = "CERT", required_unless_present = "show")]
+    certificates: Vec<PathBuf>,
+    /// AMD's revocation list, DER or PEM, for the table as well
+    #[arg(long, value_name = "FILE")]
+    crl: Option<PathBuf>,
+    /// Where the table goes; a file that is there is replaced in one step
+    #[arg(long, value_name = "FILE", required_unless_present = "show")]
+    out: Option<PathBuf>,
+    /// Print what a table holds
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["certificates", "crl", "out"])]
+    show: Option<PathBuf>,
+}
+
+fn named<E: std::fmt::Display>(path: &Path) -> impl Fn(E) -> Failure {
+    move |e| Failure::Usage(format!("{}: {e}", path.display()))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let mut file = io::Read::take(File::open(path).map_err(named(path))?, FILE_LIMIT + 1);
+    io::Read::read_to_end(&mut file, &mut bytes).map_err(named(path))?;
+    match bytes.len() as u64 {
+        0..=FILE_LIMIT => Ok(bytes),
+        _ => Err(named(path)(format!("expected at most {FILE_LIMIT} bytes"))),
+    }
+}
+
+/// Makes or shows a table.
+pub fn main(args: &Args) -> Result<u8, Failure> {
+    if let Some(path) = &args.show {
+        show(path)?;
+    }
+    if let Some(out) = &args.out {
+        make(args, out)?;
+    }
+    Ok(0)
+}
+
+fn make(args: &Args, out: &Path) -> Result<(), Failure> {
+    let mut certificates = Vec::new();
+    for path in &args.certificates {
+        certificates.extend(Cert::read_all(&read(path)?).map_err(named(path))?);
+    }
+    let crl = match &args.crl {
+        Some(path) => Some(Crl::read(&read(path)?).map_err(named(path))?),
+        None => None,
+    };
+    let table = cert_table::of_certificates(&certificates, crl.as_ref()).map_err(Failure::Usage)?;
+    if table.len() as u64 > FILE_LIMIT {
+        return Err(Failure::Usage(format!(
+            "the table has {} bytes, {FILE_LIMIT} is the limit",
+            table.len()
+        )));
+    }
+    write_anew(out, &table).map_err(|e| Failure::Monitor(format!("{}: {e}", out.display())))
+}
+
+/// Writes beside the target, then renames: a reader sees the old table or the new one, never a part.
+fn write_anew(out: &Path, table: &[u8]) -> io::Result<()> {
+    let mut name = out.as_os_str().to_owned();
+    name.push(format!(".{}", std::process::id()));
+    let temporary = PathBuf::from(name);
+    let write = || {
+        let mut file = File::options().write(true).create_new(true).open(&temporary)?;
+        file.write_all(table)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, out)
+    };
+    let result = write();
+    if result.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    result
+}
+
+fn show(path: &Path) -> Result<(), Failure> {
+    let bytes = read(path)?;
+    let mut text = String::new();
+    for (kind, data) in cert_table::parse(&bytes).map_err(named(path))? {
+        let what = match Cert::from_der(data) {
+            Ok(cert) => {
+                format!("{}, issued by {}, valid {}", cert.name(), cert.issuer_name(), cert.validity_text())
+            }
+            Err(_) => "not a certificate".to_owned(),
+        };
+        text += &format!("{kind:5} {:5} bytes  {what}\n", data.len());
+    }
+    text += &format!("{} bytes, {} pages\n", bytes.len(), (bytes.len() as u64).div_ceil(crate::memory::PAGE));
+    io::stdout().write_all(text.as_bytes()).map_err(Failure::monitor)
+}
