@@ -21,6 +21,7 @@ use rustix::fs::FallocateFlags;
 
 use crate::memory::GuestRam;
 use crate::memory::PAGE;
+use crate::memory::Region;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::MAP_GPA_RANGE_ENCRYPTED;
 use crate::platform::Vm;
@@ -62,24 +63,36 @@ impl Drop for BusyGuard<'_> {
 
 /// The monitor's own record of which pages are private; KVM has no call to ask.
 pub struct PrivateMap {
-    /// One bitmap per RAM region, a bit per page, set = private.
-    regions: Vec<(u64, Vec<AtomicU64>)>,
+    /// In the order of RAM.
+    regions: Vec<Bitmap>,
+}
+
+/// The pages of one region, a bit each, set = private.
+struct Bitmap {
+    gpa: u64,
+    pages: u64,
+    words: Vec<AtomicU64>,
 }
 
 impl PrivateMap {
     /// A map of `ram` in which every page is private.
     pub fn all_private(ram: &GuestRam) -> Self {
-        let bitmap = |pages: u64| (0..pages.div_ceil(64)).map(|_| AtomicU64::new(u64::MAX)).collect();
-        PrivateMap {
-            regions: ram.regions().iter().map(|r| (r.gpa, bitmap(r.mapping.len() / PAGE))).collect(),
-        }
+        let bitmap = |r: &Region| {
+            let pages = r.mapping.len() / PAGE;
+            Bitmap {
+                gpa: r.gpa,
+                pages,
+                words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(u64::MAX)).collect(),
+            }
+        };
+        PrivateMap { regions: ram.regions().iter().map(bitmap).collect() }
     }
 
     fn set(&self, region: usize, offset: u64, len: u64, private: bool) {
-        let Some((_, bitmap)) = self.regions.get(region) else { return };
+        let Some(bitmap) = self.regions.get(region) else { return };
         for page in offset / PAGE..(offset + len) / PAGE {
             let (word, mask) = ((page / 64) as usize, 1 << (page % 64));
-            match bitmap.get(word) {
+            match bitmap.words.get(word) {
                 Some(cell) if private => cell.fetch_or(mask, Ordering::AcqRel),
                 Some(cell) => cell.fetch_and(!mask, Ordering::AcqRel),
                 None => 0,
@@ -87,12 +100,30 @@ impl PrivateMap {
         }
     }
 
+    /// Whether a page of a region is private; `None` outside of it.
+    fn page(&self, region: usize, page: u64) -> Option<bool> {
+        let bitmap = self.regions.get(region).filter(|bitmap| page < bitmap.pages)?;
+        Some(bitmap.words.get((page / 64) as usize)?.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
+    }
+
     /// Whether the page at `gpa` is private; `None` outside of RAM.
     pub fn is_private(&self, gpa: u64) -> Option<bool> {
-        let (base, bitmap) = self.regions.iter().rev().find(|(base, _)| *base <= gpa)?;
-        let page = (gpa - base) / PAGE;
-        Some(bitmap.get((page / 64) as usize)?.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
+        let (region, bitmap) = self.regions.iter().enumerate().rev().find(|(_, bitmap)| bitmap.gpa <= gpa)?;
+        self.page(region, (gpa - bitmap.gpa) / PAGE)
     }
+}
+
+/// What the monitor knows of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeState {
+    /// Every page is private.
+    Private,
+    /// Every page is shared.
+    Shared,
+    /// Both are there.
+    Mixed,
+    /// It is empty, or not all of it is RAM.
+    NotRam,
 }
 
 /// Carries out page-state changes.
@@ -165,28 +196,21 @@ impl Conversions {
         self.private.is_private(gpa) == Some(false)
     }
 
-    /// The monitor's view of a page, in words.
-    pub fn describe(&self, gpa: u64) -> &'static str {
-        match self.private.is_private(gpa) {
-            Some(true) => "private",
-            Some(false) => "shared",
-            None => "not RAM",
-        }
+    /// The monitor's view of a range.
+    pub fn state(&self, gpa: u64, len: u64) -> RangeState {
+        let mut found = None;
+        let walked = self.ram.for_each_part(gpa, len, |region, offset, _, len| {
+            let pages = offset / PAGE..(offset + len).div_ceil(PAGE);
+            for private in pages.filter_map(|page| self.private.page(region, page)) {
+                let state = if private { RangeState::Private } else { RangeState::Shared };
+                found = Some(if found.is_none_or(|f| f == state) { state } else { RangeState::Mixed });
+            }
+            Ok(())
+        });
+        found.filter(|_| walked.is_ok()).unwrap_or(RangeState::NotRam)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_map_knows_regions_and_holes() {
-        let ram = GuestRam::new([(0, 0x10000), (0x100000, 0x41000)]).unwrap();
-        let map = PrivateMap::all_private(&ram);
-        map.set(1, 0x40000, 0x1000, false);
-        assert_eq!(map.is_private(0x140fff), Some(false));
-        assert_eq!(map.is_private(0x13ffff), Some(true));
-        assert_eq!(map.is_private(0x80000), None);
-        assert_eq!(map.is_private(u64::MAX), None);
-    }
-}
+#[path = "conversion_test.rs"]
+mod tests;

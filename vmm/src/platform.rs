@@ -7,6 +7,8 @@
 
 pub mod emulated;
 pub mod kvm;
+#[cfg(test)]
+pub(crate) mod scripted;
 
 use std::fmt;
 use std::io;

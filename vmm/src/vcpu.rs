@@ -11,6 +11,7 @@ use snp::ghcb::term::SevTerm;
 use crate::certs::Certificates;
 use crate::certs::Held;
 use crate::conversion::Conversions;
+use crate::conversion::RangeState;
 use crate::machine::Machine;
 use crate::outcome::Outcome;
 use crate::platform::CallError;
@@ -20,8 +21,11 @@ use crate::platform::Vcpu;
 
 /// `KVM_SYSTEM_EVENT_SEV_TERM`.
 const SYSTEM_EVENT_SEV_TERM: u32 = 6;
-/// Bit of a memory fault's flags: the access was to the private side.
+/// Bit of a memory fault's flags: the access was to the private side. No other bit has a meaning.
 const FAULT_PRIVATE: u64 = 1 << 3;
+/// How often in a row a vCPU may fault on a page that is in the right state. It happens when another vCPU converts the page
+/// meanwhile; then the next try goes well.
+const FAULTS_MAX: u32 = 16;
 
 /// What every vCPU thread shares.
 pub struct Shared {
@@ -50,8 +54,8 @@ pub enum RunError {
     },
     /// The guest touched a page through the wrong view, or outside of RAM.
     #[error(
-        "vCPU {vcpu}: the guest made a {view} access to {gpa:#x} ({size:#x} bytes), but the page is {state}. Linux announces \
-         every change of a page's state, so this is a bug in the guest"
+        "vCPU {vcpu}: the guest made a {view} access to {gpa:#x} ({size:#x} bytes), but {state}. Linux announces every \
+         change of a page's state, so this is a bug in the guest"
     )]
     MemoryFault {
         /// Which one.
@@ -64,6 +68,29 @@ pub enum RunError {
         size: u64,
         /// What the monitor knows of the page.
         state: &'static str,
+    },
+    /// The same access, which the page's state allows, does not go through.
+    #[error(
+        "vCPU {vcpu}: KVM reports again and again that an access to {gpa:#x} goes to the wrong side, but the page is on the right \
+         one: the monitor's record of page states and KVM's differ"
+    )]
+    Repeated {
+        /// Which one.
+        vcpu: u32,
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// A kind of memory fault that came after Linux 6.12.
+    #[error(
+        "vCPU {vcpu}: KVM reports a memory fault at {gpa:#x} with flags {flags:#x}, of which only bit 3 is known"
+    )]
+    FaultFlags {
+        /// Which one.
+        vcpu: u32,
+        /// Guest-physical address.
+        gpa: u64,
+        /// What KVM says.
+        flags: u64,
     },
     /// The CPU would not enter the guest.
     #[error(
@@ -100,6 +127,10 @@ pub enum RunError {
 /// What to do after an exit.
 enum Step {
     Continue,
+    /// The vCPU is where it was: run it again, but not for ever.
+    Retry(RunError),
+    /// As if nothing had happened.
+    Ignore,
     Stop(Outcome),
     /// The file must not change until the kernel has done what the answer asks for.
     Complete(Held),
@@ -117,6 +148,7 @@ impl From<Option<Action>> for Step {
 
 /// Runs one vCPU until the guest ends or another thread sets the stop flag (then `None`).
 pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<Outcome>, RunError> {
+    let mut retries = 0;
     while !shared.stop.load(Ordering::Acquire) {
         let exit = match vcpu.run() {
             Ok(exit) => exit,
@@ -127,11 +159,15 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
             return Err(RunError::Internal { vcpu: id, suberror, rip });
         }
         match dispatch(id, exit, shared)? {
-            Step::Continue => {}
+            Step::Continue => retries = 0,
+            Step::Ignore => {}
+            Step::Retry(error) if retries == FAULTS_MAX => return Err(error),
+            Step::Retry(_) => retries += 1,
             Step::Stop(outcome) => return Ok(Some(outcome)),
             Step::Complete(held) => {
                 vcpu.complete_exit().map_err(|source| run_error(id, source))?;
                 drop(held);
+                retries = 0;
             }
         }
     }
@@ -147,6 +183,25 @@ fn run_error(vcpu: u32, source: CallError) -> RunError {
         _ => "",
     };
     RunError::Run { vcpu, source, hint }
+}
+
+/// An access to a page through the view that its state forbids, or outside of RAM. Nothing is converted: that would throw away the
+/// page's contents, and Linux announces every change.
+fn memory_fault(vcpu: u32, flags: u64, gpa: u64, size: u64, state: RangeState) -> Result<Step, RunError> {
+    if flags & !FAULT_PRIVATE != 0 {
+        return Err(RunError::FaultFlags { vcpu, gpa, flags });
+    }
+    let private = flags & FAULT_PRIVATE != 0;
+    let state = match state {
+        RangeState::Private if private => return Ok(Step::Retry(RunError::Repeated { vcpu, gpa })),
+        RangeState::Shared if !private => return Ok(Step::Retry(RunError::Repeated { vcpu, gpa })),
+        RangeState::Private => "the page is private",
+        RangeState::Shared => "the page is shared",
+        RangeState::Mixed => "some of its pages are shared and some private",
+        RangeState::NotRam => "that is not RAM",
+    };
+    let view = if private { "private" } else { "shared" };
+    Err(RunError::MemoryFault { vcpu, view, gpa, size, state })
 }
 
 /// Answers one exit.
@@ -176,9 +231,8 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
             Step::Continue
         }
         Exit::MemoryFault { flags, gpa, size } => {
-            let view = if flags & FAULT_PRIVATE != 0 { "private" } else { "shared" };
-            let state = shared.conversions.as_ref().map_or("not RAM", |c| c.describe(gpa));
-            return Err(RunError::MemoryFault { vcpu, view, gpa, size, state });
+            let state = shared.conversions.as_ref().map_or(RangeState::NotRam, |c| c.state(gpa, size));
+            memory_fault(vcpu, flags, gpa, size, state)?
         }
         Exit::SystemEvent { kind: SYSTEM_EVENT_SEV_TERM, data } => {
             Step::Stop(Outcome::Terminated(SevTerm::decode(data)))
@@ -197,7 +251,7 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
             answer.held.map_or(Step::Continue, Step::Complete)
         }
         Exit::Shutdown => Step::Stop(Outcome::Crashed { vcpu }),
-        Exit::Interrupted => Step::Continue,
+        Exit::Interrupted => Step::Ignore,
         Exit::FailEntry { reason } => return Err(RunError::FailEntry { vcpu, reason }),
         Exit::Hlt => return Err(RunError::Unexpected { vcpu, what: "HLT".into() }),
         Exit::InternalError { suberror } => {
@@ -206,3 +260,7 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
         Exit::Other(reason) => return Err(RunError::Unexpected { vcpu, what: format!("reason {reason}") }),
     })
 }
+
+#[cfg(test)]
+#[path = "vcpu_test.rs"]
+mod tests;

@@ -10,6 +10,7 @@ mod tiny;
 use tiny::CRASH;
 use tiny::emulated_guest;
 use tiny::ghcb_msr;
+use tiny::msrs_reach_the_monitor;
 use tiny::out;
 use tiny::plain_guest;
 use tiny::power_off;
@@ -73,23 +74,6 @@ fn both_reset_registers_reset() {
 fn a_triple_fault_is_a_crash() {
     let Some((outcome, _)) = run_plain(&CRASH, 1) else { return };
     assert_eq!(outcome, Ok(Outcome::Crashed { vcpu: 0 }));
-}
-
-/// Whether this KVM hands filtered MSRs to the monitor, as Linux does since 5.10 and a software model of it may not. The
-/// emulated platform needs that; without it these tests say so and do nothing.
-fn msrs_reach_the_monitor() -> bool {
-    // After reset the GHCB MSR holds the SEV_INFO answer, whose low byte is 1: mov ecx, 0xc0010130; rdmsr; to the console.
-    let code = [&[0xb9, 0x30, 0x01, 0x01, 0xc0, 0x0f, 0x32, 0x66, 0xba, 0xf8, 0x03, 0xee][..], &power_off()]
-        .concat();
-    match emulated(&code) {
-        Some((_, console)) if console == [1] => true,
-        Some((Err(e), _)) => panic!("the guest that asks was not launched: {e}"),
-        Some((Ok(_), _)) => {
-            println!("skipped: this KVM does not hand MSR accesses to the monitor");
-            false
-        }
-        None => false,
-    }
 }
 
 fn run_emulated(code: &[u8]) -> Option<Ended> {

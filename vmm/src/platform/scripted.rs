@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+//! For tests of what lies above the seam: a VM that notes what it is asked, and a vCPU that exits as it was told.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Mutex;
+
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::kvm_fpu;
+use kvm_bindings::kvm_memory_attributes;
+use kvm_bindings::kvm_regs;
+use kvm_bindings::kvm_sev_init;
+use kvm_bindings::kvm_sev_snp_launch_finish;
+use kvm_bindings::kvm_sev_snp_launch_start;
+use kvm_bindings::kvm_sev_snp_launch_update;
+use kvm_bindings::kvm_sregs;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::CallError;
+use super::Exit;
+use super::MemorySlot;
+use super::SevError;
+use super::Vcpu;
+use super::Vm;
+
+/// A VM that does nothing.
+#[derive(Default)]
+pub struct ScriptedVm {
+    /// Attributes that were set: address, size, attributes.
+    pub attributes: Mutex<Vec<(u64, u64, u64)>>,
+}
+
+impl Vm for ScriptedVm {
+    fn create_irqchip(&self) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn register_irqfd(&self, _: &EventFd, _: u32) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn enable_map_gpa_range_exit(&self) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError> {
+        let fd = rustix::fs::memfd_create("scripted", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, size).unwrap();
+        Ok(fd)
+    }
+    fn set_memory(&self, _: MemorySlot) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn set_memory_attributes(&self, a: kvm_memory_attributes) -> Result<(), CallError> {
+        self.attributes.lock().unwrap().push((a.address, a.size, a.attributes));
+        Ok(())
+    }
+    fn create_vcpu(&self, _: u32) -> Result<Box<dyn Vcpu>, CallError> {
+        Ok(Box::new(ScriptedVcpu::new([])))
+    }
+    fn sev_init2(&self, _: &mut kvm_sev_init) -> Result<(), SevError> {
+        Ok(())
+    }
+    fn snp_launch_start(&self, _: &mut kvm_sev_snp_launch_start) -> Result<(), SevError> {
+        Ok(())
+    }
+    fn snp_launch_update(&self, _: &mut kvm_sev_snp_launch_update, _: &mut [u8]) -> Result<(), SevError> {
+        Ok(())
+    }
+    fn snp_launch_finish(
+        &self,
+        _: &mut kvm_sev_snp_launch_finish,
+        _: Option<(&[u8; 96], &[u8; 4096])>,
+    ) -> Result<(), SevError> {
+        Ok(())
+    }
+    fn snp_enable_req_certs(&self) -> Result<(), SevError> {
+        Ok(())
+    }
+}
+
+/// One exit to come.
+#[derive(Clone, Debug)]
+pub enum Scripted {
+    /// `KVM_EXIT_MEMORY_FAULT`.
+    MemoryFault {
+        /// Bit 3: private.
+        flags: u64,
+        /// Address.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// `KVM_HC_MAP_GPA_RANGE`; the field for the answer holds something else before.
+    MapGpaRange([u64; 6]),
+    /// Another hypercall, by number.
+    Hypercall(u64),
+    /// `KVM_EXIT_SNP_REQ_CERTS`: buffer and its pages.
+    ReqCerts(u64, u64),
+    /// A signal.
+    Interrupted,
+    /// A byte to a port.
+    Out(u16, u8),
+    /// Triple fault.
+    Shutdown,
+}
+
+/// What became of an exit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answered {
+    /// The `ret` of a hypercall.
+    Ret(u64),
+    /// `ret` and `npages` of a request for certificates.
+    Certs(u64, u64),
+}
+
+/// A vCPU whose exits are known beforehand; when there are no more, it reports an exit of kind `u32::MAX`.
+pub struct ScriptedVcpu {
+    script: VecDeque<Scripted>,
+    now: Option<Scripted>,
+    answer: (u64, u64),
+    data: [u8; 1],
+    /// The monitor's answers.
+    pub answers: Vec<Answered>,
+    /// How often the vCPU was run.
+    pub runs: usize,
+    /// Called when an exit is completed without a run.
+    pub on_complete: Box<dyn FnMut() + Send>,
+}
+
+impl ScriptedVcpu {
+    /// A vCPU that will exit like this.
+    pub fn new(script: impl IntoIterator<Item = Scripted>) -> Self {
+        ScriptedVcpu {
+            script: script.into_iter().collect(),
+            now: None,
+            answer: (0, 0),
+            data: [0],
+            answers: Vec::new(),
+            runs: 0,
+            on_complete: Box::new(|| {}),
+        }
+    }
+
+    fn take_answer(&mut self) {
+        match self.now.take() {
+            Some(Scripted::MapGpaRange(_) | Scripted::Hypercall(_)) => {
+                self.answers.push(Answered::Ret(self.answer.0))
+            }
+            Some(Scripted::ReqCerts(..)) => self.answers.push(Answered::Certs(self.answer.0, self.answer.1)),
+            _ => {}
+        }
+    }
+}
+
+/// What the fields for answers hold before: not an answer that the monitor would give.
+const STALE: u64 = 0x5a5a;
+
+impl Vcpu for ScriptedVcpu {
+    fn set_cpuid(&mut self, _: &[kvm_cpuid_entry2]) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn set_regs(&mut self, _: &kvm_regs) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn get_regs(&self) -> Result<kvm_regs, CallError> {
+        Ok(kvm_regs::default())
+    }
+    fn set_sregs(&mut self, _: &kvm_sregs) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn get_sregs(&self) -> Result<kvm_sregs, CallError> {
+        Ok(kvm_sregs::default())
+    }
+    fn set_fpu(&mut self, _: &kvm_fpu) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn get_fpu(&self) -> Result<kvm_fpu, CallError> {
+        Ok(kvm_fpu::default())
+    }
+    fn set_msrs(&mut self, _: &[(u32, u64)]) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn get_msr(&self, _: u32) -> Result<u64, CallError> {
+        Ok(0)
+    }
+    fn set_xcr0(&mut self, _: u64) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn get_xcr0(&self) -> Result<u64, CallError> {
+        Ok(1)
+    }
+    fn set_lint(&mut self) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn complete_exit(&mut self) -> Result<(), CallError> {
+        self.take_answer();
+        (self.on_complete)();
+        Ok(())
+    }
+    fn run(&mut self) -> Result<Exit<'_>, CallError> {
+        self.take_answer();
+        self.runs += 1;
+        self.now = self.script.pop_front();
+        self.answer = (STALE, STALE);
+        Ok(match &self.now {
+            None => Exit::Other(u32::MAX),
+            Some(Scripted::MemoryFault { flags, gpa, size }) => {
+                Exit::MemoryFault { flags: *flags, gpa: *gpa, size: *size }
+            }
+            Some(Scripted::MapGpaRange(args)) => {
+                Exit::Hypercall { nr: super::HC_MAP_GPA_RANGE, args: *args, ret: &mut self.answer.0 }
+            }
+            Some(Scripted::Hypercall(nr)) => {
+                Exit::Hypercall { nr: *nr, args: [0; 6], ret: &mut self.answer.0 }
+            }
+            Some(Scripted::ReqCerts(gpa, npages)) => {
+                self.answer.1 = *npages;
+                Exit::ReqCerts { gpa: *gpa, npages: &mut self.answer.1, ret: &mut self.answer.0 }
+            }
+            Some(Scripted::Interrupted) => Exit::Interrupted,
+            Some(Scripted::Out(port, byte)) => {
+                self.data = [*byte];
+                Exit::IoOut { port: *port, data: &self.data }
+            }
+            Some(Scripted::Shutdown) => Exit::Shutdown,
+        })
+    }
+}
