@@ -4,6 +4,7 @@
 //! The monitor's binary and `vtpm-svc` both expose these commands; [`run`] is the whole of it. Every command prints one
 //! report, as text or (with `--json`) as one JSON object, and fails with one sentence.
 
+mod platform;
 mod report;
 
 use std::io::Write;
@@ -143,6 +144,33 @@ enum Command {
         key: KeyArgs,
         #[command(flatten)]
         new_key: NewKeyArgs,
+        #[command(flatten)]
+        anchor: AnchorArgs,
+    },
+    /// Show or make a physical-presence request: what is done to the TPM when it starts next
+    Ppi {
+        /// The image
+        file: PathBuf,
+        /// 5 clears the TPM (owner, storage keys, lockout), 23 sets the PCR banks, 0 withdraws a request
+        #[arg(long, value_name = "OPERATION")]
+        request: Option<u32>,
+        /// For operation 23: 2 for SHA-256, 4 for SHA-384, 6 for both
+        #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+        argument: u32,
+        #[command(flatten)]
+        key: KeyArgs,
+        #[command(flatten)]
+        anchor: AnchorArgs,
+    },
+    /// Show or set how far the guest's clock is from UTC
+    Clock {
+        /// The image
+        file: PathBuf,
+        /// Seconds that the guest's clock is ahead
+        #[arg(long, value_name = "SECONDS", allow_hyphen_values = true)]
+        set: Option<i64>,
+        #[command(flatten)]
+        key: KeyArgs,
         #[command(flatten)]
         anchor: AnchorArgs,
     },
@@ -384,6 +412,10 @@ fn execute(command: &Command) -> Outcome {
         Command::Clone { file, to, keep_identity, vm_uuid: vm, key, new_key, anchor } => {
             clone(file, to, *keep_identity, vm_uuid(vm)?, key, new_key, anchor)
         }
+        Command::Ppi { file, request, argument, key, anchor } => {
+            platform::ppi(file, *request, *argument, key, anchor)
+        }
+        Command::Clock { file, set, key, anchor } => platform::clock(file, *set, key, anchor),
         Command::Restore { backup, file, confirm, key, anchor } => {
             restore(backup, file, *confirm, key, anchor)
         }
@@ -440,6 +472,7 @@ fn is_identity(id: FileId) -> bool {
             | FileId::VTPM_SAVE
             | FileId::VTPM_MANUFACTURE
             | FileId::TPM_NVRAM
+            | FileId::TPM_PPI
     ) || id.name() == Some("TPM_NVRAM_BACKUP")
 }
 

@@ -36,6 +36,7 @@ use crate::tpm2::alg;
 use crate::tpm2::handle;
 
 mod der;
+pub mod platform;
 
 /// Where clients look for certificates and keys.
 pub mod place {
@@ -68,6 +69,9 @@ pub enum ManufactureError {
     /// A public area that is not what the template asked for.
     #[error("the TPM returned a public key that does not fit its template")]
     PublicKey,
+    /// The platform certificate.
+    #[error(transparent)]
+    Platform(#[from] platform::PlatformError),
     /// No random bytes.
     #[error("no random bytes from the operating system")]
     NoEntropy,
@@ -292,18 +296,36 @@ fn extensions(version: u32, usage: (u8, u8), purpose: &[u32]) -> [Vec<u8>; 4] {
 
 /// Finishes a TPM that has just been manufactured and started. It must be powered off and on afterwards.
 ///
-/// `version` is the engine's, for the certificates.
+/// `version` is the engine's, for the certificates; a platform certificate comes from [`platform::read`].
 pub fn finish(
     tpm: &mut dyn Transport,
     authority: Option<&Authority>,
+    platform_certificate: Option<&[u8]>,
     version: u32,
 ) -> Result<(), ManufactureError> {
     tpm2::startup_clear(tpm)?;
     if let Some(authority) = authority {
         certify_keys(tpm, authority, version)?;
     }
+    if let Some(certificate) = platform_certificate {
+        tpm2::nv_store(tpm, platform::INDEX, certificate)?;
+    }
     tpm2::pcr_allocate(tpm, &crate::measured::BANKS.map(|(bank, _)| bank))?;
     tpm2::shutdown_clear(tpm)?;
+    Ok(())
+}
+
+/// Makes the persistent keys again that this host certified, if it did.
+pub fn restore_keys(tpm: &mut dyn Transport) -> Result<(), CommandError> {
+    for (template, certificate, at) in
+        [(ek_rsa(), place::EK_RSA_CERTIFICATE, place::EK_RSA), (ak(), place::AK_CERTIFICATE, place::AK)]
+    {
+        if tpm2::nv_exists(tpm, certificate)? {
+            let (object, _) = tpm2::create_primary(tpm, handle::ENDORSEMENT, &template)?;
+            tpm2::persist(tpm, object, at)?;
+            tpm2::flush(tpm, object)?;
+        }
+    }
     Ok(())
 }
 

@@ -19,6 +19,7 @@ use crate::control::options::Channel;
 use crate::control::options::OptionError;
 use crate::control::options::SocketArgs;
 use crate::control::server::End;
+use crate::control::server::Making;
 use crate::control::server::Service;
 use crate::control::socket::Listener;
 use crate::control::socket::Stream;
@@ -31,6 +32,7 @@ use crate::keys::KeyError;
 use crate::keys::KeyRequest;
 use crate::keys::Purpose;
 use crate::log;
+use crate::manufacture::ManufactureError;
 use crate::process;
 use crate::sandbox;
 use crate::vmgs::FsFile;
@@ -203,10 +205,12 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     // The authority's key is in this process only if there is a TPM to make, and only until it is made.
     let folder = args.ek_ca.as_deref().filter(|_| is_virgin(&vmgs));
     let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
+    let platform = args.platform_cert.as_deref().map(crate::manufacture::platform::read).transpose();
+    let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
     let state = VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version());
     let engine = Engine::take(library, Box::new(state.clone()))?;
     let (ended, end) = mpsc::channel();
-    let service = Arc::new(Service::new(engine, state, authority, policy, ended.clone()));
+    let service = Arc::new(Service::new(engine, state, making, policy, ended.clone()));
     for missing in sandbox::close(args.seccomp != "action=none")? {
         log::warn(&missing);
     }

@@ -187,6 +187,22 @@ pub fn pcr_allocate(tpm: &mut dyn Transport, banks: &[u16]) -> Result<(), Comman
     }
 }
 
+/// `TPM2_ClearControl` and `TPM2_Clear` with platform authorisation: new storage seed, no owner, no lockout.
+pub fn clear(tpm: &mut dyn Transport) -> Result<(), CommandError> {
+    run(tpm, "ClearControl", 0x127, &[handle::PLATFORM], &[0])?;
+    run(tpm, "Clear", 0x126, &[handle::PLATFORM], &[]).map(|_| ())
+}
+
+/// Whether an NV index is defined (`TPM2_NV_ReadPublic`).
+pub fn nv_exists(tpm: &mut dyn Transport, index: u32) -> Result<bool, CommandError> {
+    match run_with_handles(tpm, "NV_ReadPublic", 0x169, &[], &[index], &[]) {
+        Ok(_) => Ok(true),
+        // TPM_RC_HANDLE for the first handle.
+        Err(CommandError::Code { code: 0x18b, .. }) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// `TPM2_HierarchyControl`: the platform hierarchy is off until the next power-on.
 pub fn disable_platform(tpm: &mut dyn Transport) -> Result<(), CommandError> {
     let p = Bytes::default().u32(handle::PLATFORM).u8(0);

@@ -3,10 +3,8 @@
 
 mod common;
 
-use std::net::TcpListener;
 use std::process::Command;
 
-use common::Service;
 use common::Site;
 use common::output;
 
@@ -44,13 +42,7 @@ echo CERTIFICATES-GOOD
 #[test]
 fn a_new_tpm_has_certificates_that_other_tools_accept() {
     let site = Site::new();
-    let (data, control) = loop {
-        let a = TcpListener::bind("127.0.0.1:0").expect("bind");
-        let port = a.local_addr().expect("address").port();
-        if port < 65_000 && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
-            break (port, port + 1);
-        }
-    };
+    let (data, control) = common::neighbouring_ports();
     let ca = site.path("ca").display().to_string();
     let (ctrl, server) = (format!("type=tcp,port={control}"), format!("type=tcp,port={data}"));
     let mut c = common::program();
@@ -58,15 +50,7 @@ fn a_new_tpm_has_certificates_that_other_tools_accept() {
     c.args(["--flags", "not-need-init,startup-clear"]);
     c.arg("--vmgs").arg(site.path("vmgs")).arg("--key-file").arg(site.path("key"));
     c.arg("--anchor").arg(site.path("anchor"));
-    let log = std::fs::File::create(site.path("log")).expect("log");
-    let child = c.stderr(log).spawn().expect("start");
-    let _service =
-        Service { child, control: Default::default(), data: Default::default(), first: Default::default() };
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    while std::net::TcpStream::connect(("127.0.0.1", control)).is_err() {
-        assert!(std::time::Instant::now() < deadline, "not ready: {}", site.log());
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    let _service = common::serve_tcp(&site, c, data);
     let mut sh = Command::new("timeout");
     sh.args(["120", "sh", "-c", SCRIPT]).current_dir(site.dir.path());
     let (ok, text) = output(sh.env("TPM2TOOLS_TCTI", format!("swtpm:host=127.0.0.1,port={data}")));

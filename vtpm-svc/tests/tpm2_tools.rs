@@ -3,24 +3,11 @@
 
 mod common;
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 
-use common::Service;
 use common::Site;
 use common::output;
-
-/// Two neighbouring free ports: the tools expect control one above data.
-fn ports() -> (u16, u16) {
-    loop {
-        let a = TcpListener::bind("127.0.0.1:0").expect("bind");
-        let port = a.local_addr().expect("address").port();
-        if port < 65_000 && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
-            return (port, port + 1);
-        }
-    }
-}
 
 fn script(dir: &Path, port: u16) -> (bool, String) {
     let work = dir.join(format!("work{port}"));
@@ -38,7 +25,7 @@ fn a_users_script_passes_as_it_does_on_swtpm() {
     let site = Site::new();
     let mut results = Vec::new();
     for ours in [true, false] {
-        let (data, ctrl) = ports();
+        let (data, ctrl) = common::neighbouring_ports();
         let sockets = [format!("type=tcp,port={ctrl}"), format!("type=tcp,port={data}")];
         let mut c = if ours { common::program() } else { Command::new("swtpm") };
         c.args(["socket", "--tpm2", "--ctrl", &sockets[0], "--server", &sockets[1]]);
@@ -49,19 +36,7 @@ fn a_users_script_passes_as_it_does_on_swtpm() {
         } else {
             c.args(["--seccomp", "action=none", "--tpmstate", &format!("dir={}", site.dir.path().display())]);
         }
-        let log = std::fs::File::create(site.path("log")).expect("log");
-        let child = c.stderr(log).spawn().expect("start");
-        let _service = Service {
-            child,
-            control: Default::default(),
-            data: Default::default(),
-            first: Default::default(),
-        };
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-        while std::net::TcpStream::connect(("127.0.0.1", ctrl)).is_err() {
-            assert!(std::time::Instant::now() < deadline, "not ready: {}", site.log());
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
+        let _service = common::serve_tcp(&site, c, data);
         results.push(script(site.dir.path(), data));
     }
     assert!(results[0].0, "ours: {}", results[0].1);

@@ -7,18 +7,12 @@
 
 mod common;
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 
 use common::Service;
 use common::Site;
 use common::output;
-
-fn ports() -> (u16, u16) {
-    let free = || TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
-    (free(), free())
-}
 
 fn serve(site: &Site, ours: bool, (data, control): (u16, u16)) -> Service {
     let mut c = if ours { common::program() } else { Command::new("swtpm") };
@@ -30,18 +24,11 @@ fn serve(site: &Site, ours: bool, (data, control): (u16, u16)) -> Service {
     } else {
         c.args(["--seccomp", "action=none", "--tpmstate", &format!("dir={}", site.dir.path().display())]);
     }
-    let log = std::fs::File::create(site.path("log")).expect("log");
-    let child = c.stderr(log).spawn().expect("start");
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    while std::net::TcpStream::connect(("127.0.0.1", data)).is_err() {
-        assert!(std::time::Instant::now() < deadline, "not ready: {}", site.log());
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-    Service { child, control: Default::default(), data: Default::default(), first: Default::default() }
+    common::serve_tcp(site, c, data)
 }
 
 fn drive(site: &Site, ours: bool) -> (bool, String) {
-    let ports = ports();
+    let ports = common::neighbouring_ports();
     let _service = serve(site, ours, ports);
     let work = site.path(if ours { "ours" } else { "swtpm" });
     std::fs::create_dir_all(&work).expect("folder");

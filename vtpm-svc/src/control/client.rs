@@ -60,6 +60,11 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ClientError {
     move |source| ClientError::Io { what, source }
 }
 
+/// A big-endian word of a reply, whose length was asked for.
+fn word(reply: &[u8], at: usize) -> u32 {
+    reply[at..at + 4].iter().fold(0, |v, b| v << 8 | u32::from(*b))
+}
+
 /// The control connection; cloneable, so that a cancel can be sent while a command runs.
 #[derive(Clone)]
 pub struct Control {
@@ -134,6 +139,32 @@ impl Control {
     pub fn buffer_size(&self, wanted: u32) -> Result<u32, ClientError> {
         let r = self.call("set-buffersize", number::SET_BUFFERSIZE, &wanted.to_be_bytes(), 12)?;
         Ok(u32::from_be_bytes([r[0], r[1], r[2], r[3]]))
+    }
+
+    /// Asks for a physical-presence operation at the TPM's next start; the answer is what the interface returns to the
+    /// guest (0 accepted, 1 not implemented, 2 failure). Only our service knows it.
+    pub fn submit_ppi(&self, operation: u32, argument: u32) -> Result<u32, ClientError> {
+        let body = [operation.to_be_bytes(), argument.to_be_bytes()].concat();
+        let r = self.call("ppi-submit", number::PPI_SUBMIT, &body, 4)?;
+        Ok(word(&r, 0))
+    }
+
+    /// Pending operation, its argument, last operation, its response. Only our service knows it.
+    pub fn ppi(&self) -> Result<[u32; 4], ClientError> {
+        let r = self.call("ppi-state", number::PPI_STATE, &[], 16)?;
+        Ok([word(&r, 0), word(&r, 4), word(&r, 8), word(&r, 12)])
+    }
+
+    /// How far the guest's clock is ahead of UTC, in units of 100 ns, if that is known. Only our service knows it.
+    pub fn clock(&self) -> Result<Option<i64>, ClientError> {
+        let r = self.call("clock-get", number::CLOCK_GET, &[], 12)?;
+        let offset = u64::from(word(&r, 4)) << 32 | u64::from(word(&r, 8));
+        Ok((word(&r, 0) != 0).then_some(offset.cast_signed()))
+    }
+
+    /// Keeps that offset; durable when it returns.
+    pub fn set_clock(&self, offset: i64) -> Result<(), ClientError> {
+        self.call("clock-set", number::CLOCK_SET, &offset.to_be_bytes(), 0).map(|_| ())
     }
 
     /// Ends the service.

@@ -8,6 +8,7 @@
 pub mod client;
 pub mod data;
 pub mod options;
+mod platform;
 mod power;
 pub mod server;
 pub mod socket;

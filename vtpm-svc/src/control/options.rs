@@ -59,6 +59,9 @@ pub struct SocketArgs {
     /// Folder of the host's certificate authority (made if missing): a new TPM gets EK and AK certificates from it
     #[arg(long, value_name = "DIR")]
     pub ek_ca: Option<PathBuf>,
+    /// Platform certificate of the maker, in DER: a new TPM carries it in NV index 0x01C08000
+    #[arg(long, value_name = "FILE")]
+    pub platform_cert: Option<PathBuf>,
     /// Print what this program can do, as JSON, and exit
     #[arg(long)]
     pub print_capabilities: bool,

@@ -14,7 +14,12 @@ use crate::engine::EngineError;
 use crate::engine::state::is_virgin;
 use crate::log;
 use crate::manufacture;
+use crate::presence;
+use crate::tpm2;
 use crate::vmgs::block::BlockFile;
+use crate::vmgs::records;
+use crate::vmgs::records::Operation;
+use crate::vmgs::records::Ppi;
 
 impl<F: BlockFile + 'static> Service<F> {
     /// Powers the TPM on. A TPM is manufactured only if the image says that it never had one.
@@ -25,7 +30,7 @@ impl<F: BlockFile + 'static> Service<F> {
         let mut engine = self.engine();
         engine.stop();
         let virgin = is_virgin(&self.state.vmgs());
-        let certified = self.authority.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        let certified = self.making.lock().unwrap_or_else(PoisonError::into_inner).authority.is_some();
         self.state.hold();
         let started = self.start(&mut engine, virgin, startup);
         let settled = match started {
@@ -54,6 +59,13 @@ impl<F: BlockFile + 'static> Service<F> {
         if virgin {
             self.make(engine)?;
         }
+        let pending = self.state.pending_ppi().map_err(|e| {
+            log::error(&format!("reading the physical-presence request: {e}"));
+            EngineError::State("stopped, because its image cannot be read")
+        })?;
+        if let Some(ppi) = pending {
+            self.carry_out(engine, ppi);
+        }
         engine.start(false)?;
         self.state.understood().map_err(|e| {
             log::error(&format!("reading the TPM's state again: {e}"));
@@ -74,12 +86,45 @@ impl<F: BlockFile + 'static> Service<F> {
         }
     }
 
+    /// Does what was asked for, or leaves the TPM as it was and says so in the record.
+    fn carry_out(&self, engine: &mut Engine, mut ppi: Ppi) {
+        let before = self.state.held_state();
+        let done = self.operate(engine, &ppi);
+        engine.stop();
+        let response = match done {
+            Ok(()) => {
+                log::warn(&format!("physical-presence operation {} was carried out", ppi.pending));
+                records::RESPONSE_SUCCESS
+            }
+            Err(e) => {
+                log::error(&format!("physical-presence operation {} failed: {e}", ppi.pending));
+                self.state.put_back(before);
+                records::RESPONSE_FAILURE
+            }
+        };
+        ppi.finish(response);
+        self.state.finish_ppi(ppi);
+    }
+
+    fn operate(&self, engine: &mut Engine, ppi: &Ppi) -> Result<(), String> {
+        let operation = Operation::parse(ppi.pending, ppi.argument)
+            .map_err(|_| "it is not an operation of this platform".to_owned())?;
+        engine.start(false).map_err(|e| e.to_string())?;
+        let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
+        tpm2::startup_clear(&mut transport)
+            .and_then(|()| presence::apply(&mut transport, operation))
+            .and_then(|()| tpm2::shutdown_clear(&mut transport))
+            .map_err(|e| e.to_string())
+    }
+
     /// Makes a TPM; its state is held until it is complete.
     fn make(&self, engine: &mut Engine) -> Result<(), EngineError> {
-        let authority = self.authority.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let making = std::mem::take(&mut *self.making.lock().unwrap_or_else(PoisonError::into_inner));
         let made = engine.start(true).map_err(|e| e.to_string()).and_then(|()| {
             let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
-            manufacture::finish(&mut transport, authority.as_ref(), self.state.engine_version())
+            let platform = making.platform_certificate.as_deref();
+            let version = self.state.engine_version();
+            manufacture::finish(&mut transport, making.authority.as_ref(), platform, version)
                 .map_err(|e| e.to_string())
         });
         engine.stop();

@@ -36,6 +36,7 @@ use crate::log;
 use crate::manufacture::Authority;
 use crate::vmgs::Change;
 use crate::vmgs::block::BlockFile;
+use crate::vmgs::records::RtcSkew;
 use crate::vmgs::root::FLAG_EXPORTED;
 
 /// Clients of one kind that are served at a time.
@@ -64,6 +65,15 @@ pub struct Policy {
     pub terminate: bool,
 }
 
+/// What a new TPM gets when it is made.
+#[derive(Default)]
+pub struct Making {
+    /// Signs certificates for its keys.
+    pub authority: Option<Authority>,
+    /// Goes into it as it is.
+    pub platform_certificate: Option<Vec<u8>>,
+}
+
 /// Why the service ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -81,7 +91,7 @@ pub struct Service<F> {
     cancel: Canceller,
     pub(super) state: VmgsState<F>,
     /// Only there until the TPM has been made.
-    pub(super) authority: Mutex<Option<Authority>>,
+    pub(super) making: Mutex<Making>,
     policy: Policy,
     pub(super) locality: AtomicU8,
     data_fd_in_use: AtomicBool,
@@ -107,7 +117,7 @@ impl<F: BlockFile + 'static> Service<F> {
     pub fn new(
         engine: Engine,
         state: VmgsState<F>,
-        authority: Option<Authority>,
+        making: Making,
         policy: Policy,
         end: Sender<End>,
     ) -> Self {
@@ -115,7 +125,7 @@ impl<F: BlockFile + 'static> Service<F> {
             cancel: engine.canceller(),
             engine: Mutex::new(engine),
             state,
-            authority: Mutex::new(authority),
+            making: Mutex::new(making),
             policy,
             locality: AtomicU8::new(0),
             data_fd_in_use: AtomicBool::new(false),
@@ -354,6 +364,10 @@ impl<F: BlockFile + 'static> Service<F> {
             Request::GetInfo { flags, offset } => self.info(flags, offset),
             // The image is locked from open to close.
             Request::LockStorage => Response::ok(),
+            Request::PpiState => self.ppi(),
+            Request::PpiSubmit { operation, argument } => self.submit_ppi(operation, argument),
+            Request::ClockGet => self.clock(),
+            Request::ClockSet(skew) => self.set_clock(RtcSkew(skew)),
             Request::Shutdown | Request::SetDataFd => Response::refused(code::BAD_ORDINAL),
         }
     }

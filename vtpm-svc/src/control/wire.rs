@@ -44,6 +44,11 @@ pub mod number {
     pub const SET_BUFFERSIZE: u32 = 17;
     pub const GET_INFO: u32 = 18;
     pub const LOCK_STORAGE: u32 = 19;
+    // Ours, far from where swtpm's grow: "CVM" and a number.
+    pub const PPI_STATE: u32 = 0x4356_4d01;
+    pub const PPI_SUBMIT: u32 = 0x4356_4d02;
+    pub const CLOCK_GET: u32 = 0x4356_4d03;
+    pub const CLOCK_SET: u32 = 0x4356_4d04;
 }
 
 /// Capabilities of this server: every bit up to 14, the command header on the data channel, and storage locking.
@@ -62,7 +67,9 @@ pub const STATE_ENCRYPTED: u32 = 2;
 #[allow(missing_docs)]
 pub enum Request {
     GetCapability,
-    Init { flags: u32 },
+    Init {
+        flags: u32,
+    },
     Shutdown,
     GetEstablished,
     SetLocality(u8),
@@ -72,14 +79,35 @@ pub enum Request {
     Cancel,
     StoreVolatile,
     ResetEstablished(u8),
-    GetStateBlob { kind: u32, offset: u32 },
-    SetStateBlob { flags: u32, kind: u32, data: Vec<u8> },
+    GetStateBlob {
+        kind: u32,
+        offset: u32,
+    },
+    SetStateBlob {
+        flags: u32,
+        kind: u32,
+        data: Vec<u8>,
+    },
     Stop,
     GetConfig,
     SetDataFd,
     SetBufferSize(u32),
-    GetInfo { flags: u64, offset: u32 },
+    GetInfo {
+        flags: u64,
+        offset: u32,
+    },
     LockStorage,
+    /// The physical-presence request that is pending and the outcome of the last.
+    PpiState,
+    /// A physical-presence request for the next start.
+    PpiSubmit {
+        operation: u32,
+        argument: u32,
+    },
+    /// Offset of the guest's clock.
+    ClockGet,
+    /// The same, to be kept; 100 ns.
+    ClockSet(i64),
 }
 
 /// What became of a received message.
@@ -146,6 +174,18 @@ pub fn parse(message: &[u8]) -> Parsed {
             _ => bad,
         },
         number::LOCK_STORAGE => Whole(Request::LockStorage),
+        number::PPI_STATE => Whole(Request::PpiState),
+        number::PPI_SUBMIT => match (word(0), word(4)) {
+            (Some(operation), Some(argument)) => Whole(Request::PpiSubmit { operation, argument }),
+            _ => bad,
+        },
+        number::CLOCK_GET => Whole(Request::ClockGet),
+        number::CLOCK_SET => match (word(0), word(4)) {
+            (Some(high), Some(low)) => {
+                Whole(Request::ClockSet((u64::from(high) << 32 | u64::from(low)).cast_signed()))
+            }
+            _ => bad,
+        },
         _ => Refused(code::BAD_ORDINAL),
     }
 }
@@ -240,9 +280,15 @@ mod tests {
         assert_eq!(parse(&[0, 0, 1]), Parsed::Refused(code::BAD_PARAMETER));
     }
 
+    #[test]
+    fn a_clock_offset_keeps_its_sign() {
+        assert_eq!(parse(&message(&[0x4356_4d04, u32::MAX, u32::MAX])), Parsed::Whole(Request::ClockSet(-1)));
+        assert_eq!(parse(&message(&[0x4356_4d04, 1])), Parsed::Refused(code::BAD_PARAMETER));
+    }
+
     proptest! {
         #[test]
-        fn no_message_panics(command in 0u32..22, body in proptest::collection::vec(any::<u8>(), 0..64)) {
+        fn no_message_panics(command in prop_oneof![0u32..22, 0x4356_4d00u32..0x4356_4d06], body in proptest::collection::vec(any::<u8>(), 0..64)) {
             let mut m = command.to_be_bytes().to_vec();
             m.extend_from_slice(&body);
             if let Parsed::Announces(total) = parse(&m) {

@@ -17,6 +17,7 @@ use crate::vmgs::FileId;
 use crate::vmgs::Vmgs;
 use crate::vmgs::VmgsError;
 use crate::vmgs::block::BlockFile;
+use crate::vmgs::records::Ppi;
 use crate::vmgs::root::FLAG_PROVISIONED;
 
 use super::Blob;
@@ -117,6 +118,8 @@ struct Held {
     state: Option<Zeroizing<Vec<u8>>>,
     /// A framed state that the engine has read and understood, to be kept as the one to go back to.
     understood: Option<Zeroizing<Vec<u8>>>,
+    /// The physical-presence record, if the start has changed it.
+    ppi: Option<Ppi>,
 }
 
 /// Blobs in a guest-state file.
@@ -161,6 +164,38 @@ impl<F: BlockFile> VmgsState<F> {
         *self.held() = Held { holding: true, ..Held::default() };
     }
 
+    /// The permanent state that is held, to be able to go back to it.
+    pub fn held_state(&self) -> Option<Zeroizing<Vec<u8>>> {
+        self.held().state.clone()
+    }
+
+    /// Goes back to an earlier held state, or to the stored one.
+    pub fn put_back(&self, state: Option<Zeroizing<Vec<u8>>>) {
+        self.held().state = state;
+    }
+
+    /// The physical-presence request that the image has pending. A TPM that is about to continue where it was, from a
+    /// volatile state, is not restarted, so nothing is due.
+    pub fn pending_ppi(&self) -> Result<Option<Ppi>, VmgsError> {
+        let vmgs = self.vmgs();
+        if vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE) {
+            return Ok(None);
+        }
+        let Some(bytes) = vmgs.read_optional(FileId::TPM_PPI)? else { return Ok(None) };
+        match Ppi::parse(&bytes) {
+            Ok(ppi) => Ok(Some(ppi).filter(|ppi| ppi.pending != 0)),
+            Err(e) => {
+                crate::log::warn(&format!("the physical-presence request is ignored: {e}"));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Stores this record together with the state that it led to.
+    pub fn finish_ppi(&self, ppi: Ppi) {
+        self.held().ppi = Some(ppi);
+    }
+
     /// Forgets what was held; the image is as it was.
     pub fn abandon(&self) {
         *self.held() = Held::default();
@@ -188,13 +223,17 @@ impl<F: BlockFile> VmgsState<F> {
     /// Makes durable what was held, in one commit. The copy of a good state alone is not worth one: it goes along with
     /// the next store.
     pub fn settle(&self, delete_volatile: bool) -> Result<(), VmgsError> {
-        let Held { state, understood, .. } = std::mem::take(&mut *self.held());
+        let Held { state, understood, ppi, .. } = std::mem::take(&mut *self.held());
+        let ppi = ppi.map(Ppi::to_bytes);
         let framed = state.map(|s| Zeroizing::new(frame(Blob::Permanent, self.engine_version, &s)));
         let mut vmgs = self.vmgs();
         let mut changes = Vec::new();
         if let Some(framed) = &framed {
             changes.push(Change::Put(FileId::VTPM_STATE, framed));
             changes.push(Change::Flag(FLAG_PROVISIONED));
+        }
+        if let Some(record) = &ppi {
+            changes.push(Change::Put(FileId::TPM_PPI, record));
         }
         if delete_volatile && vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE) {
             changes.push(Change::Delete(FileId::VTPM_VOLATILE));

@@ -13,6 +13,7 @@ pub mod error;
 pub mod format;
 pub mod image;
 mod place;
+pub mod records;
 pub mod root;
 pub mod store;
 pub mod uefi;

@@ -237,3 +237,28 @@ pub fn tpm(s: &mut UnixStream, command: &[u8]) -> std::io::Result<Vec<u8>> {
 pub fn code(response: &[u8]) -> u32 {
     u32::from_be_bytes(response[6..10].try_into().expect("a response has ten bytes"))
 }
+
+/// Two neighbouring free ports: tpm2-tools expects control one above data.
+pub fn neighbouring_ports() -> (u16, u16) {
+    loop {
+        let a = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+        let port = a.local_addr().expect("address").port();
+        if port < 65_000 && std::net::TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+            return (port, port + 1);
+        }
+    }
+}
+
+/// A TPM process on TCP, ready for data clients on `port`.
+pub fn serve_tcp(site: &Site, mut c: Command, port: u16) -> Service {
+    let log = std::fs::File::create(site.path("log")).expect("log");
+    let child = c.stderr(log).spawn().expect("start");
+    let service =
+        Service { child, control: Default::default(), data: Default::default(), first: Default::default() };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < deadline, "not ready: {}", site.log());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    service
+}
