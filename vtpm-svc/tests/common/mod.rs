@@ -130,10 +130,14 @@ impl Service {
     fn wait_until_ready(&mut self, log: &Path) {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
-            if let Ok(s) = UnixStream::connect(&self.control) {
+            if let Ok(mut s) = UnixStream::connect(&self.control) {
                 s.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
-                self.first = Some(s).into();
-                return;
+                // A socket exists before anyone serves it. GET_CAPABILITY is answered with two words.
+                let answer = s.write_all(&words(&[1])).and_then(|()| s.read_exact(&mut [0; 8]));
+                if answer.is_ok() {
+                    self.first = Some(s).into();
+                    return;
+                }
             }
             let ended = self.child.try_wait().expect("wait");
             let text = || std::fs::read_to_string(log).unwrap_or_default();
