@@ -54,6 +54,7 @@ pub fn cases() -> Vec<Case> {
             log_holds(context, &guest, &console)
         }),
         Case::new("vtpm/state-survives-the-monitor", state_survives),
+        Case::new("vtpm/snp/reset-by-a-guest", reset_by_a_guest),
         Case::new("vtpm/service-killed-while-the-guest-runs", service_killed),
     ]
 }
@@ -198,13 +199,34 @@ fn state_survives(context: &Context) -> Result<()> {
     ensure!(output.errors().contains("cvmm vmgs create"), "what to do about a missing file is not said");
     ensure!(console.get("ended")? == "0", "a run ended with {}", console.get("ended")?);
     ensure!(console.all("made-counter").len() == 1 && console.all("made-key").len() == 1, "made twice");
+    kept(&console)?;
+    ensure!(console.all("left") == ["anchors", "key", "vm.vmgs"], "left behind: {:?}", console.all("left"));
+    ensure!(console.get("check")? == "0", "the image does not check");
+    Ok(())
+}
+
+/// What `keep` found in two lives: a counter that goes on, one key.
+fn kept(console: &Console) -> Result<()> {
     let [first, second] = console.all("counter")[..] else { anyhow::bail!("not two counters") };
     let number = |text: &str| u64::from_str_radix(text, 16).context("counter");
     ensure!(number(second)? == number(first)? + 1, "the counter went from {first} to {second}");
     let [first, second] = console.all("key")[..] else { anyhow::bail!("not two keys") };
     ensure!(first == second && first.len() == 68, "the key's name went from {first} to {second}");
-    ensure!(console.all("left") == ["anchors", "key", "vm.vmgs"], "left behind: {:?}", console.all("left"));
-    ensure!(console.get("check")? == "0", "the image does not check");
+    Ok(())
+}
+
+/// A reset is one for the TPM too: its PCRs are those of a boot, its storage stays.
+fn reset_by_a_guest(context: &Context) -> Result<()> {
+    let guest = guest(context, Role::BackportsCloud, Mode::Single, "log,spoil,keep,reboot")?;
+    let (output, console) = run(context, &guest, "--vtpm --on-reboot restart --max-lives 2")?;
+    ensure!(output.ending == Ending::Code(boot::REBOOTED), "the run ended with {}", output.ending);
+    kept(&console)?;
+    let pcrs = console.all("pcr");
+    ensure!(pcrs.len() == 2 * 32, "{} PCRs in two lives", pcrs.len());
+    let (first, second) = pcrs.split_at(32);
+    ensure!(first == second, "the PCRs of the second life differ: {second:?}, before: {first:?}");
+    let logs = console.all("eventlog");
+    ensure!(logs.len() == 2 && logs[0] == logs[1] && !logs[0].is_empty(), "the logs of the two lives differ");
     Ok(())
 }
 
