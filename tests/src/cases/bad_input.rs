@@ -68,6 +68,18 @@ pub fn cases() -> Vec<Case> {
             &["--strict"],
         ),
         with_kernel("bad-input/emulated-needs-snp", &["--platform", "emulated"], &["--snp"]),
+        with_kernel(
+            "bad-input/vtpm-without-its-file",
+            &["--vtpm", "/no/such/vm.vmgs"],
+            &["--vtpm", "/no/such/vm.vmgs", "cvmm vmgs create"],
+        ),
+        with_kernel("bad-input/vtpm-without-its-key", &["--vtpm", "/etc/passwd"], &["--vtpm-key-file"]),
+        with_kernel("bad-input/vtpm-key-of-nothing", &["--vtpm", "--vtpm-key-file", "k"], &["--vtpm FILE"]),
+        with_kernel(
+            "bad-input/vtpm-of-two-kinds",
+            &["--vtpm", "--vtpm-socket", "/no/such/socket"],
+            &["--vtpm-socket"],
+        ),
         Case::new("bad-input/measure-refuses-the-same", |context| {
             let mut job = cvmm(context, &["measure", "--kernel", "/no/such/bzImage"]);
             job.limit = std::time::Duration::from_secs(20);

@@ -218,6 +218,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
             "--strict needs --backing split: one memory for both views cannot tell them apart".into(),
         ));
     }
+    args.vtpm.check()?;
     let files = args.image.read().map_err(Failure::usage)?;
     let certificates = args.certs.source()?;
     let (platform, guest, companions) =

@@ -78,6 +78,11 @@ impl VtpmArgs {
         self.vtpm.is_some() || self.vtpm_socket.is_some()
     }
 
+    /// Finds out what is wrong with these options, before anything else is looked at.
+    pub fn check(&self) -> Result<(), Failure> {
+        self.vtpm.as_ref().map_or(Ok(()), |state| self.service(state.as_deref()).map(|_| ()))
+    }
+
     /// Announces the TPM to `boot` and connects to its service, which is started if it is to be.
     pub fn start(&self, boot: &mut DirectBoot<'_>) -> Result<Vec<Box<dyn Companion>>, Failure> {
         let vtpm = match (&self.vtpm, &self.vtpm_socket) {

@@ -110,7 +110,7 @@ pub fn start(options: &Options) -> Result<(Client, Service), VtpmError> {
     // What is fresh has been opened by the service; its names are not needed any more, and go with `fresh`.
 }
 
-/// Waits for the child's end; a child that does not end in time is killed.
+/// Waits for the child's end. `None`: it did not end in time, and was killed.
 fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + patience;
     while Instant::now() < deadline {
@@ -121,17 +121,24 @@ fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
         }
     }
     let _ = child.kill();
-    child.wait().ok()
+    let _ = child.wait();
+    None
 }
 
 impl Service {
     /// Ends the service: asked first, then waited for, killed if it does not answer.
     pub fn end(mut self, control: Control) {
-        // A service that hangs would keep this request waiting, so a thread makes it.
-        let asked = thread::Builder::new().name("tpm-end".into()).spawn(move || drop(control.shutdown()));
-        let killed = asked.is_err() && self.0.kill().is_err();
-        if wait(&mut self.0, END_TIMEOUT).is_none() || killed {
-            eprintln!("cvmm: warning: the vTPM service did not end");
+        // A service that hangs would keep these requests waiting, so a thread makes them. If there is no thread, or the service
+        // is gone already, the wait below settles it.
+        let _ = thread::Builder::new().name("tpm-end".into()).spawn(move || {
+            // A command that still runs has nobody who waits for it.
+            let _ = control.cancel();
+            let _ = control.shutdown();
+        });
+        if wait(&mut self.0, END_TIMEOUT).is_none() {
+            eprintln!(
+                "cvmm: warning: the vTPM service did not end and was killed; what it has answered is on disk"
+            );
         }
     }
 }
