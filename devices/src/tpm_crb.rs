@@ -121,6 +121,10 @@ impl Crb {
         let (theirs, page) = (registers.clone(), buffer.clone());
         std::thread::Builder::new().name("tpm".into()).spawn(move || {
             while let Ok(job) = queue.recv() {
+                // A command from before a reset must not run on the TPM of after it, whose PCRs say that it has just started.
+                if lock(&theirs).epoch != job.epoch {
+                    continue;
+                }
                 let answer = backend.execute(0, &job.command);
                 finish(&theirs, page.as_ref(), job.epoch, answer);
             }
@@ -193,6 +197,13 @@ impl Crb {
             let gone = BackendError("its thread is gone".into());
             finish(&self.registers, self.buffer.as_ref(), epoch, Err(gone));
         }
+    }
+}
+
+impl Drop for Crb {
+    /// The guest's machine is gone: what waits for the TPM is as if it had never been sent.
+    fn drop(&mut self) {
+        self.reset();
     }
 }
 
@@ -285,10 +296,12 @@ mod tests {
     /// Echoes the command after a header, once it is let go.
     struct Echo {
         go: mpsc::Receiver<Result<usize, BackendError>>,
+        begun: mpsc::Sender<()>,
     }
 
     impl Backend for Echo {
         fn execute(&mut self, _locality: u8, command: &[u8]) -> Result<Vec<u8>, BackendError> {
+            let _ = self.begun.send(());
             let extra = self.go.recv().expect("test ended")?;
             let mut r = command.to_vec();
             r.resize(command.len() + extra, 0xee);
@@ -300,17 +313,20 @@ mod tests {
         crb: Crb,
         page: Arc<Page>,
         go: mpsc::Sender<Result<usize, BackendError>>,
+        begun: mpsc::Receiver<()>,
         cancelled: Arc<AtomicBool>,
     }
 
     fn bench() -> Bench {
         let page = Arc::new(Page(Mutex::new(vec![0; BUFFER_LEN])));
         let (go, wait) = mpsc::channel();
+        let (begin, begun) = mpsc::channel();
         let cancelled = Arc::new(AtomicBool::new(false));
         let flag = cancelled.clone();
         let cancel = Box::new(move || flag.store(true, Ordering::SeqCst));
-        let crb = Crb::new(page.clone(), BUFFER, Box::new(Echo { go: wait }), cancel).expect("thread");
-        Bench { crb, page, go, cancelled }
+        let crb = Crb::new(page.clone(), BUFFER, Box::new(Echo { go: wait, begun: begin }), cancel)
+            .expect("thread");
+        Bench { crb, page, go, begun, cancelled }
     }
 
     impl Bench {
@@ -326,6 +342,10 @@ mod tests {
             self.write(0x08, 1);
             self.write(0x40, 1);
             self.page.write(0, command);
+        }
+        /// Waits until the TPM has taken a command.
+        fn taken(&self) {
+            self.begun.recv_timeout(Duration::from_secs(10)).expect("no command arrives");
         }
         fn wait(&mut self) {
             let end = Instant::now() + Duration::from_secs(10);
@@ -450,6 +470,7 @@ mod tests {
         let mut b = bench();
         b.ready(COMMAND);
         b.write(0x4c, 1);
+        b.taken();
         b.crb.reset();
         b.page.write(0, &[0; 12]);
         b.go.send(Ok(0)).expect("go");
@@ -459,6 +480,27 @@ mod tests {
         b.write(0x4c, 1);
         b.page.write(0, &[0; 12]);
         b.go.send(Ok(1)).expect("go");
+        b.wait();
+        assert_eq!(b.response(13), [COMMAND, &[0xee]].concat());
+    }
+
+    #[test]
+    fn a_command_from_before_a_reset_does_not_run_after_it() {
+        let mut b = bench();
+        b.ready(COMMAND);
+        b.write(0x4c, 1);
+        b.taken();
+        b.crb.reset();
+        // This one waits behind the first, and must never reach the TPM.
+        b.ready(&[COMMAND, &[0xbb; 4]].concat());
+        b.page.write(2, &16u32.to_be_bytes());
+        b.write(0x4c, 1);
+        b.crb.reset();
+        b.ready(COMMAND);
+        b.write(0x4c, 1);
+        for extra in [0, 1] {
+            b.go.send(Ok(extra)).expect("go");
+        }
         b.wait();
         assert_eq!(b.response(13), [COMMAND, &[0xee]].concat());
     }
