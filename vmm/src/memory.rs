@@ -150,6 +150,18 @@ impl Mapping {
         Ok(())
     }
 
+    /// Shows a part of the file `fd`, from `from` on, in place of `len` bytes of the mapping, which are lost. All are whole
+    /// pages.
+    pub fn overlay(&self, offset: u64, len: u64, fd: impl AsFd, from: u64) -> io::Result<()> {
+        let target = self.range(offset, len)?;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: the range lies within this mapping, to which no reference exists, and stays mapped as long.
+        unsafe {
+            rustix::mm::mmap(target, len as usize, ProtFlags::READ | ProtFlags::WRITE, flags, fd, from)
+        }?;
+        Ok(())
+    }
+
     /// Makes a range accessible, or an error to access, for this process and for the guest through KVM.
     pub fn set_accessible(&self, offset: u64, len: u64, accessible: bool) -> io::Result<()> {
         let target = self.range(offset, len)?;
@@ -305,6 +317,22 @@ mod tests {
         mapping.set_accessible(0x1000, 0x1000, true).unwrap();
         mapping.try_read(0xffe, &mut back).unwrap();
         assert_eq!(back, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn an_overlay_is_the_files_memory_and_its_surroundings_are_not() {
+        let fd = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 0x3000).unwrap();
+        let (file, mapping) = (Mapping::file(&fd, 0, 0x3000).unwrap(), Mapping::anonymous(0x3000).unwrap());
+        mapping.overlay(0, 0x2000, &fd, 0x1000).unwrap();
+        mapping.write(0x1ffe, &[1, 2, 3, 4]).unwrap();
+        let mut back = [9; 4];
+        file.read(0x2ffc, &mut back).unwrap();
+        assert_eq!(back, [0, 0, 1, 2]);
+        file.write(0x1000, &[7]).unwrap();
+        mapping.read(0, &mut back).unwrap();
+        assert_eq!(back[0], 7);
+        assert!(mapping.overlay(0x2000, 0x2000, &fd, 0).is_err());
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //!
 //! On hardware some accesses are private although no C-bit is in the address, because paging is off, or because page walks
 //! and instruction fetches always are. Split backing has to bend in two places for them:
-//! - the first MiB, where vCPUs start without paging, shows private memory in both views, always;
+//! - the first MiB, where vCPUs start without paging, shows private memory in both views, always, and to the monitor's
+//!   devices as well;
 //! - until the kernel proper runs (the decompressor loads CR3 without the C-bit), the shared view of a page that is private
 //!   shows its private memory too. [`Views::end_alias`] ends that.
 
@@ -141,6 +142,11 @@ impl Views {
         }
         let (private, memfd) = match slot.private {
             Some((memfd, offset)) if !self.single() => {
+                // What the monitor writes to shared memory below 1 MiB must be where the guest looks for it.
+                let low = LOW_END.saturating_sub(gpa).min(len);
+                if low > 0 {
+                    slot.shared.overlay(0, low, &memfd, offset).map_err(fail)?;
+                }
                 (Arc::new(Mapping::file(&memfd, offset, len).map_err(fail)?), Some((memfd, offset)))
             }
             other => (Arc::clone(&slot.shared), other),
