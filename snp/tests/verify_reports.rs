@@ -416,6 +416,32 @@ fn revocation_lists_are_checked_before_they_are_believed() {
 }
 
 #[test]
+fn an_issuer_must_be_allowed_to_issue_and_what_is_critical_must_be_known() {
+    let authority = Authority::new();
+    let report = authority.report(builder());
+    let any = "any_measurement = true";
+    let issuer = ("ARK-Test", &authority.root_key);
+    let ca = ("2.5.29.19", vec![0x30, 3, 1, 1, 0xff]);
+    // KeyUsage (RFC 5280, 4.2.1.3) is a BIT STRING: bit 0 digitalSignature, bit 5 keyCertSign.
+    let usage = |bits: u8, unused: u8| ("2.5.29.15", vec![3, 2, unused, bits]);
+    for (extensions, good) in [
+        (vec![ca.clone(), usage(0x04, 2)], true),
+        (vec![ca.clone(), usage(0x80, 7)], false),
+        (vec![usage(0x04, 2)], false),
+        (vec![ca.clone(), (support::chain::UNKNOWN, vec![5, 0])], false),
+    ] {
+        let subject = ("SEV-Test", &authority.intermediate_key);
+        let intermediate = support::chain::certificate(subject, issuer, 2, &extensions);
+        let authority = Authority { intermediate, ..authority.clone() };
+        let failed = failures(&authority, &report, authority.endorsement("Milan-B0", &[]), any);
+        let expected: &[&str] = if good { &[] } else { &["certificate-chain"] };
+        assert_eq!(failed, expected, "{extensions:?}");
+    }
+    let odd = authority.endorsement("Milan-B0", &[(support::chain::UNKNOWN, vec![5, 0])]);
+    assert_eq!(failures(&authority, &report, odd, any), ["certificate-chain"]);
+}
+
+#[test]
 fn names_in_certificates_cannot_paint_a_verdict() {
     let authority = Authority::new();
     let painted = format!("SEV-VCEK\u{1b}[2J\u{202e}\rVERIFIED{}", '\u{9b}');

@@ -24,6 +24,7 @@ use x509_cert::der::SliceReader;
 use x509_cert::der::oid::ObjectIdentifier;
 use x509_cert::der::referenced::OwnedToRef as _;
 use x509_cert::ext::pkix::BasicConstraints;
+use x509_cert::ext::pkix::KeyUsage;
 use x509_cert::spki::AlgorithmIdentifierOwned;
 use x509_cert::spki::SubjectPublicKeyInfoOwned;
 
@@ -37,6 +38,7 @@ const RSASSA_PSS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.11354
 const ECDSA_SHA384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.3");
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 const BASIC_CONSTRAINTS: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.19");
+const KEY_USAGE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.15");
 const PRODUCT_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.2");
 const SPL_BOOTLOADER: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.1");
 const SPL_TEE: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.2");
@@ -153,11 +155,20 @@ impl Cert {
         format!("{} to {}", validity.not_before, validity.not_after)
     }
 
-    /// Whether it may issue certificates.
+    /// Whether it may issue certificates: by its constraints, and by the uses of its key if it says any.
     pub fn is_ca(&self) -> bool {
-        self.extension(BASIC_CONSTRAINTS)
-            .and_then(|value| BasicConstraints::from_der(value).ok())
-            .is_some_and(|constraints| constraints.ca)
+        let constraints = self.extension(BASIC_CONSTRAINTS).map(BasicConstraints::from_der);
+        let signs = |value| KeyUsage::from_der(value).is_ok_and(|usage| usage.key_cert_sign());
+        constraints.is_some_and(|value| value.is_ok_and(|value| value.ca))
+            && self.extension(KEY_USAGE).is_none_or(signs)
+    }
+
+    /// A critical extension that is not understood here: who does not know it must not use the certificate (RFC 5280, 4.2).
+    pub fn unknown_critical(&self) -> Option<ObjectIdentifier> {
+        let extensions = self.parsed.tbs_certificate.extensions.iter().flatten();
+        let mut unknown =
+            extensions.filter(|e| e.critical && ![BASIC_CONSTRAINTS, KEY_USAGE].contains(&e.extn_id));
+        unknown.next().map(|extension| extension.extn_id)
     }
 
     fn extension(&self, oid: ObjectIdentifier) -> Option<&[u8]> {

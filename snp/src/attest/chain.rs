@@ -115,6 +115,14 @@ impl<'a> Chain<'a> {
                 return Err(missing(format!("'{}' may not issue certificates", authority.name())));
             }
         }
+        for cert in [root, intermediate, self.endorsement] {
+            if let Some(oid) = cert.unknown_critical() {
+                return Err(missing(format!(
+                    "'{}' has the critical extension {oid}, which is not known",
+                    cert.name()
+                )));
+            }
+        }
         // The root's own signature says nothing: it is believed because the verifier has it, not because it vouches for itself.
         if !intermediate.is_issued_in_the_name_of(root) {
             return Err(CertError::NotSigned {

@@ -33,6 +33,9 @@ use x509_cert::time::Validity;
 /// A second at which everything made here is valid.
 pub const NOW: u64 = 1_800_000_000;
 
+/// An extension that nobody knows; always critical.
+pub const UNKNOWN: &str = "1.3.6.1.4.1.99999.1";
+
 fn oid(text: &str) -> ObjectIdentifier {
     ObjectIdentifier::new(text).unwrap()
 }
@@ -60,7 +63,7 @@ pub fn certificate(
     let spki = subject.1.verifying_key().to_public_key_der().unwrap();
     let extension = |(id, value): &(&str, Vec<u8>)| Extension {
         extn_id: oid(id),
-        critical: false,
+        critical: *id == UNKNOWN,
         extn_value: OctetString::new(value.clone()).unwrap(),
     };
     let tbs = TbsCertificate {
@@ -88,6 +91,7 @@ pub fn integer(value: u8) -> Vec<u8> {
 const CA: (&str, [u8; 5]) = ("2.5.29.19", [0x30, 3, 1, 1, 0xff]);
 
 /// Root, intermediate and a chip's key, with the parts that tests change.
+#[derive(Clone)]
 pub struct Authority {
     pub root_key: SigningKey,
     pub intermediate_key: SigningKey,
