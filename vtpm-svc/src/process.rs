@@ -13,7 +13,10 @@ pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: it is open, it was named for this purpose on the command line, and it is taken once.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // Threads here wait in accept and read; a service manager may have left the flag of its own loop on.
+    rustix::io::ioctl_fionbio(&fd, false)?;
+    Ok(fd)
 }
 
 /// One heap for all threads: they take turns with the engine's lock, and a heap for each costs memory in every guest.

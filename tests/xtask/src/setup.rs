@@ -32,6 +32,7 @@ const PACKAGES: &[&str] = &[
     "tss2",
     "busybox-static",
     "openssl",
+    "systemd",
 ];
 
 /// The release that the project is tested on.
