@@ -8,6 +8,7 @@ pub mod certs;
 pub mod doctor;
 pub mod endings;
 pub mod strict;
+pub mod tamper;
 pub mod vtpm;
 
 use crate::suite::Case;
@@ -21,6 +22,7 @@ pub fn all() -> Vec<Case> {
         certs::cases(),
         endings::cases(),
         strict::cases(),
+        tamper::cases(),
         acceptance::cases(),
         vtpm::cases(),
     ]

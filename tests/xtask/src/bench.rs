@@ -5,6 +5,7 @@
 //! file and its line in [`run`].
 
 mod boot;
+mod launch;
 mod measure;
 mod vtpm;
 
@@ -28,6 +29,8 @@ pub struct Args {
 enum Name {
     /// From exec to the first byte of a tiny guest, and memory at that point, beside QEMU's microvm.
     Boot,
+    /// Pages that a launch measures, and stage0's work and time in the guest.
+    Launch,
     /// Launch digests of firmware images, beside sev-snp-measure, the sev crate and `openssl speed`.
     Measure,
     /// Commands, start and memory of vtpm-svc, beside swtpm.
@@ -38,6 +41,7 @@ enum Name {
 pub fn run(args: &Args) -> Result<()> {
     match args.name {
         Name::Boot => boot::run(args),
+        Name::Launch => launch::run(),
         Name::Measure => measure::run(args),
         Name::Vtpm => vtpm::run(args),
     }

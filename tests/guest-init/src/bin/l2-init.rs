@@ -7,6 +7,7 @@
 //! | word | prints or does |
 //! |---|---|
 //! | `info` | `kernel`, `cpus` (the online list), `memory_kib`, and a `log` line for each active memory encryption |
+//! | `cmdline` | `cmdline TEXT`: the kernel command line |
 //! | `report` | `report HEX`: an attestation report over `cvmm.report_data=HEX` (up to 64 bytes, zero-padded) |
 //! | `ext-report` | `ext_report HEX` and `certificates HEX`, trailing zeros cut |
 //! | `key` | `key HEX`: a derived key |
@@ -54,6 +55,10 @@ fn value<'a>(line: &'a str, name: &str) -> Option<&'a str> {
 fn act(action: &str, line: &str) -> Result<()> {
     match action {
         "info" => info(),
+        "cmdline" => {
+            println!("cvmm-guest: cmdline {}", line.trim_end());
+            Ok(())
+        }
         "report" => {
             let report = SevGuest::open()?.report(report_data(line)?)?;
             println!("cvmm-guest: report {}", hex(&report));

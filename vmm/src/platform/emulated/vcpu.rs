@@ -5,6 +5,7 @@
 //! at the next `KVM_RUN`; it must not be advanced here. Where RIP itself is to change, the OUT is completed first by a
 //! `KVM_RUN` with `immediate_exit` (Linux `Documentation/virt/kvm/api.rst`, `KVM_RUN`).
 
+mod at_exit;
 mod forbidden;
 
 use std::collections::HashSet;
@@ -19,7 +20,6 @@ use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_mp_state;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_sregs;
-use kvm_bindings::kvm_translation;
 use kvm_bindings::kvm_vcpu_events;
 use kvm_ioctls::Cap;
 use kvm_ioctls::SyncReg;
@@ -217,32 +217,6 @@ impl EmulatedVcpu {
             }
             _ => Ok(Next::Pass),
         }
-    }
-
-    /// The registers at an exit that has just happened.
-    fn regs_at_exit(&self) -> Result<kvm_regs, CallError> {
-        if self.synced { Ok(self.kvm.fd.sync_regs().regs) } else { self.kvm.get_regs() }
-    }
-
-    /// Has the guest go on with other registers after an exit that has just happened.
-    fn resume_with(&mut self, regs: &kvm_regs) -> Result<(), CallError> {
-        if !self.synced {
-            return self.kvm.set_regs(regs);
-        }
-        self.kvm.fd.sync_regs_mut().regs = *regs;
-        self.kvm.fd.set_sync_dirty_reg(SyncReg::Register);
-        Ok(())
-    }
-
-    /// `KVM_TRANSLATE`. KVM walks the guest's tables itself; in strict runs they may lie in pages that wait to be opened.
-    fn translate(&self, address: u64) -> Result<kvm_translation, CallError> {
-        let walk = || self.kvm.fd.translate_gva(address).map_err(CallError::of("KVM_TRANSLATE"));
-        let seen = self.vm.views.opened();
-        let found = walk()?;
-        if found.valid == 0 && self.vm.strict() && self.vm.views.open(&self.vm.model.pages, seen)? {
-            return walk();
-        }
-        Ok(found)
     }
 
     fn instruction(&mut self, opcode: Opcode) -> Result<Next, CallError> {
