@@ -27,6 +27,7 @@ use anyhow::ensure;
 use cvmm_tests::cases::boot::REBOOTED;
 use cvmm_tests::cases::boot::SNP_LOG_LINE;
 use cvmm_tests::digest::hex;
+use cvmm_tests::digest::unhex;
 use cvmm_tests::guest::Console;
 use cvmm_tests::guest::Report;
 use cvmm_tests::kernels::Kernel;
@@ -114,7 +115,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         cvmm,
         output,
     };
-    let done = test.all();
+    let done = test.all(&diagnosis);
     test.write_report(&diagnosis, &done)?;
     let failed = done.iter().any(|step| step.verdict.is_err());
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -143,7 +144,7 @@ struct Test {
 }
 
 impl Test {
-    fn all(&self) -> Vec<Done> {
+    fn all(&self, diagnosis: &Value) -> Vec<Done> {
         let mut done = Vec::new();
         let mut digest = None;
         step(&mut done, "measure", || {
@@ -156,7 +157,9 @@ impl Test {
         step(&mut done, "verify", || self.verify(&digest));
         step(&mut done, "tampered initrd", || self.tampered(&digest));
         step(&mut done, "conversions", || self.conversions().map(Found::Passed));
-        step(&mut done, "reboot", || self.launch(&self.initrd, &digest, "report-2.bin").map(Found::Passed));
+        step(&mut done, "reboot", || self.restarted(&digest).map(Found::Passed));
+        let asked = &diagnosis["facts"]["kvm"]["Ok"]["capabilities"]["req_certs"];
+        step(&mut done, "certificates", || self.certificates(asked.as_u64() == Some(1)));
         done
     }
 
@@ -229,6 +232,66 @@ impl Test {
         let (value, measurement) = self.boot(initrd, file)?;
         ensure!(measurement == digest, "the report's measurement is {measurement}, predicted was {digest}");
         Ok(value)
+    }
+
+    /// One run of cvmm in which the guest reboots once: two VMs, one digest.
+    fn restarted(&self, digest: &str) -> Result<Value> {
+        let mut arguments = self.image_options(&self.initrd, ACTIONS);
+        arguments.extend(["--snp", "--on-reboot", "restart", "--max-lives", "2"].map(String::from));
+        let output = run_cvmm(&self.cvmm, &arguments, 2 * LIMIT);
+        fs::write(self.output.join("restart.console"), &output.stdout)?;
+        fs::write(self.output.join("restart.errors"), &output.stderr)?;
+        ensure!(
+            output.ending == Ending::Code(REBOOTED),
+            "cvmm ended with {}: {}",
+            output.ending,
+            output.errors()
+        );
+        let console = Console::parse(&output.text());
+        let reports: Vec<Vec<u8>> = console.all("report").into_iter().map(unhex).collect::<Result<_>>()?;
+        ensure!(reports.len() == 2, "{} reports of two VMs", reports.len());
+        let mut ids = Vec::new();
+        for bytes in &reports {
+            let report = Report(bytes);
+            let measurement = hex(report.measurement().context("the report is too short")?);
+            ensure!(measurement == digest, "a report's measurement is {measurement}, predicted was {digest}");
+            ids.push(hex(report.report_id().context("the report is too short")?));
+        }
+        ensure!(ids.first() != ids.last(), "both reports are of one launch, {ids:?}");
+        Ok(json!({ "measurement": digest, "report_ids": ids, "seconds": output.elapsed.as_secs_f64() }))
+    }
+
+    /// The guest's driver gets, with its report, the certificates that the operator put into a file.
+    fn certificates(&self, asked: bool) -> Result<Found> {
+        if self.certs.is_empty() {
+            return Ok(Found::Skipped("no --certs: there is nothing to hand out".into()));
+        }
+        if !asked {
+            return Ok(Found::Skipped(
+                "this kernel's KVM does not ask the monitor for certificates (Linux 7.0 does)".into(),
+            ));
+        }
+        let table = self.output.join("certs.table");
+        let mut make = vec!["certs".to_owned(), "--out".into(), table.display().to_string()];
+        make.extend(self.certs.iter().map(|path| path.display().to_string()));
+        let made = run_cvmm(&self.cvmm, &make, LIMIT);
+        ensure!(made.ending == Ending::Code(0), "cvmm certs ended with {}: {}", made.ending, made.errors());
+        let mut arguments = self.image_options(&self.initrd, "ext-report,reboot");
+        arguments.extend(["--snp".into(), "--certs".into(), table.display().to_string()]);
+        let output = run_cvmm(&self.cvmm, &arguments, LIMIT);
+        fs::write(self.output.join("certificates.errors"), &output.stderr)?;
+        ensure!(
+            output.ending == Ending::Code(REBOOTED),
+            "cvmm ended with {}: {}",
+            output.ending,
+            output.errors()
+        );
+        let got = Console::parse(&output.text()).bytes("certificates")?;
+        let given = fs::read(&table)?;
+        // The guest leaves zeros at the end out.
+        ensure!(given.starts_with(&got), "the guest got other certificates than the file's");
+        ensure!(given.iter().skip(got.len()).all(|b| *b == 0), "the guest got a part of the certificates");
+        Ok(Found::Passed(json!({ "bytes": given.len() })))
     }
 
     fn verify(&self, digest: &str) -> Result<Found> {
