@@ -33,14 +33,3 @@ pub fn to_kvm(entries: &[CpuidEntry]) -> Vec<kvm_cpuid_entry2> {
     };
     entries.iter().map(entry).collect()
 }
-
-/// To the model's form.
-pub fn to_model(entries: &[kvm_cpuid_entry2]) -> Vec<snp::model::cpuid::CpuidEntry> {
-    let entry = |e: &kvm_cpuid_entry2| snp::model::cpuid::CpuidEntry {
-        function: e.function,
-        index: e.index,
-        index_matters: e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0,
-        registers: snp::model::cpuid::CpuidRegisters { eax: e.eax, ebx: e.ebx, ecx: e.ecx, edx: e.edx },
-    };
-    entries.iter().map(entry).collect()
-}

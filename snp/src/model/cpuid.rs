@@ -1,22 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The CPUID table of a vCPU, as the monitor gives it to KVM, and how KVM looks a function up.
 
+use crate::pages::cpuid::CpuidEntry;
+
 /// XCR0 bits 0 and 1 need no size beyond the legacy area and the header: 512 + 64 bytes.
 const XSAVE_BASE: u32 = 576;
 const XSAVE_FUNCTION: u32 = 0xd;
-
-/// One entry, as in `kvm_cpuid_entry2`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CpuidEntry {
-    /// Function (EAX).
-    pub function: u32,
-    /// Sub-leaf (ECX).
-    pub index: u32,
-    /// Whether the sub-leaf matters (`KVM_CPUID_FLAG_SIGNIFCANT_INDEX`).
-    pub index_matters: bool,
-    /// Results.
-    pub registers: CpuidRegisters,
-}
 
 /// Result of CPUID.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,11 +17,17 @@ pub struct CpuidRegisters {
     pub edx: u32,
 }
 
+impl From<&CpuidEntry> for CpuidRegisters {
+    fn from(e: &CpuidEntry) -> Self {
+        CpuidRegisters { eax: e.eax, ebx: e.ebx, ecx: e.ecx, edx: e.edx }
+    }
+}
+
 /// What CPUID of `function` and `index` gives; zeros for what is not in the table, as on AMD processors. With `xcr0`, the
 /// size in function 0xD is that of the enabled components.
 pub fn lookup(table: &[CpuidEntry], function: u32, index: u32, xcr0: Option<u64>) -> CpuidRegisters {
-    let entry = table.iter().find(|e| e.function == function && (!e.index_matters || e.index == index));
-    let mut registers = entry.map_or(CpuidRegisters::default(), |e| e.registers);
+    let entry = table.iter().find(|e| e.function == function && (!e.indexed || e.index == index));
+    let mut registers = entry.map_or(CpuidRegisters::default(), CpuidRegisters::from);
     if let (XSAVE_FUNCTION, 0, Some(xcr0), Some(_)) = (function, index, xcr0, entry) {
         registers.ebx = xsave_size(table, xcr0);
     }
@@ -44,7 +39,7 @@ pub fn xsave_size(table: &[CpuidEntry], xcr0: u64) -> u32 {
     let components = table
         .iter()
         .filter(|e| e.function == XSAVE_FUNCTION && (2..64).contains(&e.index) && xcr0 >> e.index & 1 != 0);
-    components.map(|e| e.registers.eax.saturating_add(e.registers.ebx)).fold(XSAVE_BASE, u32::max)
+    components.map(|e| e.eax.saturating_add(e.ebx)).fold(XSAVE_BASE, u32::max)
 }
 
 #[cfg(test)]
@@ -52,8 +47,7 @@ mod tests {
     use super::*;
 
     fn entry(function: u32, index: u32, eax: u32, ebx: u32) -> CpuidEntry {
-        let registers = CpuidRegisters { eax, ebx, ..CpuidRegisters::default() };
-        CpuidEntry { function, index, index_matters: function == 0xd, registers }
+        CpuidEntry { function, index, indexed: function == 0xd, eax, ebx, ..CpuidEntry::default() }
     }
 
     /// Sizes of an EPYC: AVX state has 256 bytes at offset 576.

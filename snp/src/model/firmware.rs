@@ -12,7 +12,7 @@ pub mod requests;
 pub mod status;
 
 use crate::model::chain::Chain;
-use crate::model::cpuid::CpuidEntry;
+use crate::pages::cpuid::CpuidEntry;
 
 /// Firmware version that the model claims: build, minor, major. A guest policy may ask for this ABI version at most.
 pub const FIRMWARE_VERSION: [u8; 3] = [21, 55, 1];

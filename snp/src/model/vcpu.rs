@@ -15,7 +15,6 @@ use crate::ghcb::msr::Response;
 use crate::ghcb::page;
 use crate::ghcb::page::Field;
 use crate::ghcb::psc;
-use crate::model::cpuid::CpuidEntry;
 use crate::model::cpuid::lookup;
 use crate::model::errno::Errno;
 use crate::model::exchange::Exchange;
@@ -30,6 +29,7 @@ use crate::model::psc::Step;
 use crate::model::rmp::PAGE;
 use crate::model::vm::ApCreation;
 use crate::model::vm::VmModel;
+use crate::pages::cpuid::CpuidEntry;
 
 /// Bit 4 of a range's attributes: make it private (`KVM_MAP_GPA_RANGE_ENCRYPTED`).
 pub const MAP_GPA_ENCRYPTED: u64 = 1 << 4;

@@ -185,8 +185,8 @@ fn a_refused_msr_injects_gp_into_the_guest() {
 #[test]
 fn cpuid_tsc_and_dr7_are_answered_in_registers() {
     let mut s = Setup::new();
-    let registers = CpuidRegisters { eax: 1, ebx: 2, ecx: 3, edx: 4 };
-    s.vcpu.set_cpuid(vec![CpuidEntry { function: 7, index: 0, index_matters: true, registers }]);
+    let (eax, ebx, ecx, edx) = (1, 2, 3, 4);
+    s.vcpu.set_cpuid(vec![CpuidEntry { function: 7, index: 0, indexed: true, eax, ebx, ecx, edx }]);
     s.nae(exit::svm::CPUID, 0, 0, &[(Field::Rax, 7), (Field::Rcx, 0)]);
     assert_eq!(s.field(Field::Rdx), Some(4));
     assert_eq!(s.nae(exit::svm::RDTSCP, 0, 0, &[]), Outcome::Tsc);

@@ -8,7 +8,6 @@ use super::*;
 use crate::ghcb::exit;
 use crate::ghcb::psc::Entry;
 use crate::model::commands::Init2;
-use crate::model::cpuid::CpuidRegisters;
 use crate::model::faults::Faults;
 use crate::model::firmware::testing::platform;
 use crate::model::memory::View;
@@ -176,8 +175,16 @@ fn a_termination_request_ends_the_guest_with_the_msrs_value() {
 #[test]
 fn cpuid_by_msr_answers_one_register() {
     let mut s = Setup::new();
-    let registers = CpuidRegisters { eax: 1, ebx: 2, ecx: 3, edx: 0xdead_beef };
-    s.vcpu.set_cpuid(vec![CpuidEntry { function: 0x8000_001f, registers, ..CpuidEntry::default() }]);
+    let (eax, ebx, ecx, edx) = (1, 2, 3, 0xdead_beef);
+    s.vcpu.set_cpuid(vec![CpuidEntry {
+        function: 0x8000_001f,
+        index: 0,
+        indexed: false,
+        eax,
+        ebx,
+        ecx,
+        edx,
+    }]);
     let (_, value) = s.msr(0x8000_001f_c000_0004);
     assert_eq!(value, 0xdead_beef_c000_0005);
     assert_eq!(s.msr(0x4000_0004).1, 0x4000_0005);

@@ -9,8 +9,8 @@
 //! AMD does not publish the whole policy. The model checks what is known from hosts that refused tables, and compares
 //! feature bits with the host's where it was told those.
 
-use crate::model::cpuid::CpuidEntry;
 use crate::model::cpuid::CpuidRegisters;
+use crate::pages::cpuid::CpuidEntry;
 
 /// Most entries that fit.
 pub const MAX_ENTRIES: usize = 64;
@@ -108,8 +108,8 @@ fn corrected(entry: Entry, host: &[CpuidEntry], c_bit: u8) -> Entry {
     }
     let find = |function, index| {
         host.iter()
-            .find(|h| h.function == function && (!h.index_matters || h.index == index))
-            .map(|h| h.registers)
+            .find(|h| h.function == function && (!h.indexed || h.index == index))
+            .map(CpuidRegisters::from)
     };
     let r = &mut e.registers;
     // Feature bits must be among the host's, where those are known.
@@ -208,11 +208,7 @@ mod tests {
 
     #[test]
     fn a_feature_that_the_host_lacks_is_refused() {
-        let host = CpuidEntry {
-            function: 1,
-            registers: CpuidRegisters { ecx: 1, edx: 1, ..CpuidRegisters::default() },
-            ..CpuidEntry::default()
-        };
+        let host = CpuidEntry { function: 1, ecx: 1, edx: 1, ..CpuidEntry::default() };
         assert!(check(&mut page(&[leaf(1, 0, 0, 1 << 31 | 1, 1)]), &[host], 51));
         let mut p = page(&[leaf(1, 0, 0, 3, 1)]);
         assert!(!check(&mut p, &[host], 51));

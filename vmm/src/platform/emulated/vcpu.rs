@@ -496,7 +496,7 @@ fn answer_msr(access: MsrAccess<'_>, model: &mut VcpuModel, sev_status: u64) {
 impl Vcpu for EmulatedVcpu {
     fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<(), CallError> {
         self.kvm.set_cpuid(entries)?;
-        self.model.set_cpuid(cpuid::to_model(entries));
+        self.model.set_cpuid(cpuid::from_kvm(entries));
         Ok(())
     }
 
