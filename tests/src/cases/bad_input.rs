@@ -80,6 +80,36 @@ pub fn cases() -> Vec<Case> {
             &["--vtpm", "--vtpm-socket", "/no/such/socket"],
             &["--vtpm-socket"],
         ),
+        with_kernel(
+            "bad-input/certs-that-are-no-table",
+            &["--snp", "--platform", "emulated", "--certs", "/etc/passwd"],
+            &["--certs", "/etc/passwd", "no table of certificates"],
+        ),
+        with_kernel("bad-input/certs-need-snp", &["--certs", "/etc/passwd"], &["--snp"]),
+        with_kernel(
+            "bad-input/unknown-end-of-a-reboot",
+            &["--on-reboot", "sleep"],
+            &["--on-reboot", "restart"],
+        ),
+        Case::new("bad-input/policy-bit-that-the-platform-refuses", |context| {
+            let (kernel, keys) = (debian_kernel(context)?, context.keys()?.display().to_string());
+            let options = [
+                "--kernel",
+                &kernel,
+                "--snp",
+                "--platform",
+                "emulated",
+                "--emulated-keys",
+                &keys,
+                "--policy",
+                "0x230000",
+            ];
+            refused(
+                &context.run(&cvmm(context, &options))?,
+                USAGE,
+                &["policy 0x230000", "bit 21 (CXL_ALLOW)"],
+            )
+        }),
         Case::new("bad-input/measure-refuses-the-same", |context| {
             let mut job = cvmm(context, &["measure", "--kernel", "/no/such/bzImage"]);
             job.limit = std::time::Duration::from_secs(20);
