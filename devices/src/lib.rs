@@ -10,3 +10,4 @@ pub mod power;
 pub mod rtc;
 pub mod serial;
 pub mod tpm_crb;
+pub mod tpm_ppi;

@@ -25,6 +25,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use devices::bus::Bus;
 use devices::bus::Overlap;
@@ -33,6 +34,10 @@ use devices::tpm_crb::Backend;
 use devices::tpm_crb::BackendError;
 use devices::tpm_crb::Buffer;
 use devices::tpm_crb::Crb;
+use devices::tpm_ppi;
+use devices::tpm_ppi::Mail;
+use devices::tpm_ppi::Ppi;
+use devices::tpm_ppi::Submit;
 use vtpm_svc::control::client::Client;
 use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
@@ -108,6 +113,8 @@ pub enum VtpmError {
     Overlap(#[from] Overlap),
 }
 
+/// How long a guest's physical-presence request may take to be stored.
+const SUBMIT_PATIENCE: Duration = Duration::from_secs(2);
 /// Memory slot of the buffer page: RAM has the lowest ones.
 const SLOT: u32 = 64;
 
@@ -162,6 +169,8 @@ impl Vtpm {
         let crb = Crb::new(Arc::new(Page(page)), tpm_crb::BUFFER, backend, cancel);
         let crb = crb.map_err(host("a thread"))?;
         mmio.insert(tpm_crb::BASE, tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
+        let ppi = Ppi::new(self.mail()?, self.submitter().map_err(host("a thread"))?);
+        mmio.insert(tpm_ppi::BASE, tpm_ppi::LEN, Arc::new(Mutex::new(ppi)))?;
         Ok(())
     }
 
@@ -177,6 +186,40 @@ impl Vtpm {
         client.reset(tpm_crb::BUFFER_LEN as u32)?;
         let mut transmit = |command: &[u8]| client.execute(0, command).map_err(|e| e.to_string());
         Ok(vtpm_svc::measured::extend(&mut transmit, &self.events)?)
+    }
+
+    /// What waits and what was done of the guest's physical-presence requests; nothing at a service that does not know them.
+    fn mail(&self) -> Result<Mail, VtpmError> {
+        match self.control.ppi() {
+            Ok([request, _, last, response]) => Ok(Mail { request, last, response }),
+            Err(ClientError::Refused { .. }) => Ok(Mail::default()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// What the device calls with a request. A thread makes the call, so that a service that hangs holds a vCPU only briefly.
+    fn submitter(&self) -> io::Result<Submit> {
+        type Order = (u32, u32, mpsc::Sender<u32>);
+        let (wanted, orders) = mpsc::sync_channel::<Order>(1);
+        let control = self.control.clone();
+        thread::Builder::new().name("tpm-ppi".into()).stack_size(256 << 10).spawn(move || {
+            for (operation, argument, answer) in orders {
+                let outcome = match control.submit_ppi(operation, argument) {
+                    Ok(outcome) => outcome,
+                    Err(ClientError::Refused { .. }) => tpm_ppi::NOT_IMPLEMENTED,
+                    Err(_) => tpm_ppi::FAILURE,
+                };
+                // Whoever waited may have given up.
+                let _ = answer.send(outcome);
+            }
+        })?;
+        Ok(Box::new(move |operation, argument| {
+            let (answer, outcome) = mpsc::channel();
+            match wanted.try_send((operation, argument, answer)) {
+                Ok(()) => outcome.recv_timeout(SUBMIT_PATIENCE).unwrap_or(tpm_ppi::FAILURE),
+                Err(_) => tpm_ppi::FAILURE,
+            }
+        }))
     }
 
     /// What the device calls to cancel. It must not wait for the service, so a thread does.

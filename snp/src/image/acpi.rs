@@ -7,6 +7,7 @@
 //!
 //! IRQ 0 keeps its number, as in KVM's default routing; there is no override to pin 2.
 
+mod ppi;
 pub mod tpm;
 
 use acpi_tables::Aml;

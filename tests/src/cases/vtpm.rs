@@ -55,6 +55,7 @@ pub fn cases() -> Vec<Case> {
         }),
         Case::new("vtpm/state-survives-the-monitor", state_survives),
         Case::new("vtpm/snp/reset-by-a-guest", reset_by_a_guest),
+        Case::new("vtpm/snp/clear-asked-by-a-guest", clear_asked),
         Case::new("vtpm/service-killed-while-the-guest-runs", service_killed),
     ]
 }
@@ -227,6 +228,21 @@ fn reset_by_a_guest(context: &Context) -> Result<()> {
     ensure!(first == second, "the PCRs of the second life differ: {second:?}, before: {first:?}");
     let logs = console.all("eventlog");
     ensure!(logs.len() == 2 && logs[0] == logs[1] && !logs[0].is_empty(), "the logs of the two lives differ");
+    Ok(())
+}
+
+/// The guest asks firmware to clear its TPM through the kernel's interface; it is done at the reset, once.
+fn clear_asked(context: &Context) -> Result<()> {
+    let guest = guest(context, Role::BackportsCloud, Mode::Single, "ppi,keep,ask,reboot")?;
+    let (output, console) = run(context, &guest, "--vtpm --on-reboot restart --max-lives 2")?;
+    ensure!(output.ending == Ending::Code(boot::REBOOTED), "the run ended with {}", output.ending);
+    let version = console.all("ppi-version");
+    ensure!(version == ["1.3", "1.3"], "versions of the interface: {version:?}");
+    ensure!(console.all("ppi-waits") == ["0", "0"], "a request waits: {:?}", console.all("ppi-waits"));
+    ensure!(console.all("asked") == ["5", "5"], "the kernel shows {:?} as the request", console.all("asked"));
+    let done = console.all("ppi-done");
+    ensure!(done.len() == 2 && done[1] == "5 0: Success", "what was done: {done:?}");
+    ensure!(console.all("made-key").len() == 2, "the key is still there: the TPM was not cleared");
     Ok(())
 }
 

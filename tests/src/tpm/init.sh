@@ -40,6 +40,17 @@ for action in $(sed -n 's/.*cvmm\.do=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' ')
         sh /tpm2.sh 2>&1 | while read -r line; do say step "$line"; done
         cd ..
         ;;
+    ppi)
+        cd /sys/class/tpm/tpm0/ppi
+        say ppi-version "$(cat version)"
+        say ppi-waits "$(cat request)"
+        say ppi-done "$(cat response)"
+        cd /tmp
+        ;;
+    ask)
+        echo 5 >/sys/class/tpm/tpm0/ppi/request || say error 'the request was refused'
+        say asked "$(cat /sys/class/tpm/tpm0/ppi/request)"
+        ;;
     spoil)
         # What a guest extends must be gone after a reset.
         for pcr in 4 8 14; do try tpm2_pcrextend $pcr:sha256=$(printf %064d 1); done

@@ -5,6 +5,7 @@
 //! shim and this program's version, and on nothing of the TPM.
 
 use devices::tpm_crb;
+use devices::tpm_ppi;
 use snp::image::acpi::tpm::LOG_MAX;
 use snp::image::acpi::tpm::Tpm;
 use snp::image::direct::DirectBoot;
@@ -63,6 +64,11 @@ pub fn announce(boot: &mut DirectBoot<'_>) -> Result<Vec<Event>, MeasuredError> 
     if log.len() > LOG_MAX {
         return Err(MeasuredError::LogLength { found: log.len() });
     }
-    boot.tpm = Some(Tpm { registers: tpm_crb::BASE as u32, buffer: tpm_crb::BUFFER as u32, log });
+    boot.tpm = Some(Tpm {
+        registers: tpm_crb::BASE as u32,
+        buffer: tpm_crb::BUFFER as u32,
+        presence: tpm_ppi::BASE as u32,
+        log,
+    });
     Ok(events)
 }

@@ -6,7 +6,10 @@
 //! shared. The event log lies beside the tables in ACPI memory: private, and part of what is measured at launch.
 
 use acpi_tables::Aml;
+use acpi_tables::AmlSink;
 use acpi_tables::aml;
+
+use super::ppi;
 
 /// A TPM with a command-response buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +18,8 @@ pub struct Tpm {
     pub registers: u32,
     /// Guest-physical address of the buffer page.
     pub buffer: u32,
+    /// Guest-physical address of the page with the registers of the physical-presence interface.
+    pub presence: u32,
     /// The event log, at most [`LOG_MAX`] bytes; empty if nothing was measured.
     pub log: Vec<u8>,
 }
@@ -26,6 +31,15 @@ const CONTROL_AREA: u64 = 0x40;
 /// Start method: command-response buffer.
 const START_METHOD: u32 = 7;
 const PAGE: u32 = 0x1000;
+
+/// AML that is bytes already.
+struct Written(Vec<u8>);
+
+impl Aml for Written {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
 
 impl Tpm {
     /// The device in the DSDT.
@@ -39,6 +53,7 @@ impl Tpm {
                 &aml::Name::new("_UID".into(), &0u8),
                 &aml::Name::new("_STA".into(), &0x0fu8),
                 &aml::Name::new("_CRS".into(), &resources),
+                &Written(ppi::methods(self.presence)),
             ],
         )
         .to_aml_bytes(body);
@@ -73,7 +88,7 @@ mod tests {
     }
 
     fn tpm(log: Vec<u8>) -> Tpm {
-        Tpm { registers: 0xfed4_0000, buffer: 0xfed4_6000, log }
+        Tpm { registers: 0xfed4_0000, buffer: 0xfed4_6000, presence: 0xfed4_5000, log }
     }
 
     #[test]
