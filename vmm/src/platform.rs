@@ -159,7 +159,8 @@ pub trait Vm: Send + Sync {
         finish: &mut kvm_sev_snp_launch_finish,
         id: Option<(&[u8; 96], &[u8; 4096])>,
     ) -> Result<(), SevError>;
-    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS` (Linux 7.0): extended guest requests become [`Exit::ReqCerts`]. Before any vCPU runs.
+    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS` (Linux 7.0): extended guest requests become [`Exit::ReqCerts`]. After
+    /// `KVM_SEV_INIT2` and before any vCPU exists (`snp_enable_certs`).
     fn snp_enable_req_certs(&self) -> Result<(), SevError>;
     /// What the guest did with its pages so far, as one line of JSON, where the platform sees it.
     fn statistics(&self) -> Option<String> {
