@@ -15,5 +15,6 @@ pub mod kernel;
 pub mod layout;
 pub mod lazy;
 pub mod ovmf;
+pub mod regions;
 pub mod shim;
 pub mod sites;

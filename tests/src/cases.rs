@@ -7,6 +7,7 @@ pub mod boot;
 pub mod certs;
 pub mod doctor;
 pub mod endings;
+pub mod firmware;
 pub mod strict;
 pub mod tamper;
 pub mod vtpm;
@@ -21,6 +22,7 @@ pub fn all() -> Vec<Case> {
         boot::cases(),
         certs::cases(),
         endings::cases(),
+        firmware::cases(),
         strict::cases(),
         tamper::cases(),
         acceptance::cases(),

@@ -10,6 +10,7 @@ pub mod cpio;
 pub mod digest;
 pub mod evidence;
 pub mod guest;
+pub mod igvm_guest;
 pub mod initrd;
 pub mod kernels;
 pub mod machine;

@@ -3,6 +3,7 @@
 
 mod certs;
 mod doctor;
+mod firmware;
 mod id_block;
 mod measure;
 mod reboot;

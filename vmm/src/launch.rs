@@ -20,6 +20,7 @@ use kvm_bindings::kvm_memory_attributes;
 use kvm_bindings::kvm_sev_init;
 use kvm_bindings::kvm_sev_snp_launch_finish;
 use kvm_bindings::kvm_sev_snp_launch_start;
+use snp::digest::LaunchDigest;
 use snp::digest::launch_digest;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
@@ -55,6 +56,10 @@ pub struct LaunchOptions {
     pub identity: Option<(IdBlock, IdAuth)>,
     /// Launch with the firmware's CPUID page where it refuses ours, if every change is on the list of acceptable ones.
     pub accept_cpuid: bool,
+    /// The digest that was announced: another one ends the launch where the platform knows what its firmware measured.
+    pub predicted: Option<LaunchDigest>,
+    /// What starts is firmware, which uses some pages as shared without asking; see [`crate::implicit`].
+    pub implicit_sharing: bool,
 }
 
 /// What stage0 fetches from memory that the host can write to. Not measured.
@@ -167,6 +172,11 @@ pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option
     finish.auth_key_en = u8::from(options.identity.as_ref().is_some_and(|(_, auth)| auth.author.is_some()));
     vm.snp_launch_finish(&mut finish, identity.as_ref().map(|(block, auth)| (block, auth)))
         .map_err(sev("finishing the launch"))?;
+    if let (Some(measured), Some(predicted)) = (vm.measured(), options.predicted)
+        && measured != predicted
+    {
+        return Err(LaunchError::Digest { measured, predicted });
+    }
     Ok(accepted)
 }
 

@@ -10,6 +10,7 @@ pub mod config;
 pub mod conversion;
 pub mod cpuid;
 pub mod doctor;
+pub mod implicit;
 pub mod launch;
 mod life;
 pub mod machine;

@@ -21,6 +21,7 @@ use vmm_sys_util::signal::SIGRTMIN;
 use crate::certs::Certificates;
 use crate::certs::Source;
 use crate::conversion::Conversions;
+use crate::implicit::ImplicitSharing;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::Prepared;
@@ -128,7 +129,9 @@ pub(crate) fn boot(
     let racer =
         racer.transpose().map_err(|source| MonitorError::Host { what: "cannot start a thread", source })?;
     let certificates = certificates.map(|source| Certificates::new(source, ram));
-    let shared = Arc::new(Shared { machine, conversions, certificates, stop: AtomicBool::new(false) });
+    let implicit = guest.snp.as_ref().filter(|o| o.implicit_sharing).map(|_| ImplicitSharing::default());
+    let stop = AtomicBool::new(false);
+    let shared = Arc::new(Shared { machine, conversions, implicit, certificates, stop });
     Ok(Booted { vcpus, shared, racer, vm })
 }
 

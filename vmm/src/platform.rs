@@ -24,6 +24,7 @@ use kvm_bindings::kvm_sev_snp_launch_finish;
 use kvm_bindings::kvm_sev_snp_launch_start;
 use kvm_bindings::kvm_sev_snp_launch_update;
 use kvm_bindings::kvm_sregs;
+use snp::digest::LaunchDigest;
 use snp::image::sites::Annotations;
 use snp::image::sites::ShimSites;
 use snp::pages::cpuid::SnpCpuid;
@@ -159,6 +160,10 @@ pub trait Vm: Send + Sync {
         finish: &mut kvm_sev_snp_launch_finish,
         id: Option<(&[u8; 96], &[u8; 4096])>,
     ) -> Result<(), SevError>;
+    /// The launch digest as the firmware computed it, where the platform can know: hardware tells it only to the guest.
+    fn measured(&self) -> Option<LaunchDigest> {
+        None
+    }
     /// `KVM_SEV_SNP_ENABLE_REQ_CERTS` (Linux 7.0): extended guest requests become [`Exit::ReqCerts`]. After
     /// `KVM_SEV_INIT2` and before any vCPU exists (`snp_enable_certs`).
     fn snp_enable_req_certs(&self) -> Result<(), SevError>;

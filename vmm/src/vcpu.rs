@@ -12,6 +12,7 @@ use crate::certs::Certificates;
 use crate::certs::Held;
 use crate::conversion::Conversions;
 use crate::conversion::RangeState;
+use crate::implicit::ImplicitSharing;
 use crate::machine::Machine;
 use crate::outcome::Outcome;
 use crate::platform::CallError;
@@ -33,6 +34,8 @@ pub struct Shared {
     pub machine: Machine,
     /// Page-state changes; `None` in plain guests.
     pub conversions: Option<Conversions>,
+    /// What firmware may do without asking; `None` for kernels.
+    pub implicit: Option<ImplicitSharing>,
     /// Certificates that the guest may ask for.
     pub certificates: Option<Certificates>,
     /// Set once the guest is to stop.
@@ -54,8 +57,8 @@ pub enum RunError {
     },
     /// The guest touched a page through the wrong view, or outside of RAM.
     #[error(
-        "vCPU {vcpu}: the guest made a {view} access to {gpa:#x} ({size:#x} bytes), but {state}. Linux announces every \
-         change of a page's state, so this is a bug in the guest"
+        "vCPU {vcpu}: the guest made a {view} access to {gpa:#x} ({size:#x} bytes), but {state}. A guest announces every \
+         change of a page's state, and reaches devices through shared mappings, so this is a bug in the guest"
     )]
     MemoryFault {
         /// Which one.
@@ -228,6 +231,12 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
         }
         Exit::Hypercall { ret, .. } => {
             *ret = u64::MAX;
+            Step::Continue
+        }
+        Exit::MemoryFault { flags: 0, gpa, .. }
+            if let (Some(implicit), Some(conversions)) = (&shared.implicit, &shared.conversions)
+                && implicit.share(conversions, gpa) =>
+        {
             Step::Continue
         }
         Exit::MemoryFault { flags, gpa, size } => {

@@ -39,6 +39,7 @@ fn bench(source: Option<Source>) -> Bench {
     let shared = Shared {
         machine: Machine::new(vm.as_ref(), Box::new(io::sink())).unwrap(),
         conversions: Some(conversions),
+        implicit: None,
         certificates: source.map(|source| Certificates::new(source, ram)),
         stop: AtomicBool::new(false),
     };

@@ -125,7 +125,7 @@ fn dsdt(vcpus: u32, tpm: Option<&Tpm>) -> Vec<u8> {
 }
 
 /// Multiple APIC description table: ACPI 6.5, section 5.2.12. APIC id = vCPU id.
-fn madt(vcpus: u32) -> Vec<u8> {
+pub(super) fn madt(vcpus: u32) -> Vec<u8> {
     const PCAT_COMPAT: u32 = 1;
     const ENABLED: u32 = 1;
     let mut body = Vec::new();

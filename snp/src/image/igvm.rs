@@ -5,8 +5,16 @@
 //! value, file data). The parser here is our own so that the one of the `igvm` crate stays an independent oracle, page data
 //! is not copied, and every error has an offset. What is for other platforms in the file is passed over.
 
-use std::fmt;
+mod launch;
 
+use std::fmt;
+use std::ops::Range;
+
+pub use launch::Facts;
+pub use launch::Loaded;
+
+use self::launch::Area;
+use self::launch::Parameter;
 use crate::digest::LaunchDigest;
 use crate::digest::VMSA_GPA;
 use crate::digest::trace_records;
@@ -40,12 +48,20 @@ mod header {
     pub const PARAMETER_INSERT: u32 = 0x303;
     pub const VP_CONTEXT: u32 = 0x304;
     pub const REQUIRED_MEMORY: u32 = 0x305;
+    pub const VP_COUNT: u32 = 0x307;
+    pub const SRAT: u32 = 0x308;
+    pub const MADT: u32 = 0x309;
+    pub const MMIO_RANGES: u32 = 0x30a;
     pub const SNP_ID_BLOCK: u32 = 0x30b;
+    pub const MEMORY_MAP: u32 = 0x30c;
+    pub const COMMAND_LINE: u32 = 0x30e;
+    pub const SLIT: u32 = 0x30f;
+    pub const PPTT: u32 = 0x310;
+    pub const DEVICE_TREE: u32 = 0x312;
+    pub const ENVIRONMENT_INFO: u32 = 0x313;
     pub const LAST_DIRECTIVE: u32 = 0x313;
 }
 const PLATFORM_SEV_SNP: u8 = 2;
-/// Most bytes of parameters in a file: each page costs a link of the digest's chain.
-const PARAMETERS_MAX: u64 = 1 << 30;
 
 /// How pages without data enter the guest. The specification says NORMAL pages of zeros, but QEMU and Cloud Hypervisor
 /// load them as type ZERO, so one file has two digests.
@@ -121,6 +137,14 @@ pub enum IgvmError {
     /// Something that KVM cannot take into an SNP guest.
     #[error("KVM cannot launch this file: {0}")]
     Kvm(String),
+    /// Something that the file wants of a machine which this one does not have.
+    #[error("offset {offset:#x}: {reason}")]
+    Machine {
+        /// Offset of the directive in the file.
+        offset: usize,
+        /// What is missing, and what to do.
+        reason: String,
+    },
     /// The records as a plan.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -139,6 +163,14 @@ pub struct Igvm {
     pub zero_pages: ZeroPages,
     /// What KVM could not do with this file; empty if it can launch it.
     refusals: Vec<String>,
+    /// Pages that are shared when the guest starts. Not measured.
+    shared: Vec<Record>,
+    /// Memory that the guest must have: offset of the directive, and the range.
+    required: Vec<(usize, Range<u64>)>,
+    /// Parameter areas, with the record that each is inserted as.
+    areas: Vec<Area>,
+    /// What the loader writes into them.
+    parameters: Vec<Parameter>,
 }
 
 fn bytes<const N: usize>(data: &[u8], at: usize) -> [u8; N] {
@@ -163,6 +195,11 @@ struct Header<'a> {
 }
 
 impl Header<'_> {
+    /// The type, without the bit that says "optional".
+    fn kind(&self) -> u32 {
+        self.kind & !header::OPTIONAL
+    }
+
     fn error(&self, at: usize, what: &'static str, found: u64, expected: impl Into<String>) -> IgvmError {
         IgvmError::Field { offset: self.offset + at, what, found, expected: expected.into() }
     }
@@ -278,8 +315,17 @@ impl Igvm {
         let mut builder = Builder {
             file,
             mask: mask.ok_or(IgvmError::NotForSnp)?,
-            areas: Vec::new(),
-            igvm: Igvm { records: Vec::new(), policy: None, identity: None, zero_pages, refusals },
+            igvm: Igvm {
+                records: Vec::new(),
+                policy: None,
+                identity: None,
+                zero_pages,
+                refusals,
+                shared: Vec::new(),
+                required: Vec::new(),
+                areas: Vec::new(),
+                parameters: Vec::new(),
+            },
         };
         for header in &headers {
             builder.take(header)?;
@@ -371,6 +417,16 @@ fn kvm_state(page: &[u8; PAGE_SIZE as usize]) -> Result<VmsaState, String> {
     if state.dr7 != 0x400 {
         return Err(format!("its save area has DR7 {:#x}, KVM refuses all but 0x400", state.dr7));
     }
+    let reset = VmsaState::reset();
+    for (name, found, kept) in
+        [("DR6", state.dr6, reset.dr6), ("MXCSR", state.mxcsr.into(), reset.mxcsr.into())]
+    {
+        if found != kept {
+            return Err(format!(
+                "its save area has {name} {found:#x}; KVM keeps its reset value {kept:#x} and has no call to set it"
+            ));
+        }
+    }
     Ok(state)
 }
 
@@ -378,8 +434,6 @@ fn kvm_state(page: &[u8; PAGE_SIZE as usize]) -> Result<VmsaState, String> {
 struct Builder<'a> {
     file: &'a Bytes,
     mask: u32,
-    /// {index, length} of parameter areas.
-    areas: Vec<(u32, u64)>,
     igvm: Igvm,
 }
 
@@ -402,45 +456,15 @@ impl Builder<'_> {
                 }
                 Ok(())
             }
-            header::PARAMETER_AREA => {
-                header.expect_len(16)?;
-                let (len, index) = (u64_at(body, 0), u32_at(body, 8));
-                let total: u64 = self.areas.iter().map(|(_, len)| len).sum();
-                if len == 0
-                    || !len.is_multiple_of(PAGE_SIZE)
-                    || len > PARAMETERS_MAX - total.min(PARAMETERS_MAX)
-                {
-                    let expected = "whole pages, all areas together at most 1 GiB";
-                    return Err(header.error(0, "size of a parameter area", len, expected));
-                }
-                if self.areas.iter().any(|(other, _)| *other == index) {
-                    return Err(header.error(8, "index of a parameter area", index.into(), "a new one"));
-                }
-                self.areas.push((index, len));
-                Ok(())
-            }
+            header::PARAMETER_AREA => self.parameter_area(header),
             header::PAGE_DATA => self.page_data(header),
-            header::PARAMETER_INSERT => {
-                header.expect_len(16)?;
-                if !ours(8) {
-                    return Ok(());
-                }
-                let gpa = self.address(header, u64_at(body, 0))?;
-                let index = u32_at(body, 12);
-                let area = self.areas.iter().find(|(other, _)| *other == index);
-                let (_, len) = area.ok_or_else(|| {
-                    header.error(
-                        12,
-                        "index of a parameter area",
-                        index.into(),
-                        "one that was declared before",
-                    )
-                })?;
-                self.igvm.records.push(Record::empty(gpa, *len, PageType::Unmeasured, "parameters"));
-                Ok(())
-            }
+            header::PARAMETER_INSERT => self.parameter_insert(header),
             header::VP_CONTEXT => self.vp_context(header),
-            header::REQUIRED_MEMORY => Ok(()),
+            header::REQUIRED_MEMORY => self.required_memory(header),
+            header::VP_COUNT..=header::MMIO_RANGES
+            | header::MEMORY_MAP
+            | header::COMMAND_LINE..=header::PPTT
+            | header::DEVICE_TREE..=header::ENVIRONMENT_INFO => self.parameter(header),
             header::SNP_ID_BLOCK => self.id_block(header),
             // Parameters that the loader fills in, and other platforms' headers: nothing that an SNP launch measures.
             header::GUEST_POLICY..=header::LAST_INIT | header::PARAMETER_AREA..=header::LAST_DIRECTIVE => {
@@ -463,12 +487,11 @@ impl Builder<'_> {
         Ok(gpa)
     }
 
-    /// A page of the file's data.
-    fn data(&self, header: &Header, at: usize) -> Result<Bytes, IgvmError> {
+    /// `len` bytes of the file's data, whose offset is at `at` in the header.
+    fn data(&self, header: &Header, at: usize, len: usize) -> Result<Bytes, IgvmError> {
         let offset = u32_at(header.body, at) as usize;
-        let window = offset..offset.saturating_add(PAGE_SIZE as usize);
-        self.file.sub(window).ok_or_else(|| {
-            let last = self.file.as_slice().len().saturating_sub(PAGE_SIZE as usize);
+        self.file.sub(offset..offset.saturating_add(len)).ok_or_else(|| {
+            let last = self.file.as_slice().len().saturating_sub(len);
             header.error(at, "file offset of a page", offset as u64, format!("at most {last:#x}"))
         })
     }
@@ -488,11 +511,13 @@ impl Builder<'_> {
         if flags >> 3 != 0 {
             return Err(header.error(16, "flags of a page", flags.into(), "bits 0 to 2 only"));
         }
+        let no_data = offset == 0;
+        let contents =
+            if no_data { Bytes::from(Vec::new()) } else { self.data(header, 12, PAGE_SIZE as usize)? };
         if shared {
+            self.igvm.shared.push(Record::new(gpa, PageType::Unmeasured, contents, "shared page data"));
             return Ok(());
         }
-        let no_data = offset == 0;
-        let contents = if no_data { Bytes::from(Vec::new()) } else { self.data(header, 12)? };
         let (page_type, name) = match u16::from_le_bytes(bytes(body, 20)) {
             0 if unmeasured => (PageType::Unmeasured, "unmeasured page data"),
             0 if no_data && self.igvm.zero_pages == ZeroPages::Zero => (PageType::Zero, "page without data"),
@@ -528,7 +553,7 @@ impl Builder<'_> {
                 .refusals
                 .push(format!("it has a save area of vCPU {index}, KVM takes that of vCPU 0 only"));
         }
-        let contents = self.data(header, 12)?;
+        let contents = self.data(header, 12, PAGE_SIZE as usize)?;
         self.igvm.records.push(Record::new(gpa, PageType::Vmsa, contents, format!("vCPU {index}")));
         Ok(())
     }

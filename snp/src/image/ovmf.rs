@@ -162,6 +162,22 @@ impl Ovmf {
         self.image.as_slice().len() as u64
     }
 
+    /// The part of the file that runs as it is, with its address: the firmware volume that has the reset vector. What other
+    /// volumes hold is compressed. A file without volumes is code as a whole.
+    pub fn boot_code(&self) -> (u64, &[u8]) {
+        let file = self.image.as_slice();
+        // A volume's header has its length (u64) at 32 and "_FVH" at 40 (UEFI Platform Initialization 1.7, volume 3, 3.2.1).
+        let ends_the_file = |at: &usize| {
+            let header = file.get(*at..).and_then(|f| f.first_chunk::<48>());
+            header.and_then(|h| h.last_chunk::<16>()).is_some_and(|fields| {
+                let (len, signature) = fields.split_at(8);
+                signature.starts_with(b"_FVH") && len == ((file.len() - at) as u64).to_le_bytes()
+            })
+        };
+        let start = (0..file.len()).step_by(PAGE_SIZE as usize).rev().find(ends_the_file).unwrap_or(0);
+        (self.gpa() + start as u64, &file[start..])
+    }
+
     /// The SEV metadata, in file order.
     pub fn sections(&self) -> &[Section] {
         &self.table.sections

@@ -337,6 +337,29 @@ pub fn annotate(kernel: &Kernel) -> Result<Annotations, SiteError> {
     }
 }
 
+/// Finds what has to be patched in images that have no section headers, such as firmware: every place with the bytes of an
+/// instruction. `code` is {guest-physical address, bytes}. Data with the same bytes is taken for code, so give no more than
+/// what is code; one chance match in a gigabyte is to be expected.
+pub fn annotate_code<'a>(code: impl IntoIterator<Item = (u64, &'a [u8])>) -> Annotations {
+    let mut parts: Vec<(u64, &[u8])> = code.into_iter().collect();
+    parts.sort_by_key(|(gpa, _)| *gpa);
+    let mut kernel = SiteList::default();
+    let mut tail: (u64, Vec<u8>) = (0, Vec::new());
+    for (gpa, bytes) in parts {
+        // An instruction may begin in one part and end in the next.
+        let mut seam = if tail.0 + tail.1.len() as u64 == gpa { tail.1 } else { Vec::new() };
+        let before = seam.len();
+        seam.extend_from_slice(bytes.get(..3).unwrap_or(bytes));
+        kernel.scan(&seam, gpa.wrapping_sub(before as u64));
+        kernel.scan(bytes, gpa);
+        let start = bytes.len().saturating_sub(3);
+        tail = (gpa + start as u64, bytes.get(start..).unwrap_or_default().to_vec());
+    }
+    kernel.sites.sort_by_key(|site| site.offset);
+    kernel.sites.dedup();
+    Annotations { load: 0, decompressor: None, kernel }
+}
+
 fn decompressor(image: &BzImage) -> Result<Decompressor, SiteError> {
     let body = image.body();
     let payload = image.payload.start - image.body.start..image.payload.end - image.body.start;
@@ -375,4 +398,25 @@ fn kernel_sites(kernel: &ElfKernel) -> Result<SiteList, SiteError> {
         list.scan(bytes, segment.gpa - base + (start - segment.file.start as u64));
     }
     list.check("the kernel")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_are_found_across_the_border_of_two_parts_and_once() {
+        let code = [[0x90; 4], Opcode::Pvalidate.bytes(), Opcode::Vmgexit.bytes()].concat();
+        for cut in 0..=code.len() {
+            let (first, second) = code.split_at(cut);
+            let found = annotate_code([(0x1000 + cut as u64, second), (0x1000, first)]).kernel.sites;
+            let site = |offset, opcode| Site { offset, opcode };
+            assert_eq!(
+                found,
+                [site(0x1004, Opcode::Pvalidate), site(0x1008, Opcode::Vmgexit)],
+                "cut at {cut}"
+            );
+        }
+        assert_eq!(annotate_code([(0, &code[..7]), (8, &code[7..])]).kernel.count(Opcode::Pvalidate), 0);
+    }
 }

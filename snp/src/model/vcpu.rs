@@ -224,6 +224,17 @@ impl VcpuModel {
         self.pending = None;
     }
 
+    /// The registered GHCB that the next VMGEXIT is about, if its page is private. On hardware the guest's own writes to it
+    /// would have been a memory fault; where they are not noticed, this is when they are known to have happened.
+    pub fn private_ghcb(&self, vm: &VmModel) -> Option<u64> {
+        match Request::decode(self.ghcb_msr) {
+            Request::GhcbPage { gpa } if self.registered == Some(gpa) => {
+                (!vm.pages.all_shared(gpa, PAGE)).then_some(gpa)
+            }
+            _ => None,
+        }
+    }
+
     /// The VMGEXIT instruction.
     pub fn vmgexit(&mut self, vm: &VmModel, mem: &dyn GuestMemory) -> Outcome {
         // A guest cannot execute while its previous event waits for the monitor.

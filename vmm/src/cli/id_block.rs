@@ -19,6 +19,8 @@ use snp::identity::IdBlock;
 use snp::identity::IdMismatch;
 use snp::identity::PublicKey;
 use snp::identity::Signature;
+use snp::identity::block::AUTH_LEN;
+use snp::identity::block::BLOCK_LEN;
 use snp::identity::keys::private_from_pem;
 use snp::image::igvm::id_block_header;
 use snp::plan::LaunchPlan;
@@ -74,7 +76,7 @@ struct New {
 
 #[derive(clap::Args, Clone, Debug)]
 struct Sign {
-    /// The block
+    /// The block: 96 bytes, or the same in base64
     #[arg(value_name = "BLOCK")]
     block: PathBuf,
     /// ID key in PEM: the private key, or the public one with --block-signature
@@ -99,10 +101,10 @@ struct Sign {
 
 #[derive(clap::Args, Clone, Debug)]
 struct Show {
-    /// The block
+    /// The block: 96 bytes, or the same in base64
     #[arg(value_name = "BLOCK")]
     block: PathBuf,
-    /// The auth page
+    /// The auth page: 4096 bytes, or the same in base64
     #[arg(value_name = "AUTH")]
     auth: Option<PathBuf>,
     /// Print what QEMU's sev-snp-guest object takes: id-block and id-auth in base64
@@ -115,10 +117,10 @@ struct Show {
 
 #[derive(clap::Args, Clone, Debug)]
 struct Check {
-    /// The block
+    /// The block: 96 bytes, or the same in base64
     #[arg(value_name = "BLOCK")]
     block: PathBuf,
-    /// The auth page
+    /// The auth page: 4096 bytes, or the same in base64
     #[arg(value_name = "AUTH")]
     auth: PathBuf,
     /// Launch digest that it must name: hex, or a file of `cvmm measure --json` with one digest
@@ -186,6 +188,29 @@ fn digest(text: &str) -> Result<LaunchDigest, Failure> {
     Ok(LaunchDigest(bytes))
 }
 
+/// The bytes in a file: binary, or in base64 as QEMU takes them, alone or behind `name=` in a list of properties.
+fn unwrapped(file: Vec<u8>, name: &str, len: usize) -> Vec<u8> {
+    if file.len() == len {
+        return file;
+    }
+    let decoded = std::str::from_utf8(&file).ok().and_then(|text| {
+        let mut properties = text.trim().split(',').map(str::trim);
+        let text = properties.clone().find_map(|p| p.strip_prefix(name)?.strip_prefix('='));
+        let text: String = text.or_else(|| properties.next())?.split_ascii_whitespace().collect();
+        Base64::decode_vec(&text).ok()
+    });
+    // What is neither goes to the parser as it is, whose message says what is wrong.
+    decoded.unwrap_or(file)
+}
+
+fn read_block(path: &Path) -> Result<IdBlock, Failure> {
+    parsed(path, IdBlock::decode(&unwrapped(read(path)?, "id-block", BLOCK_LEN)))
+}
+
+fn read_auth(path: &Path) -> Result<IdAuth, Failure> {
+    parsed(path, IdAuth::decode(&unwrapped(read(path)?, "id-auth", AUTH_LEN)))
+}
+
 /// Carries the command out.
 pub fn main(args: &Args) -> Result<u8, Failure> {
     match &args.command {
@@ -213,7 +238,7 @@ fn sign_block(args: &Sign) -> Result<u8, Failure> {
         write(path, &id_key.encode())?;
         return Ok(0);
     }
-    let block = parsed(&args.block, IdBlock::decode(&read(&args.block)?))?;
+    let block = read_block(&args.block)?;
     let block_signature = match &args.block_signature {
         Some(path) => parsed(path, Signature::from_tool(&read(path)?))?,
         None => Signature::make(&parsed(&args.id_key, private_from_pem(&id_pem))?, &block.encode()),
@@ -240,9 +265,9 @@ fn sign_block(args: &Sign) -> Result<u8, Failure> {
 }
 
 fn show_block(args: &Show) -> Result<u8, Failure> {
-    let block = parsed(&args.block, IdBlock::decode(&read(&args.block)?))?;
+    let block = read_block(&args.block)?;
     let auth = match &args.auth {
-        Some(path) => Some(parsed(path, IdAuth::decode(&read(path)?))?),
+        Some(path) => Some(read_auth(path)?),
         None => None,
     };
     if let (Some(path), Some(auth)) = (&args.igvm, &auth) {
@@ -291,8 +316,8 @@ fn show_block(args: &Show) -> Result<u8, Failure> {
 }
 
 fn check_block(args: &Check) -> Result<u8, Failure> {
-    let block = parsed(&args.block, IdBlock::decode(&read(&args.block)?))?;
-    let auth = parsed(&args.auth, IdAuth::decode(&read(&args.auth)?))?;
+    let block = read_block(&args.block)?;
+    let auth = read_auth(&args.auth)?;
     let launch = args.digest.as_deref().map(digest).transpose()?.unwrap_or(block.launch_digest);
     match auth.check(&block, launch, args.policy.unwrap_or(block.policy)) {
         Ok(()) => {
@@ -315,7 +340,7 @@ pub struct IdentityCheck<'a> {
     /// File of `cvmm measure --json` that the block was made for.
     pub reference: Option<&'a Path>,
     /// Options of this launch, under the names that `cvmm measure` gives them.
-    pub inputs: [(&'static str, String); 3],
+    pub inputs: Vec<(&'static str, String)>,
 }
 
 impl IdentityCheck<'_> {
@@ -326,8 +351,8 @@ impl IdentityCheck<'_> {
         launch: LaunchDigest,
         policy: GuestPolicy,
     ) -> Result<(IdBlock, IdAuth), Failure> {
-        let block = parsed(self.block, IdBlock::decode(&read(self.block)?))?;
-        let auth = parsed(self.auth, IdAuth::decode(&read(self.auth)?))?;
+        let block = read_block(self.block)?;
+        let auth = read_auth(self.auth)?;
         let mismatch = match auth.check(&block, launch, policy) {
             Ok(()) => return Ok((block, auth)),
             Err(mismatch) => mismatch,
@@ -348,5 +373,25 @@ impl IdentityCheck<'_> {
             }
         }
         Err(Failure::Usage(message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn binary_and_both_forms_of_base64_are_the_same_bytes() {
+        let bytes: Vec<u8> = (0..96).collect();
+        let text = Base64::encode_string(&bytes);
+        let wrapped = format!("{}\n{}\n", &text[..64], &text[64..]);
+        let line = format!("id-block={text},id-auth=AAAA\n");
+        for form in
+            [bytes.clone(), text.clone().into_bytes(), wrapped.into_bytes(), line.clone().into_bytes()]
+        {
+            assert_eq!(unwrapped(form, "id-block", 96), bytes);
+        }
+        assert_eq!(unwrapped(line.into_bytes(), "id-auth", 4096), [0; 3]);
+        assert_eq!(unwrapped(b"no base64!".to_vec(), "id-block", 96), b"no base64!");
     }
 }

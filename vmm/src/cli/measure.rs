@@ -17,14 +17,10 @@ use snp::explain::Explanation;
 use snp::explain::diff;
 use snp::image::direct::Guest;
 use snp::image::direct::Snp;
-use snp::image::igvm::Igvm;
-use snp::image::igvm::ZeroPages;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::ovmf::Svsm;
 use snp::image::shim::Shim;
-use snp::pages::hashes::KernelHashes;
-use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
 use snp::vcpu_model;
@@ -32,20 +28,15 @@ use snp::vmm_type::VcpuSetup;
 use snp::vmm_type::VmmType;
 
 use super::Failure;
+use super::firmware::FirmwareArgs;
+use super::firmware::HashedKernel;
+use super::firmware::map;
+use super::firmware::wrong;
 use super::run::ImageArgs;
 use super::vtpm::MeasureArgs;
 
 /// Most vCPUs that are measured: as many as KVM can give to a guest.
 const VCPUS_MAX: u32 = 4096;
-
-/// How pages of an IGVM file without data enter the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum ZeroPagesArg {
-    /// NORMAL pages of zeros, as the IGVM specification says
-    Normal,
-    /// Type ZERO, as QEMU and Cloud Hypervisor load them
-    Zero,
-}
 
 /// Numbers of vCPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,20 +61,6 @@ fn parse_counts(text: &str) -> Result<Counts, String> {
     Ok(Counts(counts.into_iter().collect()))
 }
 
-fn parse_features(text: &str) -> Result<u64, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16).ok(),
-        None => text.parse().ok(),
-    };
-    match parsed {
-        Some(features) if features & 1 == 1 => Ok(features),
-        Some(_) => {
-            Err("bit 0 (SNP) is set in every SNP guest: give 0x1 and what was requested besides".into())
-        }
-        None => Err(format!("'{text}' is not a number such as 0x1")),
-    }
-}
-
 /// Options of `cvmm measure`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -91,9 +68,8 @@ pub struct Args {
     image: ImageArgs,
     #[command(flatten)]
     vtpm: MeasureArgs,
-    /// OVMF firmware with SEV metadata, in place of direct boot; a --kernel is then measured by its hash
-    #[arg(long, value_name = "FILE", conflicts_with = "igvm")]
-    firmware: Option<PathBuf>,
+    #[command(flatten)]
+    file: FirmwareArgs,
     /// SVSM that runs under the firmware
     #[arg(
         long,
@@ -106,21 +82,9 @@ pub struct Args {
     /// Size in bytes of the variable store between SVSM and firmware
     #[arg(long, value_name = "BYTES", requires = "svsm")]
     vars_size: Option<u64>,
-    /// IGVM file, in place of direct boot
-    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
-    igvm: Option<PathBuf>,
-    /// How pages without data in an IGVM file are launched
-    #[arg(long, value_enum, requires = "igvm")]
-    zero_pages: Option<ZeroPagesArg>,
     /// Monitor that launches the firmware: cvmm, qemu, ec2, gce or krun
     #[arg(long, value_name = "NAME", default_value = "cvmm")]
     vmm: VmmType,
-    /// vCPU model of a firmware launch, as a name (EPYC-Milan) or a CPUID signature (0xa00f11)
-    #[arg(long, value_name = "MODEL", value_parser = |text: &str| vcpu_model::parse(text))]
-    vcpu_model: Option<u32>,
-    /// The guest's complete sev_features
-    #[arg(long, value_name = "BITS", default_value = "0x1", value_parser = parse_features)]
-    guest_features: u64,
     /// Numbers of vCPUs, in place of --cpus: a list or range such as 1,2,4-8
     #[arg(long, value_name = "LIST", value_parser = parse_counts, conflicts_with = "cpus")]
     vcpus: Option<Counts>,
@@ -155,7 +119,12 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     if let Some([first, second]) = args.diff.as_deref() {
         return print_diff(first, second);
     }
-    let measured = match (&args.igvm, &args.firmware) {
+    if let Some(option) = args.file.option().filter(|_| args.vtpm.wanted()) {
+        return Err(Failure::Usage(format!(
+            "{option} with --vtpm: only a --kernel that cvmm boots itself has a TPM"
+        )));
+    }
+    let measured = match (&args.file.igvm, &args.file.firmware) {
         (Some(file), _) => igvm(args, file)?,
         (None, Some(file)) => firmware(args, file)?,
         (None, None) => direct(args)?,
@@ -209,17 +178,6 @@ fn print_diff(first: &Path, second: &Path) -> Result<u8, Failure> {
 
 fn counts(args: &Args) -> Vec<u32> {
     args.vcpus.as_ref().map_or_else(|| vec![args.image.cpus], |counts| counts.0.clone())
-}
-
-/// A file named by an option, mapped.
-fn map(option: &str, path: &Path) -> Result<Bytes, Failure> {
-    let wrong = |e: std::io::Error| Failure::Usage(format!("{option} {}: {e}", path.display()));
-    let file = File::open(path).map_err(wrong)?;
-    // An empty file cannot be mapped, and no image is empty.
-    if file.metadata().map_err(wrong)?.len() == 0 {
-        return Ok(Bytes::from(Vec::new()));
-    }
-    Bytes::map(&file).map_err(wrong)
 }
 
 /// Puts an explanation together from the launch with the most vCPUs.
@@ -280,13 +238,10 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
 }
 
 fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {
-    let wrong = |option: &str, path: &Path, error: String| {
-        Failure::Usage(format!("{option} {}: {error}", path.display()))
-    };
     let image = map("--firmware", path)?;
-    let ovmf = Ovmf::parse(image.clone()).map_err(|e| wrong("--firmware", path, e.to_string()))?;
+    let ovmf = Ovmf::parse(image.clone()).map_err(|e| wrong("--firmware", path)(&e))?;
     let svsm_path = args.svsm.as_deref();
-    let signature = match args.vcpu_model {
+    let signature = match args.file.vcpu_model {
         Some(signature) => signature,
         None if args.vmm.uses_signature() || svsm_path.is_some() => {
             let models = vcpu_model::names().join(", ");
@@ -296,42 +251,31 @@ fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {
         }
         None => 0,
     };
-    let setup = VcpuSetup { signature, sev_features: args.guest_features };
+    let setup = VcpuSetup { signature, sev_features: args.file.guest_features };
     let counts = counts(args);
     let vcpus = counts.last().copied().unwrap_or(1);
     let mut inputs = vec![
         ("firmware sha256", args.fingerprint(image.as_slice())),
         ("monitor", args.vmm.to_string()),
         ("vcpu signature", format!("{signature:#x}")),
-        ("guest features", format!("{:#x}", args.guest_features)),
+        ("guest features", format!("{:#x}", args.file.guest_features)),
     ];
     let plan = if let Some(svsm_path) = svsm_path {
         inputs.push(("image", "firmware under an SVSM".into()));
         let svsm = Svsm::parse(&ovmf, map("--svsm", svsm_path)?, args.vars_size.unwrap_or(0));
-        let svsm = svsm.map_err(|e| wrong("--svsm", svsm_path, e.to_string()))?;
-        svsm.plan(vcpus, setup).map_err(|e| wrong("--svsm", svsm_path, e.to_string()))?
+        let wrong = wrong("--svsm", svsm_path);
+        let svsm = svsm.map_err(|e| wrong(&e))?;
+        svsm.plan(vcpus, setup).map_err(|e| wrong(&e))?
     } else {
         inputs.push(("image", "firmware".into()));
-        if args.image.initrd.is_some() && args.image.kernel.is_none() {
-            return Err(Failure::Usage(
-                "--initrd needs --kernel: the firmware checks both, or neither".into(),
-            ));
+        let kernel = HashedKernel::read(&args.image)?;
+        if let Some(kernel) = &kernel {
+            inputs.push(("kernel sha256", args.fingerprint(kernel.kernel.as_slice())));
+            inputs.push(("initrd sha256", args.fingerprint(kernel.initrd.as_slice())));
+            inputs.push(("cmdline", args.image.cmdline.clone()));
         }
-        let kernel = match &args.image.kernel {
-            Some(kernel) => {
-                let initrd = args.image.initrd.as_deref().map(|path| map("--initrd", path)).transpose()?;
-                let initrd = initrd.as_ref().map(Bytes::as_slice).unwrap_or_default();
-                let kernel = map("--kernel", kernel)?;
-                let hashes = KernelHashes::of(kernel.as_slice(), initrd, args.image.cmdline.as_bytes());
-                inputs.push(("kernel sha256", args.fingerprint(kernel.as_slice())));
-                inputs.push(("initrd sha256", args.fingerprint(initrd)));
-                inputs.push(("cmdline", args.image.cmdline.clone()));
-                Some(hashes)
-            }
-            None => None,
-        };
-        let launch = OvmfLaunch { vmm: args.vmm, vcpus, setup, kernel: kernel.as_ref() };
-        ovmf.plan(&launch).map_err(|e| wrong("--firmware", path, e.to_string()))?
+        let launch = OvmfLaunch { vmm: args.vmm, vcpus, setup, kernel: kernel.as_ref().map(|k| &k.hashes) };
+        ovmf.plan(&launch).map_err(|e| wrong("--firmware", path)(&e))?
     };
     // One chain has the digest of every smaller number of vCPUs on its way.
     let trace = trace(&plan).map_err(Failure::usage)?;
@@ -341,19 +285,14 @@ fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {
 }
 
 fn igvm(args: &Args, path: &Path) -> Result<Measured, Failure> {
-    let wrong = |error: String| Failure::Usage(format!("--igvm {}: {error}", path.display()));
     if counts(args) != [1] {
-        return Err(wrong("the file decides how many vCPUs are measured: leave --vcpus out".into()));
+        let reason = "the file decides how many vCPUs are measured: leave --vcpus out";
+        return Err(wrong("--igvm", path)(&reason));
     }
-    let image = map("--igvm", path)?;
-    let zero_pages = match args.zero_pages {
-        Some(ZeroPagesArg::Zero) => ZeroPages::Zero,
-        _ => ZeroPages::Normal,
-    };
-    let igvm = Igvm::parse(&image, zero_pages).map_err(|e| wrong(e.to_string()))?;
-    igvm.check_identity().map_err(|e| wrong(e.to_string()))?;
+    let (image, igvm) = args.file.read_igvm(path)?;
     let (digest, after) = igvm.digests();
     let save_areas = igvm.records.iter().filter(|r| r.page_type == PageType::Vmsa).count() as u32;
+    let zero_pages = igvm.zero_pages;
     let mut notes = vec![format!("pages without data are {zero_pages}; choose with --zero-pages")];
     if igvm.identity.is_some() {
         notes.push("the ID block in the file is for this digest".into());
@@ -411,11 +350,5 @@ mod tests {
         for bad in ["", "0", "4097", "1,", "3-1", "1-", "-2", "one"] {
             assert!(parse_counts(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn features_without_snp_are_refused() {
-        assert_eq!(parse_features("0x21"), Ok(0x21));
-        assert!(parse_features("0x20").is_err());
     }
 }

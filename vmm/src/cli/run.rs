@@ -4,9 +4,11 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use snp::digest::LaunchDigest;
 use snp::digest::launch_digest;
+use snp::identity::IdAuth;
+use snp::identity::IdBlock;
 use snp::image::direct::DirectBoot;
-use snp::image::direct::DirectImage;
 use snp::image::direct::Guest as ImageGuest;
 use snp::image::direct::Snp;
 use snp::image::direct::Validation;
@@ -18,6 +20,9 @@ use snp::policy::GuestPolicy;
 
 use super::Failure;
 use super::certs::CertsArgs;
+use super::firmware;
+use super::firmware::FirmwareArgs;
+use super::firmware::LaunchImage;
 use super::id_block::IdentityCheck;
 use super::reboot::RebootArgs;
 use super::trials::Trials;
@@ -27,7 +32,6 @@ use crate::config::BootFiles;
 use crate::config::ConfigError;
 use crate::cpuid;
 use crate::launch::LaunchOptions;
-use crate::launch::Staged;
 use crate::monitor;
 use crate::monitor::Companion;
 use crate::monitor::Console;
@@ -113,22 +117,24 @@ pub enum PlatformKind {
 pub struct Args {
     #[command(flatten)]
     image: ImageArgs,
+    #[command(flatten)]
+    file: FirmwareArgs,
     /// Launch an SEV-SNP guest
     #[arg(long)]
     snp: bool,
     /// Where an SNP guest runs
     #[arg(long, value_enum, default_value = "kvm", requires = "snp")]
     platform: PlatformKind,
-    /// SNP guest policy, 64 bits
-    #[arg(long, value_name = "BITS", default_value = "0x30000", requires = "snp")]
-    policy: GuestPolicy,
+    /// SNP guest policy, 64 bits [default: the IGVM file's, or 0x30000]
+    #[arg(long, value_name = "BITS", requires = "snp")]
+    policy: Option<GuestPolicy>,
     /// 32 bytes for the host-data field of the guest's reports, in hexadecimal
     #[arg(long, value_name = "HEX", value_parser = config::parse_hex32, requires = "snp")]
     host_data: Option<[u8; 32]>,
-    /// Your signed ID block: the launch is refused if digest or policy differ (see `cvmm id-block`)
+    /// Your signed ID block, binary or in base64: the launch is refused if digest or policy differ (see `cvmm id-block`)
     #[arg(long, value_name = "FILE", requires = "snp", requires = "id_auth")]
     id_block: Option<PathBuf>,
-    /// The ID block's auth page
+    /// The ID block's auth page, binary or in base64
     #[arg(long, value_name = "FILE", requires = "id_block")]
     id_auth: Option<PathBuf>,
     /// File of `cvmm measure --json` that the ID block was made for: says why a digest differs
@@ -219,10 +225,24 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         ));
     }
     args.vtpm.check()?;
-    let files = args.image.read().map_err(Failure::usage)?;
+    if let Some(option) = args.file.option() {
+        if !args.snp {
+            return Err(Failure::Usage(format!("{option} needs --snp: a plain guest boots a --kernel")));
+        }
+        if args.vtpm.wanted() {
+            return Err(Failure::Usage(format!(
+                "{option} with a TPM: cvmm announces the TPM to a --kernel that it boots itself, and has no way to tell firmware"
+            )));
+        }
+        if args.backing == Backing::Split {
+            return Err(Failure::Usage(format!(
+                "{option} with --backing split: firmware starts with paging off, where every access is private whatever its \
+                 address says, so it needs --backing single"
+            )));
+        }
+    }
     let certificates = args.certs.source()?;
-    let (platform, guest, companions) =
-        if args.snp { snp_guest(args, files)? } else { plain_guest(args, files)? };
+    let (platform, guest, companions) = if args.snp { snp_guest(args)? } else { plain_guest(args)? };
     let host = Host {
         interactive: true,
         restart: args.reboot.restart(),
@@ -237,33 +257,34 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
 
 type Prepared = (Box<dyn Platform>, Guest, Vec<Box<dyn Companion>>);
 
-fn plain_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
+fn plain_guest(args: &Args) -> Result<Prepared, Failure> {
+    let files = args.image.read().map_err(Failure::usage)?;
     let platform = KvmPlatform::open().map_err(Failure::monitor)?;
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
     let mut boot = args.image.boot(&files, ImageGuest::Plain);
     let companions = args.vtpm.start(&mut boot)?;
     let image = boot.image().map_err(Failure::usage)?;
     let table = CpuidTable::plain(&offered, args.image.cpus);
-    Ok((Box::new(platform), guest(image, &table, None), companions))
+    Ok((Box::new(platform), guest(LaunchImage::direct(image), &table, None), companions))
 }
 
 /// The guest that an image describes.
-fn guest(image: DirectImage, table: &CpuidTable, snp: Option<LaunchOptions>) -> Guest {
+fn guest(image: LaunchImage, table: &CpuidTable, snp: Option<LaunchOptions>) -> Guest {
     let vcpus = (0u32..).zip(&image.plan.vcpus);
     Guest {
         cpuid: vcpus.map(|(id, _)| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
         plan: image.plan,
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         snp,
-        staged: image.shim.map_or_else(Staged::default, |shim| Staged {
-            bytes: shim.staging,
-            shared: shim.shared,
-            raced: None,
-        }),
+        staged: image.staged,
     }
 }
 
-fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
+fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
+    let files = match args.file.option() {
+        None => Some(args.image.read().map_err(Failure::usage)?),
+        Some(_) => None,
+    };
     let platform: Box<dyn Platform> = match args.platform {
         PlatformKind::Kvm => {
             let platform = KvmPlatform::open().map_err(Failure::monitor)?;
@@ -288,43 +309,109 @@ fn snp_guest(args: &Args, files: BootFiles) -> Result<Prepared, Failure> {
             Box::new(EmulatedPlatform::open(options).map_err(Failure::monitor)?)
         }
     };
-    args.policy.check_kvm(platform.allowed_policy()).map_err(Failure::usage)?;
+    // What was asked for is checked before any file is looked at, what a file asks for after that.
+    let allowed = platform.allowed_policy();
+    args.policy.unwrap_or_default().check_kvm(allowed).map_err(Failure::usage)?;
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
     let sev = platform.snp_cpuid();
     let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;
-    let snp = Snp { c_bit: sev.c_bit, cpuid: Some(&table), validation: args.image.validation() };
-    let mut boot = args.image.boot(&files, ImageGuest::Snp(snp));
-    let companions = args.vtpm.start(&mut boot)?;
-    let image = boot.image().map_err(Failure::usage)?;
-    if args.platform == PlatformKind::Emulated {
-        let kernel = sites::annotate(&files.kernel).map_err(Failure::usage)?;
-        platform.annotate(kernel, image.shim.as_ref().map(|shim| shim.sites.clone()));
+    let (mut image, companions) = match &files {
+        Some(files) => direct_image(args, files, &table, sev.c_bit)?,
+        None => {
+            let image = args.file.image(&args.image, &table, 1 << sev.c_bit)?;
+            (image.ok_or_else(|| Failure::Usage("--firmware or --igvm is missing".into()))?, Vec::new())
+        }
+    };
+    if args.platform == PlatformKind::Emulated
+        && let Some(code) = image.code.take()
+    {
+        if files.is_none() {
+            image.notes.push(firmware::replaced(&code));
+        }
+        platform.annotate(code, image.stage0.take());
+    }
+    let policy = match (args.policy, image.policy) {
+        (Some(asked), Some(file)) if asked != file => {
+            return Err(Failure::Usage(format!(
+                "--policy {asked}: the IGVM file asks for policy {file}; leave --policy out, or use another file"
+            )));
+        }
+        (asked, file) => asked.or(file).unwrap_or_default(),
+    };
+    policy.check_kvm(allowed).map_err(Failure::usage)?;
+    for note in &image.notes {
+        eprintln!("cvmm: {note}");
     }
     let digest = launch_digest(&image.plan).map_err(Failure::monitor)?;
     eprintln!("cvmm: launch digest {digest} ({} pages)", image.plan.launch_pages());
-    let identity = match (&args.id_block, &args.id_auth) {
-        (Some(block), Some(auth)) => {
-            let inputs = [
-                ("cmdline", args.image.cmdline.clone()),
-                ("memory", format!("{:#x}", args.image.memory)),
-                ("vtpm", args.vtpm.wanted().to_string()),
-            ];
-            let request = IdentityCheck { block, auth, reference: args.reference.as_deref(), inputs };
-            Some(request.check(&image.plan, digest, args.policy)?)
-        }
-        _ => None,
-    };
+    let identity = identity(args, &image, digest, policy)?;
     let options = LaunchOptions {
-        policy: args.policy,
+        policy,
         host_data: args.host_data.unwrap_or_default(),
         identity,
         accept_cpuid: args.accept_cpuid,
+        // A trial that changes the plan behind our back is for the guest to find.
+        predicted: args.trials.tamper.is_none().then_some(digest),
+        implicit_sharing: args.file.firmware.is_some(),
     };
-    let inputs = image.shim.as_ref().map(|shim| shim.inputs.clone());
+    let inputs = image.inputs_page.take();
     let mut guest = guest(image, &table, Some(options));
     if let Some(tamper) = args.trials.tamper {
         let inputs = inputs.ok_or_else(|| Failure::Usage("--tamper needs a guest with stage0".into()))?;
         tamper.apply(&inputs, &mut guest.plan, &mut guest.staged).map_err(Failure::usage)?;
     }
     Ok((platform, guest, companions))
+}
+
+/// A kernel that stage0 starts, and its TPM.
+fn direct_image(
+    args: &Args,
+    files: &BootFiles,
+    table: &CpuidTable,
+    c_bit: u8,
+) -> Result<(LaunchImage, Vec<Box<dyn Companion>>), Failure> {
+    let snp = Snp { c_bit, cpuid: Some(table), validation: args.image.validation() };
+    let mut boot = args.image.boot(files, ImageGuest::Snp(snp));
+    let companions = args.vtpm.start(&mut boot)?;
+    let mut image = LaunchImage::direct(boot.image().map_err(Failure::usage)?);
+    if args.platform == PlatformKind::Emulated {
+        image.code = Some(sites::annotate(&files.kernel).map_err(Failure::usage)?);
+    }
+    image.inputs = vec![
+        ("cmdline", args.image.cmdline.clone()),
+        ("memory", format!("{:#x}", args.image.memory)),
+        ("vtpm", args.vtpm.wanted().to_string()),
+    ];
+    Ok((image, companions))
+}
+
+/// The ID block of the launch: the one that options name, or the one in the file.
+fn identity(
+    args: &Args,
+    image: &LaunchImage,
+    digest: LaunchDigest,
+    policy: GuestPolicy,
+) -> Result<Option<(IdBlock, IdAuth)>, Failure> {
+    if let (Some(block), Some(auth)) = (&args.id_block, &args.id_auth) {
+        let inputs = image.inputs.clone();
+        let request = IdentityCheck { block, auth, reference: args.reference.as_deref(), inputs };
+        let identity = request.check(&image.plan, digest, policy)?;
+        if let Some((in_file, _)) = &image.identity {
+            if *in_file != identity.0 {
+                return Err(Failure::Usage(format!(
+                    "--id-block {}: the IGVM file has an ID block with other ids or version numbers; leave --id-block out \
+                     to launch with the file's, or take the block out of the file",
+                    block.display()
+                )));
+            }
+            eprintln!("cvmm: --id-block says the same as the ID block in the IGVM file; its keys are used");
+        }
+        return Ok(Some(identity));
+    }
+    if let Some((block, auth)) = &image.identity {
+        auth.check(block, digest, policy)
+            .map_err(|e| Failure::Usage(format!("the ID block in the IGVM file: {e}")))?;
+        eprintln!("cvmm: the launch uses the ID block in the IGVM file");
+    }
+    Ok(image.identity.clone())
 }

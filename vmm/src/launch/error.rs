@@ -86,6 +86,14 @@ pub enum LaunchError {
         /// What was predicted.
         digest: LaunchDigest,
     },
+    /// The firmware computed another digest.
+    #[error("the firmware measured {measured}, predicted was {predicted}: a bug in cvmm, please report it")]
+    Digest {
+        /// What the firmware has.
+        measured: LaunchDigest,
+        /// What the plan has.
+        predicted: LaunchDigest,
+    },
     /// A record that is not RAM.
     #[error("{name}: the guest has no RAM at {gpa:#x}..{end:#x}")]
     NotRam {

@@ -19,6 +19,7 @@ use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
 use snp::plan::Record;
+use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
 use vmm::monitor;
@@ -130,12 +131,13 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
         EmulatedOptions { backing, strict: false, two_mib: TwoMib::Accept, statistics: false, keys };
     let platform = EmulatedPlatform::open(options).unwrap();
 
-    // The registers and tables of a plain boot will do, with what KVM adds to EFER and CR4 for SEV guests (Linux 6.12,
-    // `svm_set_efer`, `svm_set_cr4`); the plan is code and tables, each page measured.
+    // The registers and tables of a plain boot will do, with what KVM adds to EFER, CR4 and the features for SEV guests
+    // (Linux 6.12, `svm_set_efer`, `svm_set_cr4`, `sev_es_sync_vmsa`); the plan is code and tables, each page measured.
     let mut image = image(code, 1);
     image.plan.vcpus.iter_mut().for_each(|state| {
         state.efer |= EFER_SVME;
         state.cr4 |= CR4_MCE;
+        state.sev_features = SEV_FEATURE_SNP_ACTIVE;
         state.rip = SNP_CODE;
     });
     image.plan.records.iter_mut().filter(|r| r.gpa == CODE).for_each(|r| r.gpa = SNP_CODE);

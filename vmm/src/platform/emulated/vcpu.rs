@@ -99,6 +99,7 @@ enum Told {
     Mmio { gpa: u64, len: usize, direction: Direction, data: [u8; 8] },
     Terminate { data: u64 },
     Fault { gpa: u64 },
+    PrivateGhcb { gpa: u64 },
 }
 
 /// What to do after an event.
@@ -225,9 +226,7 @@ impl EmulatedVcpu {
             return Ok(Next::Pass);
         };
         if opcode == Opcode::Vmgexit {
-            let vm = Arc::clone(&self.vm);
-            let outcome = self.model.vmgexit(&vm.model, &vm.views);
-            return self.follow(outcome);
+            return self.vmgexit();
         }
         let translation = self.translate(regs.rax)?;
         if translation.valid == 0 {
@@ -260,6 +259,16 @@ impl EmulatedVcpu {
                 "the guest used RMPADJUST on a page that it has not validated (#VC 0x404 on hardware)",
             )),
         }
+    }
+
+    fn vmgexit(&mut self) -> Result<Next, CallError> {
+        let vm = Arc::clone(&self.vm);
+        if let Some(gpa) = self.model.private_ghcb(&vm.model) {
+            self.told = Some(Told::PrivateGhcb { gpa });
+            return Ok(Next::Tell);
+        }
+        let outcome = self.model.vmgexit(&vm.model, &vm.views);
+        self.follow(outcome)
     }
 
     /// The operand's address is not mapped: hardware faults on the instruction, the port write does not.
@@ -377,6 +386,8 @@ impl EmulatedVcpu {
             }
             Some(Told::Io { data, .. }) => Reply::Io(data),
             Some(Told::Mmio { data, .. }) => Reply::Mmio(data),
+            // Once the page is shared, the guest's message is in it: with one backing, where it was written.
+            Some(Told::PrivateGhcb { .. }) => return self.vmgexit(),
             // A guest that has ended, or that made an access which cannot be answered, stays where it is.
             Some(told @ (Told::Terminate { .. } | Told::Fault { .. })) => {
                 self.told = Some(told);
@@ -596,6 +607,9 @@ impl Vcpu for EmulatedVcpu {
                     }
                 }
                 Some(Told::Terminate { data }) => Exit::SystemEvent { kind: SEV_TERM, data: *data },
+                Some(Told::PrivateGhcb { gpa }) => {
+                    Exit::MemoryFault { flags: 0, gpa: *gpa, size: crate::memory::PAGE }
+                }
                 Some(Told::Fault { gpa }) => {
                     Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: crate::memory::PAGE }
                 }

@@ -19,6 +19,7 @@ use kvm_ioctls::MsrFilterDefaultAction;
 use kvm_ioctls::MsrFilterRange;
 use kvm_ioctls::MsrFilterRangeFlags;
 use rustix::fs::MemfdFlags;
+use snp::digest::LaunchDigest;
 use snp::ghcb::msr::MSR_GHCB;
 use snp::image::sites::CodeMemory;
 use snp::image::sites::PatchError;
@@ -324,6 +325,10 @@ impl Vm for EmulatedVm {
         let features = vm.model.sev_features();
         let vmsas: Vec<_> = lock(&vm.members).iter().map(|m| lock(&m.recorded).vmsa(features)).collect();
         vm.model.launch_finish(&args, &vmsas).map_err(failed(COMMAND))
+    }
+
+    fn measured(&self) -> Option<LaunchDigest> {
+        self.0.model.launch_digest()
     }
 
     fn snp_enable_req_certs(&self) -> Result<(), SevError> {

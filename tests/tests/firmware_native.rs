@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Firmware and IGVM files through the monitor on this host's KVM, without Linux and without nesting.
+//!
+//! The tiny IGVM guest runs to its end. OVMF is launched and not run: some KVMs are software models that hand no MSR access to
+//! the monitor, and OVMF begins with one. The launch is what counts here: the emulated firmware computes the digest over what
+//! enters the guest, and takes an ID block only for that digest.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
+
+use std::io;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::OnceLock;
+
+use cvmm_tests::igvm_guest;
+use cvmm_tests::igvm_guest::End;
+use cvmm_tests::igvm_guest::Twist;
+use cvmm_tests::workspace::Workspace;
+use p384::ecdsa::SigningKey;
+use snp::digest::LaunchDigest;
+use snp::identity::IdAuth;
+use snp::identity::IdBlock;
+use snp::image::igvm::Facts;
+use snp::image::igvm::Igvm;
+use snp::image::igvm::ZeroPages;
+use snp::image::layout;
+use snp::image::ovmf::Ovmf;
+use snp::image::ovmf::OvmfLaunch;
+use snp::image::regions::regions;
+use snp::model::rmp::TwoMib;
+use snp::pages::cpuid::CpuidTable;
+use snp::plan::LaunchPlan;
+use snp::plan::PageType;
+use snp::policy::GuestPolicy;
+use snp::vcpu_model;
+use snp::vmm_type::VcpuSetup;
+use snp::vmm_type::VmmType;
+use vmm::cpuid;
+use vmm::launch;
+use vmm::launch::LaunchError;
+use vmm::launch::LaunchOptions;
+use vmm::launch::Prepared;
+use vmm::launch::Staged;
+use vmm::memory::GuestRam;
+use vmm::monitor;
+use vmm::monitor::Guest;
+use vmm::monitor::Host;
+use vmm::outcome::Outcome;
+use vmm::platform::Platform;
+use vmm::platform::VmKind;
+use vmm::platform::emulated::Backing;
+use vmm::platform::emulated::EmulatedOptions;
+use vmm::platform::emulated::EmulatedPlatform;
+use vmm::platform::kvm::KvmPlatform;
+
+const MEMORY: u64 = 128 << 20;
+
+/// What the guest wrote to its console.
+#[derive(Clone, Default)]
+struct Capture(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Capture {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(buf);
+        Ok(buf.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Bench {
+    platform: EmulatedPlatform,
+    cpuid: CpuidTable,
+    _folder: tempfile::TempDir,
+}
+
+/// `None`, and a word about it, without KVM.
+fn bench(vcpus: u32) -> Option<Bench> {
+    static KEYS: OnceLock<String> = OnceLock::new();
+    if let Err(e) = KvmPlatform::open() {
+        println!("skipped: {e}");
+        return None;
+    }
+    let keys = KEYS.get_or_init(|| {
+        let chain = snp::model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+        chain.to_pem().unwrap()
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.pem");
+    std::fs::write(&file, keys).unwrap();
+    let options = EmulatedOptions {
+        backing: Backing::Single,
+        strict: false,
+        two_mib: TwoMib::Accept,
+        keys: file,
+        statistics: false,
+    };
+    let platform = EmulatedPlatform::open(options).unwrap();
+    let mut offered = cpuid::from_kvm(&platform.supported_cpuid().unwrap());
+    // RDRAND, which an SNP guest needs and no guest here uses; a KVM that is a software model may not have it.
+    offered.iter_mut().filter(|e| e.function == 1).for_each(|e| e.ecx |= 1 << 30);
+    let cpuid = CpuidTable::snp(&offered, vcpus, &platform.snp_cpuid()).unwrap();
+    Some(Bench { platform, cpuid, _folder: folder })
+}
+
+impl Bench {
+    fn page(&self) -> Vec<u8> {
+        self.cpuid.page().unwrap().to_vec()
+    }
+
+    /// A guest with an ID block for `digest`: the emulated firmware refuses any other launch.
+    fn guest(
+        &self,
+        plan: LaunchPlan,
+        ram: &[std::ops::Range<u64>],
+        staged: Staged,
+        digest: [u8; 48],
+    ) -> Guest {
+        let block = IdBlock {
+            launch_digest: LaunchDigest(digest),
+            family_id: [0; 16],
+            image_id: [0; 16],
+            guest_svn: 0,
+            policy: GuestPolicy::DEFAULT,
+        };
+        let auth = IdAuth::sign(&block, &SigningKey::random(&mut rand_core::OsRng), None);
+        let vcpus = plan.vcpus.len() as u32;
+        Guest {
+            plan,
+            ram: ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
+            cpuid: (0..vcpus).map(|id| cpuid::to_kvm(&self.cpuid.for_vcpu(id))).collect(),
+            snp: Some(LaunchOptions {
+                identity: Some((block, auth)),
+                predicted: Some(LaunchDigest(digest)),
+                ..LaunchOptions::default()
+            }),
+            staged,
+        }
+    }
+
+    /// Launches a guest and does not run it; returns what the emulated firmware measured.
+    fn launch(&self, guest: &Guest) -> Result<Option<LaunchDigest>, LaunchError> {
+        let vm = self.platform.create_vm(VmKind::Snp).unwrap();
+        vm.create_irqchip().unwrap();
+        launch::init_snp(vm.as_ref(), &guest.plan)?;
+        let ram = GuestRam::new(guest.ram.clone()).unwrap();
+        launch::add_memory(vm.as_ref(), &ram, true)?;
+        let mut vcpus = Vec::new();
+        for (id, cpuid) in (0u32..).zip(&guest.cpuid) {
+            let mut vcpu = vm.create_vcpu(id).unwrap();
+            vcpu.set_cpuid(cpuid).unwrap();
+            vcpus.push(vcpu);
+        }
+        let prepared = Prepared {
+            vm: vm.as_ref(),
+            plan: &guest.plan,
+            staged: &guest.staged,
+            ram: &ram,
+            vcpus: &mut vcpus,
+            cpuid: &guest.cpuid,
+        };
+        launch::launch_snp(prepared, guest.snp.as_ref().unwrap())?;
+        Ok(vm.measured())
+    }
+}
+
+#[test]
+fn an_igvm_guest_runs_with_the_digest_of_the_igvm_crate() {
+    let Some(bench) = bench(1) else { return };
+    let (bytes, digest) = igvm_guest::file(End::PowerOff, Twist::None).unwrap();
+    let igvm = Igvm::parse(&bytes.into(), ZeroPages::Normal).unwrap();
+    let ram = layout::ram_ranges(MEMORY);
+    let facts = Facts {
+        vcpus: 1,
+        ram: &ram,
+        devices: layout::HOLE_START..layout::HOLE_END,
+        cmdline: "hello",
+        cpuid: bench.page().into(),
+    };
+    let loaded = igvm.launch(&facts).unwrap();
+    let staged = Staged {
+        shared: loaded.shared.iter().map(|r| r.gpa..r.end()).collect(),
+        bytes: loaded.shared.into_iter().map(|r| (r.gpa, r.contents)).collect(),
+        raced: None,
+    };
+    let guest = bench.guest(loaded.plan, &ram, staged, digest);
+    assert_eq!(bench.launch(&guest).unwrap(), Some(LaunchDigest(digest)));
+    let console = Capture::default();
+    let outcome = monitor::run(&bench.platform, guest, Host::new(Box::new(console.clone())));
+    assert_eq!(outcome.unwrap(), Outcome::PoweredOff);
+    assert_eq!(String::from_utf8_lossy(&console.0.lock().unwrap()), igvm_guest::CONSOLE);
+}
+
+#[test]
+fn debians_ovmf_launches_with_the_published_digests() {
+    // docs/measurement.md; sev-snp-measure and the sev crate agree. 1 vCPU, EPYC-v4, features 0x1.
+    let published = [
+        (
+            "OVMF/OVMF_CODE.fd",
+            "a479327cbb0b50e876024c2dac7412d4e5e95c7315c1f8b0446f6d3be69fefba50766285475926737e4a70b155252f88",
+        ),
+        (
+            "ovmf/OVMF.fd",
+            "11570979c77a0adb515761a702527c8b9e11554e730552621d950988613a3a75c6ff1703f540bd22a9beede8fe7a97e3",
+        ),
+    ];
+    let share = std::env::var_os("CVMM_DEBIAN_OVMF")
+        .map_or_else(|| Workspace::find().work().join("ovmf/usr/share"), Into::into);
+    for (name, hex) in published {
+        let Some(bench) = bench(1) else { return };
+        let Ok(file) = std::fs::read(share.join(name)) else {
+            println!("SKIPPED: {} is missing; `cargo xtask setup` fetches it", share.join(name).display());
+            return;
+        };
+        let ovmf = Ovmf::parse(file.into()).unwrap();
+        let setup = VcpuSetup { signature: vcpu_model::parse("EPYC-v4").unwrap(), sev_features: 1 };
+        let launch = OvmfLaunch { vmm: VmmType::Cvmm, vcpus: 1, setup, kernel: None };
+        let mut plan = ovmf.plan(&launch).unwrap();
+        for record in plan.records.iter_mut().filter(|r| r.page_type == PageType::Cpuid) {
+            record.contents = bench.page().into();
+        }
+        let ram = regions(MEMORY, plan.records.iter(), 1 << 35).unwrap();
+        assert_eq!(ram.last(), Some(&(ovmf.gpa()..4 << 30)), "the firmware has a region of its own");
+        let digest = cvmm_tests::digest::unhex(hex).unwrap().try_into().unwrap();
+        let guest = bench.guest(plan.clone(), &ram, Staged::default(), digest);
+        assert_eq!(bench.launch(&guest).unwrap(), Some(LaunchDigest(digest)), "{name}");
+        // Any other digest is refused before the launch.
+        let error = bench.launch(&bench.guest(plan, &ram, Staged::default(), [1; 48])).unwrap_err();
+        assert!(error.to_string().contains("BAD_MEASUREMENT"), "{name}: {error}");
+    }
+}
