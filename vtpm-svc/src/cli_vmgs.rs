@@ -559,6 +559,23 @@ fn restore(backup: &Path, file: &Path, confirm: bool, key: &KeyArgs, anchor: &An
     if !confirm {
         return Ok((report, Some("nothing was changed; repeat with --confirm to accept the loss".into())));
     }
+    // Held until the end: a service that runs on the file would go on with a file that has no name any more.
+    let replaced = match FsFile::open(file) {
+        Ok(raw) => Some(raw),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(e) => return Err(at(file)(VmgsError::opening(e))),
+    };
+    // What is too damaged to say whose it is may be replaced; that is what backups are for.
+    let other = replaced.as_ref().and_then(|raw| image::unique_id(raw).ok()).filter(|id| *id != image);
+    if let Some(other) = other {
+        return Err(CliError::Usage(format!(
+            "{} is image {} and not {}, of which {} is a backup; move it away first",
+            file.display(),
+            uuid_text(&other),
+            uuid_text(&image),
+            backup.display()
+        )));
+    }
     let temporary = beside(file);
     std::fs::copy(backup, &temporary).map_err(io_at(&temporary))?;
     let accept = Accept { rollback: true, ..anchor.accept() };

@@ -20,7 +20,11 @@ use landlock::RulesetAttr;
 use landlock::RulesetStatus;
 use seccompiler::BpfProgram;
 use seccompiler::SeccompAction;
+use seccompiler::SeccompCmpArgLen;
+use seccompiler::SeccompCmpOp;
+use seccompiler::SeccompCondition;
 use seccompiler::SeccompFilter;
+use seccompiler::SeccompRule;
 use seccompiler::TargetArch;
 
 /// Why the cage could not be closed.
@@ -58,10 +62,8 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_fstat,
     libc::SYS_poll,
     libc::SYS_futex,
-    libc::SYS_mmap,
     libc::SYS_munmap,
     libc::SYS_mremap,
-    libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_brk,
     libc::SYS_getrandom,
@@ -86,7 +88,6 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_geteuid,
     libc::SYS_getgid,
     libc::SYS_getegid,
-    libc::SYS_tgkill,
     libc::SYS_restart_syscall,
     libc::SYS_exit,
     libc::SYS_exit_group,
@@ -101,14 +102,35 @@ const ALLOWED: &[libc::c_long] = &[
 const ABSENT: &[libc::c_long] =
     &[libc::SYS_openat, libc::SYS_newfstatat, libc::SYS_access, libc::SYS_readlink];
 
+fn refuse(e: seccompiler::BackendError) -> SandboxError {
+    SandboxError::Seccomp(e.to_string())
+}
+
+/// Calls that are allowed with some arguments only: memory that is mapped or changed from now on is never executable,
+/// and a signal goes to this process or to none.
+fn conditional() -> Result<BTreeMap<i64, Vec<SeccompRule>>, SandboxError> {
+    let only = |argument, operator, value| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
+            .and_then(|condition| SeccompRule::new(vec![condition]))
+            .map(|rule| vec![rule])
+            .map_err(refuse)
+    };
+    let not_executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
+    Ok(BTreeMap::from([
+        (libc::SYS_mmap, only(2, not_executable.clone(), 0)?),
+        (libc::SYS_mprotect, only(2, not_executable, 0)?),
+        (libc::SYS_tgkill, only(0, SeccompCmpOp::Eq, std::process::id().into())?),
+    ]))
+}
+
 fn filter(
     calls: &[libc::c_long],
+    more: BTreeMap<i64, Vec<SeccompRule>>,
     otherwise: SeccompAction,
     listed: SeccompAction,
 ) -> Result<BpfProgram, SandboxError> {
-    let refuse = |e: seccompiler::BackendError| SandboxError::Seccomp(e.to_string());
-    let rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> =
-        calls.iter().map(|n| (*n, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls.iter().map(|n| (*n, Vec::new())).collect();
+    rules.extend(more);
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(refuse)?;
     SeccompFilter::new(rules, otherwise, listed, arch).map_err(refuse)?.try_into().map_err(refuse)
 }
@@ -137,8 +159,9 @@ pub fn close(seccomp: bool) -> Result<Vec<String>, SandboxError> {
     let apply = |program: &BpfProgram| {
         seccompiler::apply_filter(program).map_err(|e| SandboxError::Seccomp(e.to_string()))
     };
-    let no_files = filter(ABSENT, SeccompAction::Allow, SeccompAction::Errno(libc::ENOENT as u32))?;
-    let allow_list = filter(ALLOWED, SeccompAction::KillProcess, SeccompAction::Allow)?;
+    let no_files =
+        filter(ABSENT, BTreeMap::new(), SeccompAction::Allow, SeccompAction::Errno(libc::ENOENT as u32))?;
+    let allow_list = filter(ALLOWED, conditional()?, SeccompAction::KillProcess, SeccompAction::Allow)?;
     apply(&no_files)?;
     apply(&allow_list)?;
     Ok(missing)

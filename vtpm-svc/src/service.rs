@@ -112,7 +112,11 @@ fn open_channel(channel: &Channel) -> Result<Open, ServiceError> {
             if path.symlink_metadata().is_ok_and(|m| m.file_type().is_socket()) {
                 std::fs::remove_file(path).map_err(named(name.clone()))?;
             }
-            let listener = UnixListener::bind(path).map_err(named(name.clone()))?;
+            // From its first moment nobody else may connect; there is one thread yet, so the mask is nobody else's.
+            let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o777 & !*mode));
+            let listener = UnixListener::bind(path);
+            rustix::process::umask(mask);
+            let listener = listener.map_err(named(name.clone()))?;
             std::fs::set_permissions(path, std::fs::Permissions::from_mode(*mode)).map_err(named(name))?;
             Open::Listening(Listener::Unix(listener))
         }

@@ -155,6 +155,75 @@ fn a_restore_states_the_loss_first_and_moves_history_on() {
 }
 
 #[test]
+fn a_restore_leaves_running_and_foreign_images_alone() {
+    let (site, other) = (used(), used());
+    let (image, backup) = (site.path("vmgs"), site.path("backup"));
+    std::fs::copy(&image, &backup).expect("copy");
+    let foreign = other.path("vmgs");
+    let before = std::fs::read(&foreign).expect("read");
+    let (ok, text) = vmgs(&site, &["restore", "--confirm"], &[&backup, &foreign]);
+    assert!(!ok && text.contains("move it away first"), "{text}");
+    assert!(std::fs::read(&foreign).expect("read") == before);
+    // Also if its lease is another's: the file itself is held.
+    let _running = other.start(&[]);
+    let (ok, text) = vmgs(&site, &["restore", "--confirm"], &[&backup, &foreign]);
+    assert!(!ok && text.contains("another process has this file open"), "{text}");
+}
+
+/// `kill -9` at random moments of a change of key: one of the two keys opens everything, and repeating the change ends
+/// with an old key that opens nothing.
+#[test]
+fn a_rekey_that_is_killed_leaves_one_key_that_works() {
+    let site = used();
+    let image = site.path("vmgs");
+    let write_key = |name: &str, fill: u8| {
+        let path = site.path(name);
+        std::fs::write(&path, [fill; 32]).expect("key");
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("mode");
+        path.display().to_string()
+    };
+    let rekey = |new: &str| {
+        let mut c = program();
+        c.args(["vmgs", "rekey"]).arg(&image).arg("--key-file").arg(site.path("key"));
+        c.arg("--anchor").arg(site.path("anchor")).args(["--new-key-file", new]);
+        c
+    };
+    let began = std::time::Instant::now();
+    let mut taken = 0;
+    for round in 0..16u64 {
+        let fill = 0x60 + round as u8;
+        let new = write_key("new", fill);
+        let mut child = rekey(&new)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .expect("start");
+        // The first has all the time it needs; the others end at moments spread over about that time.
+        let whole = if round == 0 { 1_000_000 } else { 24_000 };
+        let until = std::time::Duration::from_micros(whole * (round * 7 % 16 + 1) / 16);
+        let moment = std::time::Instant::now() + until;
+        while std::time::Instant::now() < moment && child.try_wait().expect("wait").is_none() {
+            std::thread::yield_now();
+        }
+        // It may have ended by itself.
+        let _ = child.kill();
+        child.wait().expect("wait");
+        let old_works = site.vmgs(&["list"], &[&image]).0;
+        if !old_works {
+            taken += 1;
+            std::fs::rename(&new, site.path("key")).expect("the new key is the key");
+        }
+        let (ok, text) = site.vmgs(&["export", "--id", "60", "-o", "/dev/null"], &[&image]);
+        assert!(ok, "round {round}, {taken} taken, {:?}: {text}", began.elapsed());
+    }
+    let new = write_key("new", 0x7f);
+    let (ok, text) = output(&mut rekey(&new));
+    assert!(ok && text.contains("opens neither header"), "{text}");
+    let (ok, text) = site.vmgs(&["list"], &[&image]);
+    assert!(!ok && text.contains("key"), "{text}");
+}
+
+#[test]
 fn mistakes_are_answered_in_words() {
     let site = Site::new();
     let (ok, text) = vmgs(&site, &["create"], &[&site.path("vmgs")]);

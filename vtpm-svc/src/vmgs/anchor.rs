@@ -16,6 +16,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -229,7 +230,9 @@ impl FileAnchor {
             let path = path.to_path_buf();
             move |source| AnchorError::Io { path, source }
         };
-        std::fs::create_dir_all(&from.path).map_err(io(&from.path))?;
+        // Whoever can write here can undo what the anchor is for.
+        let mut folder = std::fs::DirBuilder::new();
+        folder.recursive(true).mode(0o700).create(&from.path).map_err(io(&from.path))?;
         let file = File::options()
             .read(true)
             .write(true)

@@ -17,6 +17,7 @@ use super::format::FileId;
 use super::store::Accept;
 use super::store::Change;
 use super::store::Vmgs;
+use super::store::Warning;
 
 const MIB: usize = 1 << 20;
 const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
@@ -226,6 +227,33 @@ fn every_power_loss_during_a_rekey_leaves_one_key_that_opens_everything() {
     put(&mut v, 2);
     trace.lock().expect("trace").push(Op::Acknowledged(2));
     replay(start, &trace.lock().expect("trace"), 1, &[8, 7]);
+}
+
+/// Killed between the two headers of a rekey: the new key works, the old one still has a header, and the next opener
+/// says so until a commit has replaced that header.
+#[test]
+fn an_interrupted_rekey_is_noticed_and_ended_by_the_next_commit() {
+    let (mut v, trace, mut image) = recorded();
+    v.rekey(key(8)).expect("rekey");
+    for op in trace.lock().expect("trace").iter() {
+        let Op::Write(at, data) = op else { continue };
+        image[*at as usize..*at as usize + data.len()].copy_from_slice(data);
+        if *at < 1024 {
+            break;
+        }
+    }
+    let accept = Accept { rollback: true, ..Accept::default() };
+    let open = |image: &[u8]| Vmgs::open(MemFile(image.to_vec()), Some(key(8)), None, accept);
+    let mut v = open(&image).expect("the new key opens it");
+    assert!(v.warnings().contains(&Warning::OldKeyInSlot), "{:?}", v.warnings());
+    v.commit(&[]).expect("commit");
+    let image = v.close().expect("close").0;
+    assert!(!open(&image).expect("again").warnings().contains(&Warning::OldKeyInSlot));
+    for newest_damaged in [0, 512] {
+        let mut image = image.clone();
+        image[newest_damaged + 40] ^= 1;
+        assert!(counter(&image, &[7]).is_err(), "the old key opens neither header");
+    }
 }
 
 #[test]

@@ -95,6 +95,8 @@ pub enum Warning {
     DamagedSlot(String),
     /// The image was opened without an anchor.
     NoAnchor,
+    /// The older header is wrapped by another key: a change of key was interrupted. The next commit ends that.
+    OldKeyInSlot,
     /// A rollback was accepted.
     RollbackAccepted {
         /// Generation of the image.
@@ -113,6 +115,10 @@ impl std::fmt::Display for Warning {
             Self::NoAnchor => {
                 f.write_str("opened without an anchor: an older copy cannot be told from the newest")
             }
+            Self::OldKeyInSlot => f.write_str(
+                "a change of key was interrupted: another key still opens the older header. The next write replaces \
+                 that header; `vmgs rekey` again overwrites the old blocks too and proves it",
+            ),
             Self::RollbackAccepted { have, want } => {
                 write!(f, "ROLLBACK ACCEPTED: the image is at generation {have}, the anchor expected {want}")
             }
@@ -202,6 +208,14 @@ impl<F: BlockFile> Vmgs<F> {
             && !(layout.header.sequence == 1 && *fault == super::format::HeaderFault::Zero)
         {
             warnings.push(Warning::DamagedSlot(fault.to_string()));
+        }
+        if let (Ok(older), Some(key)) = (&layout.headers.slots[1 - layout.headers.active], &key) {
+            let mut wraps = older.keys.iter().filter(|slot| !slot.is_empty()).peekable();
+            if wraps.peek().is_some()
+                && !wraps.any(|slot| crypto::open(key.expose(), &slot.seal, &slot.wrapped).is_some())
+            {
+                warnings.push(Warning::OldKeyInSlot);
+            }
         }
         let root = proven_root(&file, &layout, &extended, accept, &mut warnings)?;
         let mut anchor = anchors.map(|a| a.lease(&root.image)).transpose()?;
