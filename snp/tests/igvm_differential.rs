@@ -321,3 +321,42 @@ fn malformed_headers_are_named_with_offset_and_expectation() {
     let error = parse(&with_header(&good, 0x302, &elsewhere), ZeroPages::Normal).unwrap_err().to_string();
     assert!(error.contains("file offset of a page is 0xfffff000"), "{error}");
 }
+
+/// A small file must not make the digest long: each page of an area is a link of its chain.
+#[test]
+fn what_is_there_twice_is_refused_because_readers_differ_in_which_they_take() {
+    let (good, _) = file(&[Step::Parameters(1)], &boot_state());
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let refusal = |file: &[u8]| parse(file, ZeroPages::Normal).unwrap_err().to_string();
+    // PARAMETER_INSERT: address, mask, index.
+    let again = with_header(&good, 0x303, &words(&[0x40_0000, 0, MASK, 0]));
+    assert!(refusal(&again).contains("an area that is inserted once"), "{}", refusal(&again));
+    // GUEST_POLICY: policy, mask, reserved.
+    let policy = with_header(&good, 0x101, &words(&[0xb_0000, 0, MASK, 0]));
+    assert!(refusal(&policy).contains("another guest policy is 0xb0000"), "{}", refusal(&policy));
+    let other = with_header(&good, 0x101, &words(&[0xb_0000, 0, MASK << 1, 0]));
+    assert!(parse(&other, ZeroPages::Normal).is_ok(), "another platform's policy");
+    // PARAMETER_AREA: size, index, offset of data.
+    let mut areas = good.clone();
+    for index in 1..256 {
+        areas = with_header(&areas, 0x301, &words(&[0x1000, 0, index, 0]));
+    }
+    assert!(parse(&areas, ZeroPages::Normal).is_ok());
+    areas = with_header(&areas, 0x301, &words(&[0x1000, 0, 256, 0]));
+    assert!(refusal(&areas).contains("at most 256 areas"), "{}", refusal(&areas));
+
+    let key = SigningKey::random(&mut OsRng);
+    let block = IdBlock {
+        launch_digest: parse(&good, ZeroPages::Normal).unwrap().digests().0,
+        family_id: [1; 16],
+        image_id: [2; 16],
+        guest_svn: 3,
+        policy: GuestPolicy(0x3_0000),
+    };
+    let mut body = id_block_header(&block, &IdAuth::sign(&block, &key, Some(&key)), MASK);
+    let signed = with_header(&good, 0x30b, &body);
+    assert!(parse(&signed, ZeroPages::Normal).unwrap().check_identity().is_ok());
+    assert!(refusal(&with_header(&signed, 0x30b, &body)).contains("ID block for this platform"));
+    body[100] = 2;
+    assert!(refusal(&with_header(&good, 0x30b, &body)).contains("author key algorithm is 0x2, expected 1"));
+}

@@ -446,6 +446,10 @@ impl Builder<'_> {
             header::GUEST_POLICY => {
                 header.expect_len(16)?;
                 if ours(8) {
+                    if self.igvm.policy.is_some() || self.igvm.identity.is_some() {
+                        let expected = "one policy, before the ID block";
+                        return Err(header.error(0, "another guest policy", u64_at(body, 0), expected));
+                    }
                     self.igvm.policy = Some(GuestPolicy(u64_at(body, 0)));
                 }
                 Ok(())
@@ -564,10 +568,16 @@ impl Builder<'_> {
         if u32_at(body, 0) & self.mask == 0 {
             return Ok(());
         }
-        for (at, what, expected) in
-            [(88, "ID block version", 1), (96, "ID key algorithm", 1), (248, "curve of the ID key", 2)]
-        {
-            if u32_at(body, at) != expected {
+        if self.igvm.identity.is_some() {
+            return Err(header.error(0, "ID block for this platform", 2, "one"));
+        }
+        for (at, what, expected, counts) in [
+            (88, "ID block version", 1, true),
+            (96, "ID key algorithm", 1, true),
+            (100, "author key algorithm", 1, body[4] == 1),
+            (248, "curve of the ID key", 2, true),
+        ] {
+            if counts && u32_at(body, at) != expected {
                 return Err(header.error(at, what, u32_at(body, at).into(), expected.to_string()));
             }
         }

@@ -23,6 +23,9 @@ use crate::plan::Record;
 /// Most bytes of parameters in a file: each page costs a link of the digest's chain.
 const PARAMETERS_MAX: u64 = 1 << 30;
 
+/// Most parameter areas of a file: each directive about one looks for it among all.
+const AREAS_MAX: usize = 256;
+
 /// A parameter area.
 #[derive(Clone, Debug)]
 pub(super) struct Area {
@@ -180,6 +183,10 @@ impl Builder<'_> {
             let expected = "whole pages, all areas together at most 1 GiB";
             return Err(header.error(0, "size of a parameter area", len, expected));
         }
+        if self.igvm.areas.len() == AREAS_MAX {
+            let expected = format!("at most {AREAS_MAX} areas");
+            return Err(header.error(8, "index of one parameter area more", index.into(), expected));
+        }
         if self.igvm.areas.iter().any(|area| area.index == index) {
             return Err(header.error(8, "index of a parameter area", index.into(), "a new one"));
         }
@@ -203,6 +210,10 @@ impl Builder<'_> {
         let area = area.ok_or_else(|| {
             header.error(12, "index of a parameter area", index.into(), "one that was declared before")
         })?;
+        if area.record.is_some() {
+            let expected = "an area that is inserted once";
+            return Err(header.error(12, "index of a parameter area", index.into(), expected));
+        }
         area.record = Some(next);
         self.igvm.records.push(Record::empty(gpa, area.len, PageType::Unmeasured, "parameters"));
         Ok(())
