@@ -53,7 +53,7 @@ pub struct VtpmArgs {
 pub struct MeasureArgs {
     /// The guest has a TPM: what announces it, its event log first of all, is part of the digest. Taken as for a run; FILE is not
     /// read
-    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, conflicts_with_all = ["firmware", "igvm"])]
     vtpm: Option<Option<PathBuf>>,
 }
 
