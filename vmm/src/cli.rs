@@ -3,6 +3,7 @@
 
 mod certs;
 mod doctor;
+mod emulated;
 mod firmware;
 mod id_block;
 mod measure;

@@ -13,6 +13,7 @@ use snp::attest::cert::Crl;
 use snp::attest::cert_table;
 
 use super::Failure;
+use super::run::SNP;
 use crate::certs::CertFile;
 use crate::certs::FILE_LIMIT;
 use crate::certs::Source;
@@ -21,7 +22,7 @@ use crate::certs::Source;
 #[derive(clap::Args, Clone, Debug)]
 pub struct CertsArgs {
     /// Certificates for the guest's extended reports: a table that `cvmm certs` made. Read at each request, under a shared lock
-    #[arg(long, value_name = "FILE", requires = "snp")]
+    #[arg(long, value_name = "FILE", requires = "snp", help_heading = SNP)]
     certs: Option<PathBuf>,
 }
 

@@ -14,12 +14,12 @@ use snp::image::direct::Snp;
 use snp::image::direct::Validation;
 use snp::image::lazy::Acceptance;
 use snp::image::sites;
-use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
 use super::certs::CertsArgs;
+use super::emulated::EmulatedArgs;
 use super::firmware;
 use super::firmware::FirmwareArgs;
 use super::firmware::LaunchImage;
@@ -38,9 +38,7 @@ use crate::monitor::Console;
 use crate::monitor::Guest;
 use crate::monitor::Host;
 use crate::platform::Platform;
-use crate::platform::emulated;
 use crate::platform::emulated::Backing;
-use crate::platform::emulated::EmulatedOptions;
 use crate::platform::emulated::EmulatedPlatform;
 use crate::platform::kvm::KvmPlatform;
 
@@ -112,6 +110,9 @@ pub enum PlatformKind {
     Emulated,
 }
 
+/// Heading of the options about SNP guests.
+pub const SNP: &str = "SNP guests";
+
 /// Options of a run.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -119,70 +120,41 @@ pub struct Args {
     image: ImageArgs,
     #[command(flatten)]
     file: FirmwareArgs,
+    #[command(flatten)]
+    reboot: RebootArgs,
     /// Launch an SEV-SNP guest
-    #[arg(long)]
+    #[arg(long, help_heading = SNP)]
     snp: bool,
     /// Where an SNP guest runs
-    #[arg(long, value_enum, default_value = "kvm", requires = "snp")]
+    #[arg(long, value_enum, default_value = "kvm", requires = "snp", help_heading = SNP)]
     platform: PlatformKind,
     /// SNP guest policy, 64 bits [default: the IGVM file's, or 0x30000]
-    #[arg(long, value_name = "BITS", requires = "snp")]
+    #[arg(long, value_name = "BITS", requires = "snp", help_heading = SNP)]
     policy: Option<GuestPolicy>,
     /// 32 bytes for the host-data field of the guest's reports, in hexadecimal
-    #[arg(long, value_name = "HEX", value_parser = config::parse_hex32, requires = "snp")]
+    #[arg(long, value_name = "HEX", value_parser = config::parse_hex32, requires = "snp", help_heading = SNP)]
     host_data: Option<[u8; 32]>,
     /// Your signed ID block, binary or in base64: the launch is refused if digest or policy differ (see `cvmm id-block`)
-    #[arg(long, value_name = "FILE", requires = "snp", requires = "id_auth")]
+    #[arg(long, value_name = "FILE", requires = "snp", requires = "id_auth", help_heading = SNP)]
     id_block: Option<PathBuf>,
     /// The ID block's auth page, binary or in base64
-    #[arg(long, value_name = "FILE", requires = "id_block")]
+    #[arg(long, value_name = "FILE", requires = "id_block", help_heading = SNP)]
     id_auth: Option<PathBuf>,
     /// File of `cvmm measure --json` that the ID block was made for: says why a digest differs
-    #[arg(long, value_name = "FILE", requires = "id_block")]
+    #[arg(long, value_name = "FILE", requires = "id_block", help_heading = SNP)]
     reference: Option<PathBuf>,
     /// Where the firmware refuses CPUID values, launch with its own, if all changes are on a short list (features that only
     /// disappear, cache descriptions); they are printed. The CPUID page is not measured
-    #[arg(long, requires = "snp")]
+    #[arg(long, requires = "snp", help_heading = SNP)]
     accept_cpuid: bool,
-    /// Emulated platform: one memory for both views of a page, or one for each
-    #[arg(long, value_enum, default_value = "single", requires = "snp")]
-    backing: Backing,
-    /// Emulated platform: stop at the first access through the wrong view (needs split backing)
-    #[arg(long, requires = "snp")]
-    strict: bool,
-    /// Emulated platform: how PVALIDATE of 2 MiB is answered
-    #[arg(long, value_enum, default_value = "accept", requires = "snp")]
-    pvalidate_2m: Pvalidate2m,
-    /// Emulated platform: file with its attestation keys, made if absent
-    /// [default: ~/.local/state/cvmm/emulated-platform.pem]
-    #[arg(long, value_name = "FILE", requires = "snp")]
-    emulated_keys: Option<PathBuf>,
     #[command(flatten)]
-    reboot: RebootArgs,
+    certs: CertsArgs,
+    #[command(flatten)]
+    emulated: EmulatedArgs,
     #[command(flatten)]
     trials: Trials,
     #[command(flatten)]
     vtpm: VtpmArgs,
-    #[command(flatten)]
-    certs: CertsArgs,
-}
-
-/// Answer of the emulated platform to `PVALIDATE` of 2 MiB.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Pvalidate2m {
-    /// Size mismatch, as a Linux 6.12 host answers: its RMP entries are all 4 KiB
-    Refuse,
-    /// Done at once
-    Accept,
-}
-
-impl From<Pvalidate2m> for TwoMib {
-    fn from(answer: Pvalidate2m) -> Self {
-        match answer {
-            Pvalidate2m::Refuse => TwoMib::SizeMismatch,
-            Pvalidate2m::Accept => TwoMib::Accept,
-        }
-    }
 }
 
 impl ImageArgs {
@@ -219,11 +191,7 @@ impl ImageArgs {
 
 /// Runs the guest; the result is the process's exit code.
 pub fn main(args: &Args) -> Result<u8, Failure> {
-    if args.strict && args.backing == Backing::Single {
-        return Err(Failure::Usage(
-            "--strict needs --backing split: one memory for both views cannot tell them apart".into(),
-        ));
-    }
+    args.emulated.check()?;
     args.vtpm.check()?;
     if let Some(option) = args.file.option() {
         if !args.snp {
@@ -234,7 +202,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
                 "{option} with a TPM: cvmm announces the TPM to a --kernel that it boots itself, and has no way to tell firmware"
             )));
         }
-        if args.backing == Backing::Split {
+        if args.emulated.backing == Backing::Split {
             return Err(Failure::Usage(format!(
                 "{option} with --backing split: firmware starts with paging off, where every access is private whatever its \
                  address says, so it needs --backing single"
@@ -299,13 +267,7 @@ fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
             Box::new(platform)
         }
         PlatformKind::Emulated => {
-            let options = EmulatedOptions {
-                backing: args.backing,
-                strict: args.strict,
-                two_mib: args.pvalidate_2m.into(),
-                statistics: args.trials.statistics,
-                keys: args.emulated_keys.clone().unwrap_or_else(emulated::default_keys_path),
-            };
+            let options = args.emulated.options(args.trials.statistics);
             Box::new(EmulatedPlatform::open(options).map_err(Failure::monitor)?)
         }
     };

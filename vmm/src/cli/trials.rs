@@ -6,7 +6,7 @@ use crate::tamper::Tamper;
 /// The options.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Trials {
-    /// Emulated platform: print at the end what the guest did with its pages, as a line of JSON
+    /// Print at the end what the guest did with its pages, as a line of JSON
     #[arg(long, requires = "snp")]
     pub statistics: bool,
     /// Alter one bit after everything was measured and checked: in a launch page (stage0, hashes), in staged bytes (kernel,
