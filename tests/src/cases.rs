@@ -8,6 +8,7 @@ pub mod certs;
 pub mod doctor;
 pub mod endings;
 pub mod firmware;
+pub mod policy_guide;
 pub mod strict;
 pub mod tamper;
 pub mod vtpm;
@@ -23,6 +24,7 @@ pub fn all() -> Vec<Case> {
         certs::cases(),
         endings::cases(),
         firmware::cases(),
+        policy_guide::cases(),
         strict::cases(),
         tamper::cases(),
         acceptance::cases(),
