@@ -35,6 +35,11 @@ Examples:
     cvmm --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0' --snp --platform emulated
   The launch digest of that guest, without a VM:
     cvmm measure --kernel bzImage --initrd initrd.img --cmdline 'console=ttyS0'
+  An IGVM file, from which pages, registers and policy come:
+    cvmm --igvm image.igvm --snp
+  OVMF built with SEV metadata, with the vCPU model that its digest is computed for:
+    cvmm measure --firmware OVMF.fd --vcpu-model EPYC-Milan
+    cvmm --firmware OVMF.fd --vcpu-model EPYC-Milan --snp
   A TPM that keeps its state in an encrypted file, which is made once:
     (umask 077; head -c 32 /dev/urandom >vm.key); cvmm vmgs create vm.vmgs --key-file vm.key
     cvmm --kernel bzImage --initrd initrd.img --vtpm vm.vmgs --vtpm-key-file vm.key";
@@ -116,4 +121,44 @@ pub fn main() -> ExitCode {
     // The terminal is back in its usual mode by now. A closed standard error is no reason to fail differently.
     let _ = writeln!(io::stderr(), "cvmm: error: {message}");
     ExitCode::from(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Words of a shell command in which only single quotes are special.
+    fn words(command: &str) -> Vec<String> {
+        let mut words = vec![String::new()];
+        for (index, part) in command.split('\'').enumerate() {
+            if index % 2 == 1 {
+                words.last_mut().unwrap().push_str(part);
+                continue;
+            }
+            for (nth, piece) in part.split(' ').enumerate() {
+                if nth > 0 {
+                    words.push(String::new());
+                }
+                words.last_mut().unwrap().push_str(piece);
+            }
+        }
+        words.retain(|word| !word.is_empty());
+        words
+    }
+
+    #[test]
+    fn examples_in_the_help_are_valid_command_lines() {
+        let commands: Vec<&str> = EXAMPLES
+            .lines()
+            .flat_map(|line| line.split("; "))
+            .map(str::trim)
+            .filter(|c| c.starts_with("cvmm "))
+            .collect();
+        assert!(commands.len() >= 9, "{commands:?}");
+        for command in commands {
+            if let Err(error) = Cli::try_parse_from(words(command)) {
+                panic!("{command}: {error}");
+            }
+        }
+    }
 }
