@@ -42,8 +42,18 @@ struct Real {
 
 /// The folder of the `sev` crate's test data in the registry's unpacked package.
 fn sev_package() -> PathBuf {
+    // Packages for other systems only may never have been fetched.
+    let platform = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let metadata = std::process::Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version", "1", "--offline", "--manifest-path"])
+        .args([
+            "metadata",
+            "--format-version",
+            "1",
+            "--offline",
+            "--filter-platform",
+            &platform,
+            "--manifest-path",
+        ])
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
         .output()
         .unwrap();
