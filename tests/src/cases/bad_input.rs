@@ -157,7 +157,12 @@ fn with_kernel(name: &str, options: &'static [&str], words: &'static [&str]) -> 
 
 fn without_kvm(context: &Context, prefix: &str, words: &[&str]) -> Result<()> {
     let kernel = debian_kernel(context)?;
-    let script = format!("{prefix} '{}' --kernel '{kernel}'", context.cvmm.display());
+    // The kernel may be in a folder that only root can look into.
+    let copy = "mount -t tmpfs -o mode=755 none /mnt && cp";
+    let script = format!(
+        "{copy} '{kernel}' /mnt/kernel && {prefix} '{}' --kernel /mnt/kernel",
+        context.cvmm.display()
+    );
     let mut unshare = job("unshare");
     unshare.argv.extend(["--mount", "sh", "-c", &script].map(String::from));
     let words: Vec<&str> = ["/dev/kvm"].iter().chain(words).copied().collect();
