@@ -21,6 +21,7 @@ use x509_cert::der::Encode as _;
 use x509_cert::der::Header;
 use x509_cert::der::Reader as _;
 use x509_cert::der::SliceReader;
+use x509_cert::der::asn1::BitString;
 use x509_cert::der::oid::ObjectIdentifier;
 use x509_cert::der::referenced::OwnedToRef as _;
 use x509_cert::ext::pkix::BasicConstraints;
@@ -259,7 +260,7 @@ impl Cert {
         let signed = Signed {
             body: &self.der[self.signed.clone()],
             algorithm: &self.parsed.signature_algorithm,
-            signature: self.parsed.signature.raw_bytes(),
+            signature: whole_bytes(&self.parsed.signature),
         };
         let verdict = if self.parsed.tbs_certificate.signature != self.parsed.signature_algorithm {
             Err("it names two signature algorithms".to_owned())
@@ -358,7 +359,7 @@ impl Crl {
         let signed = Signed {
             body: &self.der[self.signed.clone()],
             algorithm: &self.parsed.signature_algorithm,
-            signature: self.parsed.signature.raw_bytes(),
+            signature: whole_bytes(&self.parsed.signature),
         };
         let verdict = if self.parsed.tbs_cert_list.issuer != issuer.parsed.tbs_certificate.subject {
             Err(format!("it is issued by '{}'", self.issuer_name()))
@@ -391,6 +392,11 @@ fn common_name(name: &x509_cert::name::Name) -> String {
 /// be able to paint another verdict over ours.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '\u{fffd}' }).collect()
+}
+
+/// The bytes of a signature; none if it claims unused bits in the last one, which no signature has.
+fn whole_bytes(signature: &BitString) -> &[u8] {
+    signature.as_bytes().unwrap_or_default()
 }
 
 /// The DER structures of a file that holds one in DER, or PEM blocks with `label`.

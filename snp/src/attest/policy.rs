@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde::Deserializer;
 use serde::de::Error as _;
 
+use super::cert::printable;
 use super::tcb::Product;
 use super::tcb::Tcb;
 
@@ -77,9 +78,10 @@ impl<'de, const N: usize> Deserialize<'de> for Hex<N> {
         match hex::decode_to_slice(&text, &mut bytes) {
             Ok(()) => Ok(Hex(bytes)),
             Err(_) => Err(D::Error::custom(format!(
-                "expected {} hex digits, found {} characters '{text:.24}'",
+                "expected {} hex digits, found {} characters '{:.24}'",
                 N * 2,
-                text.chars().count()
+                text.chars().count(),
+                printable(&text)
             ))),
         }
     }
@@ -174,11 +176,19 @@ fn read(path: &Path) -> Result<String, PolicyError> {
     std::fs::read_to_string(path).map_err(error)
 }
 
+/// The parser's message shows a line of the file, which must not reach a terminal as it is.
+fn toml_error(error: toml::de::Error) -> PolicyError {
+    PolicyError::Toml(error.to_string().split('\n').map(printable).collect::<Vec<_>>().join("\n"))
+}
+
 /// The launch digests in the text of a digest set.
 pub fn measurement_set(text: &str) -> Result<Vec<[u8; 48]>, String> {
-    let set: MeasurementSet = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    let set: MeasurementSet = serde_json::from_str(text).map_err(|e| printable(&e.to_string()))?;
     if set.format != MEASUREMENT_SET_FORMAT {
-        return Err(format!("format is '{:.40}', expected '{MEASUREMENT_SET_FORMAT}'", set.format));
+        return Err(format!(
+            "format is '{:.40}', expected '{MEASUREMENT_SET_FORMAT}'",
+            printable(&set.format)
+        ));
     }
     if set.digests.is_empty() {
         return Err("it has no digests".into());
@@ -189,7 +199,7 @@ pub fn measurement_set(text: &str) -> Result<Vec<[u8; 48]>, String> {
 impl Policy {
     /// Reads the text of a policy. Digest sets that it names are not read: see [`Policy::load`].
     pub fn parse(text: &str) -> Result<Self, PolicyError> {
-        let policy: Policy = toml::from_str(text).map_err(|e| PolicyError::Toml(e.to_string()))?;
+        let policy: Policy = toml::from_str(text).map_err(toml_error)?;
         let says_something = policy.measurements.is_some()
             || !policy.measurement_sets.is_empty()
             || policy.id_key_digests.is_some()

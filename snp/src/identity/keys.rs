@@ -15,6 +15,8 @@ use p384::pkcs8::DecodePublicKey as _;
 use sha2::Digest as _;
 use sha2::Sha384;
 
+use crate::attest::cert::printable;
+
 /// Length of a public key as the firmware takes and hashes it.
 pub const PUBLIC_KEY_LEN: usize = 1028;
 /// Length of a signature's field in the auth page.
@@ -110,7 +112,7 @@ fn pem<'a>(
         }
     }
     let found = text.split_once("-----BEGIN ").and_then(|(_, rest)| rest.split_once("-----"));
-    let found = found.map_or("no PEM block".to_owned(), |(label, _)| format!("'{label}'"));
+    let found = found.map_or("no PEM block".to_owned(), |(label, _)| format!("'{}'", printable(label)));
     Err(KeyError::NoPem { expected, found })
 }
 

@@ -53,7 +53,9 @@ pub enum DecompressError {
     #[error("the kernel is compressed by {0}; use one compressed by zstd, xz, gzip or LZ4, or its vmlinux")]
     Unsupported(&'static str),
     /// Too large.
-    #[error("the decompressed kernel has {size} bytes, more than the limit of {MAX_DECOMPRESSED}")]
+    #[error(
+        "the last four bytes of the compressed kernel say that it has {size} bytes, expected at most {MAX_DECOMPRESSED}"
+    )]
     TooLarge {
         /// Its size in bytes.
         size: u64,

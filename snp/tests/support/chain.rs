@@ -102,8 +102,11 @@ pub struct Authority {
 
 impl Authority {
     pub fn new() -> Self {
-        let key = || SigningKey::random(&mut OsRng);
-        let (root_key, intermediate_key, chip_key) = (key(), key(), key());
+        Authority::with_keys([(); 3].map(|()| SigningKey::random(&mut OsRng)))
+    }
+
+    /// With the keys of root, intermediate and chip: the same keys give the same certificates.
+    pub fn with_keys([root_key, intermediate_key, chip_key]: [SigningKey; 3]) -> Self {
         let ca = [(CA.0, CA.1.to_vec())];
         let root = certificate(("ARK-Test", &root_key), ("ARK-Test", &root_key), 1, &ca);
         let intermediate = certificate(("SEV-Test", &intermediate_key), ("ARK-Test", &root_key), 2, &ca);

@@ -18,6 +18,9 @@ use crate::build;
 use crate::setup;
 use crate::steps::Steps;
 
+/// Seconds for each fuzz target: with some thirty of them on two cores, four minutes.
+const FUZZ_SECONDS: &str = "15";
+
 /// `cargo xtask test`
 #[derive(clap::Args)]
 pub struct Args {
@@ -70,6 +73,11 @@ fn unit_tests(workspace: &Workspace) -> Result<Counts> {
         .args(["test", "--workspace", "--no-fail-fast"])
         // The number of kills that the TPM service has to live through; fewer where someone runs that test alone.
         .env("VTPM_KILLS", std::env::var_os("VTPM_KILLS").unwrap_or_else(|| "2000".into()))
+        // The time for each target of the fuzzing; a fraction of a second where someone runs those tests alone.
+        .env(
+            "CVMM_FUZZ_SECONDS",
+            std::env::var_os("CVMM_FUZZ_SECONDS").unwrap_or_else(|| FUZZ_SECONDS.into()),
+        )
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start cargo test")?;

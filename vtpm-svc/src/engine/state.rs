@@ -83,7 +83,7 @@ pub fn unframe(blob: Blob, bytes: &[u8]) -> Result<&[u8], FrameError> {
         return Err(FrameError::NotAFrame(bytes.len()));
     }
     if word(8) != 1 || &bytes[12..16] != b"ltpm" {
-        let engine = String::from_utf8_lossy(&bytes[12..16]).into_owned();
+        let engine = bytes[12..16].escape_ascii().to_string();
         return Err(FrameError::Foreign { version: word(8), engine });
     }
     if word(20) != blob.number() {
