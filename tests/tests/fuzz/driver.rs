@@ -33,7 +33,7 @@ const SECONDS: f64 = 0.3;
 /// No parser of a few kilobytes may take longer; a busy machine has to fit in.
 const LONGEST_CASE: Duration = Duration::from_secs(20);
 /// A refusal is a message for a person.
-const LONGEST_TEXT: usize = 4096;
+const LONGEST_TEXT: usize = 16 << 10;
 
 /// A valid input, and where in it a change matters.
 pub struct Seed {
@@ -126,7 +126,8 @@ impl Target<'_> {
     pub fn run(&self) {
         limit_memory();
         if let Ok(file) = std::env::var("CVMM_FUZZ_INPUT") {
-            let input = std::fs::read(&file).unwrap_or_else(|e| panic!("CVMM_FUZZ_INPUT={file}: {e}"));
+            let input = std::fs::read(Workspace::find().root().join(&file))
+                .unwrap_or_else(|e| panic!("CVMM_FUZZ_INPUT={file}: {e}"));
             let answer = (self.parse)(&input);
             say(&format!("fuzz {}: {file}: {answer:?}", self.name));
             return;

@@ -25,6 +25,7 @@ const SAYS: &[&str] = &[
     "0x",
     "loadable segment",
     "last four bytes say",
+    "use one compressed by",
 ];
 
 /// Reads a kernel and whatever can be asked of one; nothing may lie outside of the file.
