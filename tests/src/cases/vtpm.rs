@@ -30,7 +30,7 @@ use crate::suite::Context;
 use crate::tpm;
 
 /// Making RSA keys in software, in an emulated machine, takes long.
-const LIMIT: Duration = Duration::from_secs(900);
+const LIMIT: Duration = Duration::from_secs(360);
 
 /// The PCR that Linux itself extends (its integrity measurement architecture), after the log that is handed to it.
 const IMA: &str = "10";
