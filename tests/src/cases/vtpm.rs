@@ -27,6 +27,7 @@ use crate::kernels::Role;
 use crate::machine::Output;
 use crate::suite::Case;
 use crate::suite::Context;
+use crate::suite::Verdict;
 use crate::tpm;
 
 /// Making RSA keys in software, in an emulated machine, takes long.
@@ -37,6 +38,20 @@ const IMA: &str = "10";
 
 /// What the tools' script prints when it is through.
 const ALL_STEPS: &str = "all steps passed";
+
+/// A case of several boots in a row, which the emulated CPU often does not survive: its kernel locks up for minutes, and the
+/// guest's TPM commands time out. `CVMM_NESTED_RESETS` runs it there all the same.
+fn unless_nested(name: &str, run: fn(&Context) -> Result<()>) -> Case {
+    Case {
+        name: name.into(),
+        run: Box::new(move |context| {
+            if !context.decision().host && std::env::var_os("CVMM_NESTED_RESETS").is_none() {
+                return Ok(Verdict::Skipped("nested; set CVMM_NESTED_RESETS to try it".into()));
+            }
+            run(context).map(|()| Verdict::Passed)
+        }),
+    }
+}
 
 /// The cases of this file.
 pub fn cases() -> Vec<Case> {
@@ -54,8 +69,8 @@ pub fn cases() -> Vec<Case> {
             log_holds(context, &guest, &console)
         }),
         Case::new("vtpm/state-survives-the-monitor", state_survives),
-        Case::new("vtpm/snp/reset-by-a-guest", reset_by_a_guest),
-        Case::new("vtpm/snp/clear-asked-by-a-guest", clear_asked),
+        unless_nested("vtpm/snp/reset-by-a-guest", reset_by_a_guest),
+        unless_nested("vtpm/snp/clear-asked-by-a-guest", clear_asked),
         Case::new("vtpm/service-killed-while-the-guest-runs", service_killed),
     ]
 }
