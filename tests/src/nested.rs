@@ -44,6 +44,15 @@ use crate::workspace::Workspace;
 /// The emulator, from Debian's `qemu-system-x86`.
 pub const QEMU: &str = "qemu-system-x86_64";
 
+/// L1 has one CPU. With two of them QEMU's software CPU now and then runs L2 with the wrong memory, or L1 as if it were L2: in
+/// runs of some 300,000 exits each, 7 of about 25 ended with a guest that crashed, an L1 that panicked, or one that hung (both
+/// with QEMU 7.2 and 10.0); with one CPU, none of 50.
+const CPUS: &str = "1";
+
+/// QEMU's software CPU loses an interrupt now and then when it enters L2. A timer that has to be set anew for each tick is
+/// then dead, and L1 with it; one that ticks by itself is late once.
+const PERIODIC_TIMER: &str = "highres=off nohz=off";
+
 /// QEMU warns about features of this model that its software CPU lacks; none of them is needed. Two are taken away:
 /// `xsaves`, and `cx16`, because the software CPU of QEMU 7.2 gives an interrupted L2 guest wrong flags after CMPXCHG16B
 /// (6 of 8 boots of a 6.12 guest under QEMU's own KVM mode died of it, most in `kmem_cache_alloc`; without it none of 8).
@@ -198,12 +207,12 @@ impl Drop for Nested {
 fn qemu_command(kernel: &Kernel, initrd: &Path, share: &Path, console: &Path, socket: &Path) -> Command {
     let memory = std::env::var("CVMM_L1_MEMORY").unwrap_or_else(|_| MEMORY.into());
     let append = format!(
-        "console=ttyS0 panic=-1 mitigations=off nokaslr quiet loglevel=4 cvmm.share={}",
+        "console=ttyS0 panic=-1 mitigations=off nokaslr quiet loglevel=4 {PERIODIC_TIMER} cvmm.share={}",
         share.display()
     );
     let mut command = Command::new(std::env::var_os("CVMM_QEMU").unwrap_or_else(|| QEMU.into()));
     command
-        .args(["-accel", "tcg", "-M", "q35", "-smp", "2", "-m", &memory])
+        .args(["-accel", "tcg", "-M", "q35", "-smp", CPUS, "-m", &memory])
         .args(["-cpu", CPU])
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .arg("-serial")

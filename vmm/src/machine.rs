@@ -11,6 +11,7 @@ use devices::bus::Overlap;
 use devices::i8042;
 use devices::power;
 use devices::rtc;
+use devices::rtc::Rtc;
 use devices::serial;
 use devices::serial::Serial;
 use snp::image::acpi;
@@ -28,6 +29,8 @@ pub struct Machine {
     pub mmio: Bus,
     /// The console.
     pub serial: Arc<Mutex<Serial>>,
+    /// The clock.
+    pub rtc: Arc<Mutex<Rtc>>,
 }
 
 /// Why the machine could not be put together.
@@ -59,11 +62,12 @@ impl Machine {
 
         let mut pio = Bus::default();
         pio.insert(serial::COM1_PORT, serial::COM1_LEN, Arc::clone(&serial) as _)?;
-        pio.insert(rtc::PORT, rtc::LEN, Arc::new(Mutex::new(rtc::Rtc::default())))?;
+        let rtc = Arc::new(Mutex::new(Rtc::default()));
+        pio.insert(rtc::PORT, rtc::LEN, Arc::clone(&rtc) as _)?;
         pio.insert(i8042::PORT, 1, Arc::new(Mutex::new(i8042::ResetLine)))?;
         let pm1 = power::Pm1::new(acpi::SLP_TYP_S5);
         pio.insert(u64::from(acpi::PM1A_EVENT_PORT), power::PM1_LEN, Arc::new(Mutex::new(pm1)))?;
         pio.insert(power::RESET_PORT, 1, Arc::new(Mutex::new(power::ResetControl::default())))?;
-        Ok(Machine { pio, mmio: Bus::default(), serial })
+        Ok(Machine { pio, mmio: Bus::default(), serial, rtc })
     }
 }

@@ -6,9 +6,12 @@
 //! the first vCPU of each VM runs. Commands go through the CRB device; its buffer is one page of memory that guest and monitor share, also
 //! in SNP guests.
 //!
+//! The service also keeps how far the guest has set its clock ahead of the host's ([`clock`]).
+//!
 //! The service may end or stop answering at any time. Then the guest's TPM reports a fatal error, the monitor says so once,
 //! and the guest goes on. The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
 
+mod clock;
 pub mod measured;
 pub mod service;
 
@@ -50,6 +53,7 @@ use crate::monitor::Companion;
 use crate::platform::CallError;
 use crate::platform::MemorySlot;
 use crate::platform::Vm;
+use clock::Clock;
 use service::Service;
 
 /// Why the guest has no TPM.
@@ -123,6 +127,8 @@ pub struct Vtpm {
     link: Arc<Link>,
     control: Control,
     events: Vec<Event>,
+    /// `None` until the first VM, or at a service that keeps no clock.
+    clock: Option<Clock>,
     service: Option<Service>,
 }
 
@@ -154,7 +160,7 @@ impl Vtpm {
     fn new(client: Client, events: Vec<Event>, service: Option<Service>) -> Self {
         let control = client.control();
         let link = Arc::new(Link { client: Mutex::new(client), told: AtomicBool::new(false) });
-        Vtpm { link, control, events, service }
+        Vtpm { link, control, events, clock: None, service }
     }
 
     /// Gives the TPM to a VM: registers on `mmio`, the buffer page as a memory slot.
@@ -250,6 +256,12 @@ impl Companion for Vtpm {
         machine: &mut Machine,
     ) -> Result<(), Box<dyn Error + Send + Sync>> {
         self.power_on()?;
+        if self.clock.is_none() {
+            self.clock = Clock::new(&self.control)?;
+        }
+        if let Some(clock) = &self.clock {
+            lock(&machine.rtc).keep(clock.ahead(), Some(clock.store()));
+        }
         Ok(self.attach(vm, &mut machine.mmio)?)
     }
 }
@@ -258,6 +270,9 @@ impl Drop for Vtpm {
     /// The guest is over: a service that was started for it ends, its state on disk.
     fn drop(&mut self) {
         self.link.told.store(true, Ordering::Release);
+        if let Some(clock) = &self.clock {
+            clock.settle();
+        }
         if let Some(service) = self.service.take() {
             service.end(self.control.clone());
         }
