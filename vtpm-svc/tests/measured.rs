@@ -134,7 +134,7 @@ fn signing_a_kernel_does_not_change_its_digest() {
 
 /// Kernels that this machine has, by the tool that signs kernels; needs `pesign`, so it is for a developer's machine.
 #[test]
-#[ignore = "needs pesign and the kernels that `cargo xtask setup` fetches; run with CVMM_KERNEL=path"]
+#[ignore = "needs pesign and a kernel in CVMM_KERNEL; `cargo xtask test` runs it"]
 fn pesign_computes_the_same_digest() {
     use sha2::Digest;
     let path = PathBuf::from(std::env::var_os("CVMM_KERNEL").expect("CVMM_KERNEL"));

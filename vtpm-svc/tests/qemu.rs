@@ -92,7 +92,7 @@ fn initrd() -> Vec<u8> {
 }
 
 #[test]
-#[ignore = "needs CVMM_KERNEL, busybox-static and QEMU; minutes without hardware virtualisation"]
+#[ignore = "needs busybox-static, QEMU and a kernel in CVMM_KERNEL; `cargo xtask test` runs it"]
 fn a_guest_of_stock_qemu_uses_our_tpm() {
     let kernel = PathBuf::from(std::env::var_os("CVMM_KERNEL").expect("CVMM_KERNEL"));
     for device in ["tpm-crb", "tpm-tis"] {

@@ -22,7 +22,8 @@ use crate::steps::capture;
 use crate::steps::show;
 
 /// Packages whose programs the harness runs: the emulator for nested runs, which is also the peer of the boot bench; the
-/// TPM engine that vtpm-svc loads; and the TPM tools that its tests drive it with, on the host and in guests.
+/// TPM engine that vtpm-svc loads; the TPM tools that its tests drive it with, on the host and in guests; and a second opinion on
+/// kernels' digests.
 const PACKAGES: &[&str] = &[
     "qemu-system-x86",
     "libtpms0",
@@ -32,6 +33,7 @@ const PACKAGES: &[&str] = &[
     "tss2",
     "busybox-static",
     "openssl",
+    "pesign",
     "systemd",
 ];
 

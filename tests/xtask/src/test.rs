@@ -9,6 +9,8 @@ use std::process::Stdio;
 use anyhow::Context as _;
 use anyhow::Result;
 use cvmm_tests::cases;
+use cvmm_tests::kernels::Kernel;
+use cvmm_tests::kernels::Role;
 use cvmm_tests::suite;
 use cvmm_tests::suite::Context;
 use cvmm_tests::suite::Counts;
@@ -70,7 +72,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// Runs `cargo test` for the workspace and adds up its result lines.
 fn unit_tests(workspace: &Workspace) -> Result<Counts> {
     let mut child = build::cargo(workspace)
-        .args(["test", "--workspace", "--no-fail-fast"])
+        // What `cargo test` alone leaves out needs what the set-up has fetched.
+        .args(["test", "--workspace", "--no-fail-fast", "--", "--include-ignored"])
+        .env("CVMM_KERNEL", Kernel::find(workspace, Role::StableCloud)?.image)
         // The number of kills that the TPM service has to live through; fewer where someone runs that test alone.
         .env("VTPM_KILLS", std::env::var_os("VTPM_KILLS").unwrap_or_else(|| "2000".into()))
         // The time for each target of the fuzzing; a fraction of a second where someone runs those tests alone.
