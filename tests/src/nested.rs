@@ -44,9 +44,9 @@ use crate::workspace::Workspace;
 /// The emulator, from Debian's `qemu-system-x86`.
 pub const QEMU: &str = "qemu-system-x86_64";
 
-/// L1 has one CPU. With two of them QEMU's software CPU now and then runs L2 with the wrong memory, or L1 as if it were L2: in
-/// runs of some 300,000 exits each, 7 of about 25 ended with a guest that crashed, an L1 that panicked, or one that hung (both
-/// with QEMU 7.2 and 10.0); with one CPU, none of 50.
+/// L1 has one CPU. With two of them QEMU's software CPU now and then runs L2 with the wrong memory, or L1 as if it were L2: of
+/// some 33 strict runs of 300,000 exits each, 6 ended with a guest that crashed, an L1 that panicked, or one that hung (with
+/// QEMU 7.2 and with 10.0); with one CPU, none of 38 did.
 const CPUS: &str = "1";
 
 /// QEMU's software CPU loses an interrupt now and then when it enters L2. A timer that has to be set anew for each tick is

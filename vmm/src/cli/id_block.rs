@@ -270,6 +270,11 @@ fn show_block(args: &Show) -> Result<u8, Failure> {
         Some(path) => Some(read_auth(path)?),
         None => None,
     };
+    if let Some(auth) = auth.as_ref().filter(|_| args.qemu || args.igvm.is_some())
+        && let Err(error) = auth.check_signatures(&block)
+    {
+        eprintln!("cvmm: warning: {error}; firmware refuses a launch with these files");
+    }
     if let (Some(path), Some(auth)) = (&args.igvm, &auth) {
         write(path, &id_block_header(&block, auth, 1))?;
     }
