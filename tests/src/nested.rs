@@ -46,7 +46,7 @@ pub const QEMU: &str = "qemu-system-x86_64";
 
 /// L1 has one CPU. With two of them QEMU's software CPU now and then runs L2 with the wrong memory, or L1 as if it were L2: of
 /// some 33 strict runs of 300,000 exits each, 6 ended with a guest that crashed, an L1 that panicked, or one that hung (with
-/// QEMU 7.2 and with 10.0); with one CPU, none of 38 did.
+/// QEMU 7.2 and with 10.0); with one CPU, none of 38 did. `CVMM_L1_CPUS` overrides.
 const CPUS: &str = "1";
 
 /// QEMU's software CPU loses an interrupt now and then when it enters L2. A timer that has to be set anew for each tick is
@@ -206,13 +206,14 @@ impl Drop for Nested {
 
 fn qemu_command(kernel: &Kernel, initrd: &Path, share: &Path, console: &Path, socket: &Path) -> Command {
     let memory = std::env::var("CVMM_L1_MEMORY").unwrap_or_else(|_| MEMORY.into());
+    let cpus = std::env::var("CVMM_L1_CPUS").unwrap_or_else(|_| CPUS.into());
     let append = format!(
         "console=ttyS0 panic=-1 mitigations=off nokaslr quiet loglevel=4 {PERIODIC_TIMER} cvmm.share={}",
         share.display()
     );
     let mut command = Command::new(std::env::var_os("CVMM_QEMU").unwrap_or_else(|| QEMU.into()));
     command
-        .args(["-accel", "tcg", "-M", "q35", "-smp", CPUS, "-m", &memory])
+        .args(["-accel", "tcg", "-M", "q35", "-smp", &cpus, "-m", &memory])
         .args(["-cpu", CPU])
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .arg("-serial")

@@ -132,7 +132,7 @@ fn signing_a_kernel_does_not_change_its_digest() {
     }
 }
 
-/// Kernels that this machine has, by the tool that signs kernels; needs `pesign`, so it is for a developer's machine.
+/// A real kernel, by the tool that signs kernels.
 #[test]
 #[ignore = "needs pesign and a kernel in CVMM_KERNEL; `cargo xtask test` runs it"]
 fn pesign_computes_the_same_digest() {
