@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! KVM's SEV commands: their order, what each one checks, and the errno of each refusal.
 //!
-//! Stands for `sev_mem_enc_ioctl` of Linux 6.12 (`arch/x86/kvm/svm/sev.c`) and the functions that it calls; each method and
-//! each check names its own. As in KVM, an errno alone says little: with -EIO and a firmware status the firmware said no,
-//! with -EIO and status 0 KVM did, and hides why.
+//! Stands for `sev_mem_enc_ioctl` (`arch/x86/kvm/svm/sev.c`) and the functions that it calls; each method and each check names
+//! its own. Where Linux 6.12 to 7.3 differ, the model is as strict as the strictest of them, so that what launches here
+//! launches on each. As in KVM, an errno alone says little: with -EIO and a firmware status the firmware said no, with -EIO and
+//! status 0 KVM did, and hides why.
 
 use std::fmt;
 
@@ -198,7 +199,9 @@ impl VmModel {
         let refused = self.vcpu_count() != 0
             || args.flags != 0
             || args.vmsa_features & !self.supported_vmsa_features() != 0
-            || args.ghcb_version > GHCB_VERSION_MAX;
+            || args.ghcb_version > GHCB_VERSION_MAX
+            // Version 1 has no SNP: refused by `__sev_guest_init` of Linux 7.3, taken by that of 6.12.
+            || args.ghcb_version == 1;
         if refused {
             return Err(CommandError::kvm(Errno::EINVAL));
         }
@@ -224,16 +227,8 @@ impl VmModel {
         if let Err(error) = self.inject_error(Step::CreateVcpu) {
             return Err(error.errno);
         }
-        // What KVM does after FINISH is not known; such a vCPU has no measured VMSA, and the model refuses it.
-        let sealed = match &*self.launch() {
-            Launch::Created | Launch::Initialised => false,
-            Launch::Launching { sealed, .. } => *sealed,
-            Launch::Running(_) => true,
-        };
-        if sealed {
-            return Err(Errno::EINVAL);
-        }
-        // kvm_vm_ioctl_create_vcpu.
+        // kvm_vm_ioctl_create_vcpu (Linux 6.12 and 7.3): also after FINISH. Such a vCPU has no measured VMSA, and can only be
+        // started by the guest's AP creation.
         if self.add_vcpu(id) { Ok(()) } else { Err(Errno::EEXIST) }
     }
 
@@ -288,23 +283,28 @@ impl VmModel {
             Launch::Created | Launch::Initialised => return Err(CommandError::kvm(Errno::EINVAL)),
             Launch::Launching { context, .. } | Launch::Running(context) => context,
         };
+        let invalid = CommandError::kvm(Errno::EINVAL);
         let page_type = match args.page_type {
             1 => PageType::Normal,
             3 => PageType::Zero,
             4 => PageType::Unmeasured,
             5 => PageType::Secrets,
             6 => PageType::Cpuid,
-            _ => return Err(CommandError::kvm(Errno::EINVAL)),
+            _ => return Err(invalid),
         };
+        // A length of 0 is EINVAL in 7.2 and 7.3; 6.12 does nothing and succeeds.
+        if args.len == 0 || !args.len.is_multiple_of(PAGE) || args.flags != 0 {
+            return Err(invalid);
+        }
+        // The source is pinned page by page in 7.2 and 7.3 (`kvm_gmem_populate`), so its address is one of a page; 6.12 copies
+        // from any address. ZERO pages have no source.
+        if page_type != PageType::Zero && (args.uaddr == 0 || !args.uaddr.is_multiple_of(PAGE)) {
+            return Err(invalid);
+        }
         // The memslot of the first page must exist; a call ends at the end of it.
         let first = args.gfn_start.checked_mul(PAGE).filter(|gpa| self.pages.state(*gpa).is_some());
-        let (Some(first), true, 0) = (first, args.len.is_multiple_of(PAGE), args.flags) else {
-            return Err(CommandError::kvm(Errno::EINVAL));
-        };
+        let Some(first) = first else { return Err(invalid) };
         let pages = (args.len / PAGE).min(self.pages.run_in_slot(first));
-        if pages == 0 {
-            return Err(CommandError::kvm(Errno::EIO));
-        }
         let mut done = 0;
         let mut error = None;
         while done < pages {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A GHCB page between VMGEXIT and the guest's resumption, and the shared memory around it.
 //!
-//! Stands for `sev_es_sync_to_ghcb`, `sev_es_unmap_ghcb` and `setup_vmgexit_scratch` of Linux 6.12. Every access goes
+//! Stands for `sev_es_sync_to_ghcb`, `sev_es_unmap_ghcb` and `setup_vmgexit_scratch` of Linux 6.12 and 7.3. Every access goes
 //! through the shared view, and only where the page's state is shared.
 
 use crate::ghcb::exit;
@@ -15,9 +15,6 @@ use crate::model::rmp::Finding;
 use crate::model::rmp::PAGE;
 use crate::model::vcpu::Outcome;
 use crate::model::vm::VmModel;
-
-/// KVM's limit for a scratch area outside of the GHCB.
-const SCRATCH_LIMIT: u64 = 16 * PAGE;
 
 /// What the model needs for every access: the guest's state and its memory.
 #[derive(Clone, Copy)]
@@ -75,31 +72,15 @@ impl Exchange {
         self.set(Field::ExitInfo2, exit::INJECT_GP);
     }
 
-    /// Where a scratch area of `len` bytes at `scratch` lies in this page: `None` if it begins elsewhere, `Some(None)` if
-    /// it begins here but does not lie in the shared buffer as a whole.
-    fn own_window(&self, scratch: u64, len: u64) -> Option<Option<std::ops::Range<usize>>> {
-        let offset = scratch.checked_sub(self.gpa).filter(|offset| *offset < PAGE)? as usize;
-        let end = usize::try_from(len).ok().and_then(|len| offset.checked_add(len));
-        Some(
-            end.filter(|end| offset >= page::SHARED_BUFFER && *end <= page::SHARED_BUFFER_END)
-                .map(|end| offset..end),
-        )
-    }
-
-    /// A copy of the scratch area, or `None` if it does not lie where it may. What lies in this page is taken from the
-    /// copy that was checked, what lies outside is copied now.
-    pub fn scratch(&self, guest: Guest, scratch: u64, len: u64) -> Option<Vec<u8>> {
-        if scratch == 0 {
+    /// A copy of the scratch area of `len` bytes at `scratch`, or `None` if it does not lie in this page's shared buffer as a
+    /// whole. GHCB version 2, which SNP demands, allows no other place (Linux 6.12.117 and 7.3.4; 6.17 and 6.18 took others).
+    pub fn scratch(&self, scratch: u64, len: u64) -> Option<Vec<u8>> {
+        let offset = usize::try_from(scratch.checked_sub(self.gpa)?).ok()?;
+        let end = usize::try_from(len).ok().and_then(|len| offset.checked_add(len))?;
+        if offset < page::SHARED_BUFFER || end > page::SHARED_BUFFER_END {
             return None;
         }
-        if let Some(window) = self.own_window(scratch, len) {
-            return Some(self.page[window?].to_vec());
-        }
-        if len > SCRATCH_LIMIT {
-            return None;
-        }
-        let mut bytes = vec![0; usize::try_from(len).ok()?];
-        guest.read(scratch, &mut bytes).then_some(bytes)
+        Some(self.page.get(offset..end)?.to_vec())
     }
 
     /// Ends the event: writes the fields of the answer to the guest's page.

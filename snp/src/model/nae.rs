@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Non-automatic exits: from the bytes of a GHCB page to one checked event.
 //!
-//! Stands for `sev_es_sync_from_ghcb` and `sev_es_validate_vmgexit` of Linux 6.12, and for the operand checks of the
-//! handlers behind them. Pure: the page is a copy, and every byte of it is hostile.
+//! Stands for `sev_es_sync_from_ghcb` and `sev_es_validate_vmgexit` of Linux 6.12 (`sev_es_are_required_ghcb_fields_valid` of
+//! 7.3), and for the operand checks of the handlers behind them. Pure: the page is a copy, and every byte of it is hostile.
 
 use crate::ghcb::exit;
 use crate::ghcb::exit::Malformed;
@@ -47,7 +47,7 @@ pub enum Event {
         index: u32,
         xcr0: Option<u64>,
     },
-    /// INVD, WBINVD, MONITOR, MWAIT: nothing to do.
+    /// INVD, WBINVD, MONITOR, MWAIT, and accesses of no bytes: nothing to do.
     Nothing,
     /// One access of `size` bytes.
     Io {
@@ -100,6 +100,8 @@ pub enum Event {
         vmsa: u64,
         sev_features: u64,
     },
+    /// String I/O of more bytes than an int counts: KVM_RUN fails.
+    TooMuchIo,
     /// The guest says that it got a #VC it cannot handle: KVM_RUN fails.
     Unsupported,
 }
@@ -179,8 +181,8 @@ fn event(ghcb: &[u8; page::SIZE], inputs: &Inputs) -> Result<Event, Malformed> {
         exit::MMIO_READ | exit::MMIO_WRITE => {
             need(Field::Scratch)?;
             let direction = if code == exit::MMIO_READ { Direction::In } else { Direction::Out };
-            // KVM refuses accesses of more than eight bytes; none at all makes no sense either.
             match info2 {
+                0 => Event::Nothing,
                 1..=8 => Event::Mmio { gpa: info1, len: info2 as u8, direction, scratch },
                 _ => return Err(Malformed::InvalidInput),
             }
@@ -197,9 +199,9 @@ fn event(ghcb: &[u8; page::SIZE], inputs: &Inputs) -> Result<Event, Malformed> {
         exit::UNSUPPORTED_EVENT => Event::Unsupported,
         exit::PAGE_STATE_CHANGE => Event::PageStateChange { scratch: need(Field::Scratch)? },
         exit::GUEST_REQUEST | exit::EXTENDED_GUEST_REQUEST => {
-            // KVM answers these with "missing input", although the field is there and wrong.
+            // "Missing input" in Linux 6.12.
             if !info1.is_multiple_of(4096) || !info2.is_multiple_of(4096) || info1 == info2 {
-                return Err(Malformed::MissingInput);
+                return Err(Malformed::InvalidInput);
             }
             let extended = code == exit::EXTENDED_GUEST_REQUEST;
             Event::GuestRequest { request: info1, response: info2, extended }
@@ -225,15 +227,24 @@ fn io(inputs: &Inputs, info1: u64, info2: u64, scratch: Result<u64, Malformed>) 
         return Err(Malformed::MissingInput);
     }
     let (port, size) = ((info1 >> 16) as u16, (info1 >> 4 & 7) as u8);
-    // Exactly one size bit: the bits' value is the size in bytes.
-    if !matches!(size, 1 | 2 | 4) {
-        return Err(Malformed::InvalidInput);
+    // The bits' value is the size in bytes. KVM resumes the guest at once for none, and does not look whether it is only one.
+    match size {
+        0 => return Ok(Event::Nothing),
+        1 | 2 | 4 => {}
+        _ => return Err(Malformed::InvalidInput),
     }
     if !string {
         return Ok(Event::Io { port, size, direction });
     }
-    // KVM limits the count to an int; the scratch area limits it further.
-    let count = u32::try_from(info2).ok().filter(|count| (1..=i32::MAX as u32).contains(count));
-    let count = count.ok_or(Malformed::InvalidInput)?;
+    // sev_es_string_io: count and bytes are ints.
+    let count = u32::try_from(info2).ok().filter(|count| *count <= i32::MAX as u32);
+    let Some(count) =
+        count.filter(|count| count.checked_mul(size.into()).is_some_and(|b| b <= i32::MAX as u32))
+    else {
+        return Ok(Event::TooMuchIo);
+    };
+    if count == 0 {
+        return Ok(Event::Nothing);
+    }
     Ok(Event::StringIo { port, size, direction, count, scratch: scratch? })
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Page-state changes by GHCB page: from a buffer of entries to exits of merged ranges.
 //!
-//! Stands for `snp_begin_psc`, `__snp_complete_one_psc` and `snp_complete_psc` of Linux 6.12, and keeps to their merging,
-//! because the monitor shall see the exits that it would see on hardware. Two differences: the buffer must lie in the
-//! GHCB's shared buffer as a whole (6.12 checks that with a length that Linux guests give as zero; later kernels check it
-//! rightly), and entries are copied once, where KVM reads them again for each range.
+//! Stands for `snp_begin_psc`, `__snp_complete_one_psc` and `snp_complete_psc` of Linux 6.12 and 7.3, and keeps to their merging,
+//! because the monitor shall see the exits that it would see on hardware. As in 6.12.117 and 7.3.4 the header must lie in the
+//! GHCB's shared buffer, and what does not fit behind it is not read. One difference: entries are copied once, where KVM reads
+//! them again for each range.
 
 use crate::ghcb::msr::PageOperation;
 use crate::ghcb::page;

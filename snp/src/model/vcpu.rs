@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One vCPU's side of the GHCB protocol: what VMGEXIT does, and which exit it becomes.
 //!
-//! Stands for `sev_handle_vmgexit` and `sev_handle_vmgexit_msr_protocol` of Linux 6.12. A VMGEXIT ends in an [`Outcome`]:
+//! Stands for `sev_handle_vmgexit` and `sev_handle_vmgexit_msr_protocol` of Linux 6.12 and 7.3; where they differ the model is as
+//! strict as the stricter one. A VMGEXIT ends in an [`Outcome`]:
 //! either the guest is answered and resumes, or the monitor has to do something and answers by [`VcpuModel::complete`].
 //! The GHCB page is copied once; only the fields that KVM would write are written back, before the guest resumes.
 
@@ -122,7 +123,7 @@ pub enum Outcome {
 /// The monitor's answer to an [`Outcome`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// `hypercall.ret`: zero if the range was changed.
+    /// `hypercall.ret`: zero if the range was changed, else EINVAL or EAGAIN, which are the same to the guest.
     MapGpaRange {
         /// The field's value.
         ret: u64,
@@ -314,6 +315,7 @@ impl VcpuModel {
         if !guest.read(gpa, page.as_mut_slice()) {
             return Outcome::Resume;
         }
+        // KVM_RUN fails in Linux 6.12; 7.3 answers the guest with NOT_REGISTERED.
         if self.registered != Some(gpa) {
             return Outcome::RunFails(Errno::EINVAL);
         }
@@ -363,7 +365,7 @@ impl VcpuModel {
             }
             Event::StringIo { port, size, direction, count, scratch } => {
                 let len = u64::from(count) * u64::from(size);
-                let Some(data) = x.scratch(guest, scratch, len) else {
+                let Some(data) = x.scratch(scratch, len) else {
                     return x.refuse(guest, Malformed::InvalidScratchArea);
                 };
                 return self.string_io(guest, x, StringIo { port, size, direction, scratch, data, done: 0 });
@@ -374,7 +376,7 @@ impl VcpuModel {
             }
             Event::Hypercall => x.set(Field::Rax, KVM_ENOSYS.wrapping_neg() as u64),
             Event::Mmio { gpa, len, direction, scratch } => {
-                let Some(bytes) = x.scratch(guest, scratch, len.into()) else {
+                let Some(bytes) = x.scratch(scratch, len.into()) else {
                     return x.refuse(guest, Malformed::InvalidScratchArea);
                 };
                 let mut data = [0; 8];
@@ -388,6 +390,7 @@ impl VcpuModel {
             Event::SetJumpTable { address } => vm.set_jump_table(address),
             Event::GetJumpTable => x.set(Field::ExitInfo2, vm.jump_table()),
             Event::Features => x.set(Field::ExitInfo2, vm.hypervisor_features()),
+            Event::TooMuchIo => return Outcome::RunFails(Errno::EINVAL),
             Event::Terminate => return Outcome::Terminate { data0: x.gpa },
             Event::Unsupported => return Outcome::RunFails(Errno::EINVAL),
             Event::PageStateChange { scratch } => match Psc::new(&x.page, x.gpa, scratch) {
@@ -486,6 +489,11 @@ impl VcpuModel {
     pub fn complete(&mut self, vm: &VmModel, mem: &dyn GuestMemory, reply: Reply) -> Outcome {
         let guest = Guest { vm, mem };
         match (self.pending.take(), reply) {
+            (Some(Pending::PscMsr | Pending::Psc(..)), Reply::MapGpaRange { ret })
+                if !valid_map_gpa_ret(ret) =>
+            {
+                Outcome::RunFails(Errno::EINVAL)
+            }
             (Some(Pending::PscMsr), Reply::MapGpaRange { ret }) => self.finish_psc_msr(ret == 0),
             (Some(Pending::Psc(x, mut psc)), Reply::MapGpaRange { ret: 0 }) => {
                 psc.range_done();
@@ -560,6 +568,11 @@ impl VcpuModel {
             _ => Outcome::RunFails(Errno::EINVAL),
         }
     }
+}
+
+/// Answers to a range's conversion that KVM takes (`x86.h:kvm_is_valid_map_gpa_range_ret`, Linux 7.2 and 7.3); 6.12 takes any.
+fn valid_map_gpa_ret(ret: u64) -> bool {
+    i32::try_from(ret).is_ok_and(|ret| [0, Errno::EINVAL.0, Errno::EAGAIN.0].contains(&ret))
 }
 
 /// The SEV_INFO answer.

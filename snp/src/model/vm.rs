@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What all vCPUs of one guest share: page states, features, which vCPUs exist.
 //!
-//! Stands for KVM's `struct kvm_sev_info` and for `sev_snp_ap_creation` of Linux 6.12. No lock of this type is held while
-//! a vCPU waits for anything.
+//! Stands for KVM's `struct kvm_sev_info` and for `sev_snp_ap_creation` of Linux 6.12 and 7.3. No lock of this type is held
+//! while a vCPU waits for anything.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -34,9 +34,7 @@ use crate::vmsa::SEV_FEATURE_SNP_ACTIVE;
 use crate::vmsa::VmsaState;
 use crate::vmsa::decode::VmsaRefusal;
 
-/// Bits of `sev_features` that select how interrupts are injected: restricted and alternate injection.
-const INJECTION_MODES: u64 = 1 << 3 | 1 << 4;
-/// Lowest GHCB protocol version that KVM offers.
+/// Lowest GHCB protocol version that KVM tells a guest (`GHCB_VERSION_MIN`).
 const GHCB_VERSION_MIN: u16 = 1;
 /// Highest GHCB protocol version that KVM offers.
 pub const GHCB_VERSION_MAX: u16 = 2;
@@ -269,8 +267,9 @@ impl VmModel {
         self.pages.rmpadjust(gpa, c_bit, rcx, rdx)
     }
 
-    /// An AP creation event (`sev_snp_ap_creation`): what to do with a vCPU, and whether the guest asked rightly. KVM stops
-    /// the target of a wrong request too.
+    /// An AP creation event (`sev_snp_ap_creation`): what to do with a vCPU, and whether the guest asked rightly. A wrong request
+    /// leaves its target as it was (Linux 6.12.117 and 7.3.4). Features must be the guest's own (7.3.4, and 6.17 before it;
+    /// 6.12.117 compares the two bits that select how interrupts are injected).
     pub(crate) fn ap_creation(
         &self,
         request: u32,
@@ -281,23 +280,19 @@ impl VmModel {
         if !self.has_vcpu(apic_id) {
             return (None, false);
         }
-        let stop = Some(ApCreation { apic_id, action: ApAction::Stop });
-        let modes_differ = (sev_features ^ self.sev_features()) & INJECTION_MODES != 0;
-        if request < ap_creation::DESTROY && modes_differ {
-            return (stop, false);
-        }
         let action = match request {
-            ap_creation::DESTROY => return (stop, true),
+            ap_creation::DESTROY => ApAction::Stop,
+            _ if sev_features != self.sev_features() => return (None, false),
             ap_creation::CREATE => ApAction::Run { vmsa_gpa },
             ap_creation::CREATE_ON_INIT => ApAction::RunOnInit { vmsa_gpa },
-            _ => return (stop, false),
+            _ => return (None, false),
         };
         // An unaligned page; and one where a 2 MiB page would collide with the VMSA's RMP entry (an erratum of the CPU).
-        if !vmsa_gpa.is_multiple_of(PAGE) || vmsa_gpa.is_multiple_of(PAGE * PAGES_2M) {
-            // CREATE_ON_INIT does not kick the target.
-            return ((request != ap_creation::CREATE_ON_INIT).then_some(stop).flatten(), false);
+        let unusable = !vmsa_gpa.is_multiple_of(PAGE) || vmsa_gpa.is_multiple_of(PAGE * PAGES_2M);
+        if action != ApAction::Stop && unusable {
+            return (None, false);
         }
-        if self.faults.drop_ap_creation.fire() {
+        if action != ApAction::Stop && self.faults.drop_ap_creation.fire() {
             return (None, true);
         }
         (Some(ApCreation { apic_id, action }), true)
