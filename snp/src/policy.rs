@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest policy: what the guest's owner allows the platform to do, enforced by the firmware and shown in reports.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 4.3 "Guest Policy". Which bits a host's KVM lets through depends on its kernel;
-//! [`GuestPolicy::check_kvm`] follows `snp_launch_start` of Linux 6.12 (`SNP_POLICY_MASK_VALID`).
+//! SEV-SNP Firmware ABI 1.58, section 4.3 "Guest Policy". Which bits a host's KVM lets through depends on its kernel
+//! ([`PolicyRules`]); what is left is for the firmware to decide, such as whether a guest that forbids SMT may run on a host that
+//! has it on.
 
 use std::fmt;
 use std::str::FromStr;
@@ -46,7 +47,7 @@ pub enum PolicyError {
         allowed: u64,
     },
     /// A bit that has to be set.
-    #[error("policy {policy:#x}: bit {bit} ({name}) must be 1; the default policy is 0x30000")]
+    #[error("policy {policy:#x}: bit {bit} ({name}) must be 1{why}; the default policy is 0x30000")]
     BitRequired {
         /// The policy asked for.
         policy: u64,
@@ -54,7 +55,38 @@ pub enum PolicyError {
         bit: u32,
         /// Its name.
         name: &'static str,
+        /// Where, if not everywhere.
+        why: &'static str,
     },
+}
+
+/// Policies that a kernel's KVM lets through: `sev.c:snp_launch_start`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicyRules {
+    /// Bits that may be set.
+    pub allowed: u64,
+    /// Bits that have to be set.
+    pub required: u64,
+}
+
+impl PolicyRules {
+    /// Linux 6.12: ABI version, SMT, reserved one, DEBUG; SMT is demanded. The strictest of the kernels from 6.11 to 7.3.
+    pub const LINUX_6_12: PolicyRules = PolicyRules { allowed: 0xb_ffff, required: 0x3_0000 };
+    /// Linux 6.17 and 6.18: SINGLE_SOCKET may be set, and SMT is left to the firmware.
+    pub const LINUX_6_17: PolicyRules = PolicyRules { allowed: 0x1b_ffff, required: 0x2_0000 };
+
+    /// Linux 6.19 and later say which bits they let through (`KVM_X86_SNP_POLICY_BITS`): those that the firmware knows as well.
+    pub const fn told(allowed: u64) -> PolicyRules {
+        PolicyRules { allowed, required: 0x2_0000 }
+    }
+
+    /// The rules of a kernel that does not say, by its release, such as `6.12.0-1-amd64`. One that is not understood gets the
+    /// strictest.
+    pub fn of_release(release: &str) -> PolicyRules {
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+        let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        if version >= (6, 17) { Self::LINUX_6_17 } else { Self::LINUX_6_12 }
+    }
 }
 
 fn bit_name(bit: u32) -> &'static str {
@@ -69,10 +101,6 @@ fn bit_name(bit: u32) -> &'static str {
 impl GuestPolicy {
     /// SMT allowed, the bit that must be one, and nothing else.
     pub const DEFAULT: GuestPolicy = GuestPolicy(0x3_0000);
-    /// Bits that Linux 6.12 lets through: ABI version, SMT, reserved one, DEBUG.
-    pub const KVM_6_12_ALLOWED: u64 = 0xb_ffff;
-    /// Bits that Linux demands: reserved one and, because it does not support hosts without it, SMT.
-    pub const KVM_REQUIRED: u64 = 0x3_0000;
 
     /// The host may read and write guest memory by debug commands.
     pub fn debug(self) -> bool {
@@ -89,18 +117,20 @@ impl GuestPolicy {
         self.0 & 1 << 16 != 0
     }
 
-    /// Checks the policy as `KVM_SEV_SNP_LAUNCH_START` will, with the bits `allowed` by the host.
-    pub fn check_kvm(self, allowed: u64) -> Result<(), PolicyError> {
+    /// Checks the policy as `KVM_SEV_SNP_LAUNCH_START` will.
+    pub fn check_kvm(self, rules: PolicyRules) -> Result<(), PolicyError> {
         let policy = self.0;
+        let PolicyRules { allowed, required } = rules;
         let refused = policy & !allowed;
         if refused != 0 {
             let bit = refused.trailing_zeros();
             return Err(PolicyError::BitRefused { policy, bit, name: bit_name(bit), allowed });
         }
-        let missing = Self::KVM_REQUIRED & !policy;
+        let missing = required & !policy;
         if missing != 0 {
             let bit = missing.trailing_zeros();
-            return Err(PolicyError::BitRequired { policy, bit, name: bit_name(bit) });
+            let why = if bit == 16 { " on hosts with a kernel before Linux 6.17" } else { "" };
+            return Err(PolicyError::BitRequired { policy, bit, name: bit_name(bit), why });
         }
         Ok(())
     }
@@ -137,15 +167,41 @@ mod tests {
 
     #[test]
     fn the_default_policy_is_launchable_on_linux_6_12() {
-        assert_eq!(GuestPolicy::DEFAULT.check_kvm(GuestPolicy::KVM_6_12_ALLOWED), Ok(()));
+        assert_eq!(GuestPolicy::DEFAULT.check_kvm(PolicyRules::LINUX_6_12), Ok(()));
     }
 
     #[test]
     fn an_offending_bit_is_named() {
-        let error = GuestPolicy(0x13_0000).check_kvm(GuestPolicy::KVM_6_12_ALLOWED).unwrap_err();
+        let error = GuestPolicy(0x13_0000).check_kvm(PolicyRules::LINUX_6_12).unwrap_err();
         assert!(error.to_string().contains("SINGLE_SOCKET"), "{error}");
-        let error = GuestPolicy(0x1_0000).check_kvm(GuestPolicy::KVM_6_12_ALLOWED).unwrap_err();
+        let error = GuestPolicy(0x1_0000).check_kvm(PolicyRules::LINUX_6_12).unwrap_err();
         assert!(matches!(error, PolicyError::BitRequired { bit: 17, .. }));
+    }
+
+    /// Linux 6.12.117, 7.2.13 and 7.3.4, `sev.c:snp_launch_start`; 6.17.8 and 6.18.15 as 7.3 without the attribute.
+    #[test]
+    fn smt_is_demanded_before_linux_6_17_only() {
+        let no_smt = GuestPolicy(0x2_0000);
+        for release in ["6.11.0", "6.12.117", "6.16.0-rc1", "", "bogus"] {
+            let error = no_smt.check_kvm(PolicyRules::of_release(release)).unwrap_err();
+            assert!(
+                error.to_string().contains("SMT) must be 1 on hosts with a kernel before Linux 6.17"),
+                "{error}"
+            );
+        }
+        for release in ["6.17.0", "6.18.15-cloud-amd64", "7.0.0", "10.1"] {
+            assert_eq!(no_smt.check_kvm(PolicyRules::of_release(release)), Ok(()), "{release}");
+            assert_eq!(
+                GuestPolicy(0x13_0000).check_kvm(PolicyRules::of_release(release)),
+                Ok(()),
+                "{release}"
+            );
+        }
+        // What the attribute says is all that counts; bit 17 is always demanded.
+        let told = PolicyRules::told(0x3fb_ffff);
+        assert_eq!(GuestPolicy(0x3fa_0000).check_kvm(told), Ok(()));
+        assert!(GuestPolicy(0x1_0000).check_kvm(told).is_err());
+        assert!(GuestPolicy(0x7_0000).check_kvm(told).is_err(), "MIGRATE_MA");
     }
 
     #[test]

@@ -74,6 +74,11 @@ pub struct TooMany {
 }
 
 impl InputsPage {
+    /// What stage0 validates; launch pages in it are valid already.
+    pub fn validated(&self) -> Vec<Range<u64>> {
+        self.accept.clone().unwrap_or_else(|| self.ram.clone())
+    }
+
     /// The page as stage0 reads it.
     pub fn encode(&self) -> Result<Vec<u8>, TooMany> {
         let mut page = vec![0; PAGE_SIZE as usize];

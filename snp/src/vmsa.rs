@@ -75,6 +75,8 @@ pub const EFER_SVME: u64 = 1 << 12;
 pub const CR4_MCE: u64 = 1 << 6;
 /// `sev_features` bit 0: the guest runs as an SNP guest.
 pub const SEV_FEATURE_SNP_ACTIVE: u64 = 1;
+/// `sev_features` bit 9: the guest's time stamp counter is the processor's and its own; the host cannot change it.
+pub const SEV_FEATURE_SECURE_TSC: u64 = 1 << 9;
 
 impl VmsaState {
     /// The state of a vCPU after reset, as KVM measures it for QEMU and OVMF, with RIP at the reset vector.

@@ -28,10 +28,12 @@ use snp::image::direct::Snp;
 use snp::image::direct::Validation;
 use snp::image::entry::Entry;
 use snp::image::kernel::Kernel;
+use snp::image::lazy::Acceptance;
 use snp::pages::cpuid::CpuidEntry;
 use snp::pages::cpuid::CpuidTable;
 use snp::pages::cpuid::SnpCpuid;
 use snp::plan::PageType;
+use snp::vmsa::SEV_FEATURE_SECURE_TSC;
 use support::kernels::Segment;
 use support::kernels::elf;
 use support::kernels::pvh_note;
@@ -42,7 +44,7 @@ const GIB: u64 = 1 << 30;
 const C_BIT: u8 = 51;
 
 const SNP: Guest<'static> =
-    Guest::Snp(Snp { c_bit: C_BIT, cpuid: None, validation: Validation::AllByLaunch });
+    Guest::Snp(Snp { c_bit: C_BIT, cpuid: None, validation: Validation::AllByLaunch, features: 0 });
 
 fn bzimage() -> Kernel {
     Kernel::parse(small_bzimage(vec![7; 0x3000]).bytes()).unwrap()
@@ -325,9 +327,31 @@ fn what_the_host_chooses_is_in_the_digest() {
     }
     // Checked by the firmware, not measured.
     let table = cpuid_table();
-    let with_table =
-        Guest::Snp(Snp { c_bit: C_BIT, cpuid: Some(&table), validation: Validation::AllByLaunch });
+    let with_table = Guest::Snp(Snp {
+        c_bit: C_BIT,
+        cpuid: Some(&table),
+        validation: Validation::AllByLaunch,
+        features: 0,
+    });
     assert_eq!(digest(DirectBoot { guest: with_table, ..base }), reference);
+}
+
+/// Linux 7.3.4, `sev.c:sev_es_sync_vmsa`: of what Secure TSC changes only `sev_features` is in the save area when it is measured.
+#[test]
+fn secure_tsc_is_a_feature_of_every_vcpu_and_changes_nothing_else() {
+    let kernel = bzimage();
+    for validation in [Validation::AllByLaunch, Validation::Stage0(Acceptance::Eager)] {
+        let plan = |features| {
+            let guest = Guest::Snp(Snp { c_bit: C_BIT, cpuid: None, validation, features });
+            boot(&kernel, guest).image().unwrap().plan
+        };
+        let (without, mut with) = (plan(0), plan(SEV_FEATURE_SECURE_TSC));
+        assert_ne!(launch_digest(&with).unwrap(), launch_digest(&without).unwrap());
+        for state in &mut with.vcpus {
+            assert_eq!(std::mem::replace(&mut state.sev_features, 1), 0x201);
+        }
+        assert_eq!(launch_digest(&with).unwrap(), launch_digest(&without).unwrap());
+    }
 }
 
 fn cpuid_table() -> CpuidTable {
@@ -350,7 +374,8 @@ fn each_refusal_names_the_option_and_what_to_do() {
     let table = cpuid_table();
     let long = "x".repeat(2048);
     let refuse = |boot: DirectBoot<'_>| boot.image().unwrap_err();
-    let other_c_bit = Guest::Snp(Snp { c_bit: 47, cpuid: Some(&table), validation: Validation::AllByLaunch });
+    let other_c_bit =
+        Guest::Snp(Snp { c_bit: 47, cpuid: Some(&table), validation: Validation::AllByLaunch, features: 0 });
     let mut large = small_bzimage(vec![7; 64]);
     large.init_size = 0xc000_0000;
     let large = Kernel::parse(large.bytes()).unwrap();
@@ -561,7 +586,7 @@ proptest! {
         plain in any::<bool>(),
     ) {
         let kernel = bzimage();
-        let snp = Guest::Snp(Snp { c_bit, cpuid: None, validation: Validation::AllByLaunch });
+        let snp = Guest::Snp(Snp { c_bit, cpuid: None, validation: Validation::AllByLaunch, features: 0 });
         let boot = DirectBoot {
             tpm: None,
             kernel: &kernel,

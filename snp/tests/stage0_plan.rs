@@ -76,7 +76,8 @@ impl Boot {
     fn image(&self) -> Result<DirectImage, ImageError> {
         let kernel = Kernel::parse(self.kernel.clone()).unwrap();
         let initrd = Some(Arc::new(self.initrd.clone()));
-        let snp = Snp { c_bit: self.c_bit, cpuid: None, validation: Validation::Stage0(self.accept) };
+        let snp =
+            Snp { c_bit: self.c_bit, cpuid: None, validation: Validation::Stage0(self.accept), features: 0 };
         let (cmdline, memory, vcpus) = (self.cmdline, self.memory, self.vcpus);
         DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus, tpm: None, guest: Guest::Snp(snp) }
             .image()

@@ -530,7 +530,7 @@ fn the_plan_of_a_direct_boot_runs_and_puts_every_byte_in_its_place() {
     let kernel = Kernel::parse(file).unwrap();
     for memory in [128 << 20, 4608 << 20] {
         let boot = |validation| {
-            let guest = Guest::Snp(Snp { c_bit: 40, cpuid: None, validation });
+            let guest = Guest::Snp(Snp { c_bit: 40, cpuid: None, validation, features: 0 });
             let (initrd, cmdline) = (Some(Arc::new(vec![0x77; 5000])), "panic=-1");
             DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 2, tpm: None, guest }
                 .image()
@@ -720,8 +720,12 @@ fn a_lazy_boot_validates_the_same_few_ranges_whatever_the_memory() {
     let kernel = Kernel::parse(file).unwrap();
     let mut counts = Vec::new();
     for memory in [3 << 30, 16 << 30] {
-        let guest =
-            Guest::Snp(Snp { c_bit: 40, cpuid: None, validation: Validation::Stage0(Acceptance::Auto) });
+        let guest = Guest::Snp(Snp {
+            c_bit: 40,
+            cpuid: None,
+            validation: Validation::Stage0(Acceptance::Auto),
+            features: 0,
+        });
         let (initrd, cmdline) = (Some(Arc::new(vec![0x77; 5000])), "panic=-1");
         let image = DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 1, tpm: None, guest }
             .image()

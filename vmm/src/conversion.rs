@@ -28,8 +28,14 @@ use crate::platform::Vm;
 
 /// Bits of the third argument that have a meaning: page-size hint and direction.
 const KNOWN_ATTRIBUTES: u64 = 0xf | MAP_GPA_RANGE_ENCRYPTED;
-/// What the guest gets for a request that is refused; any nonzero value becomes a page-state-change error.
-const REFUSED: u64 = libc::EINVAL as u64;
+/// Why a page-state change was not made.
+#[derive(Debug)]
+pub enum NotConverted {
+    /// The guest asked for something that is not there to be given.
+    Refused,
+    /// The host failed. The range may be changed in part.
+    Host(io::Error),
+}
 
 /// Ranges that a vCPU is converting now. Two vCPUs may ask for overlapping ranges; others need not wait.
 #[derive(Default)]
@@ -150,17 +156,20 @@ impl Conversions {
         Conversions { vm, ram, memfds, private, busy: Busy::default() }
     }
 
-    /// Answers `KVM_HC_MAP_GPA_RANGE`; the result goes to the exit's `ret`.
-    pub fn map_gpa_range(&self, args: [u64; 6]) -> u64 {
+    /// Carries out `KVM_HC_MAP_GPA_RANGE`.
+    pub fn map_gpa_range(&self, args: [u64; 6]) -> Result<(), NotConverted> {
         let [gpa, pages, attributes, ..] = args;
-        let Some(len) = pages.checked_mul(PAGE) else { return REFUSED };
+        let len = pages.checked_mul(PAGE).ok_or(NotConverted::Refused)?;
         if attributes & !KNOWN_ATTRIBUTES != 0 || gpa % PAGE != 0 || len == 0 {
-            return REFUSED;
+            return Err(NotConverted::Refused);
         }
-        match self.convert(gpa, len, attributes & MAP_GPA_RANGE_ENCRYPTED != 0) {
-            Ok(()) => 0,
-            Err(e) => e.raw_os_error().map_or(REFUSED, |errno| errno as u64),
-        }
+        self.convert(gpa, len, attributes & MAP_GPA_RANGE_ENCRYPTED != 0).map_err(|e| {
+            match e.raw_os_error() {
+                // A range that is not RAM has no errno.
+                None => NotConverted::Refused,
+                Some(_) => NotConverted::Host(e),
+            }
+        })
     }
 
     /// Makes a range private or shared and gives the other side back to the host.

@@ -38,7 +38,11 @@ fn bench() -> Bench {
 
 impl Bench {
     fn ask(&self, gpa: u64, pages: u64, attributes: u64) -> u64 {
-        self.conversions.map_gpa_range([gpa, pages, attributes, 0, 0, 0])
+        match self.conversions.map_gpa_range([gpa, pages, attributes, 0, 0, 0]) {
+            Ok(()) => 0,
+            Err(NotConverted::Refused) => KVM_EINVAL,
+            Err(NotConverted::Host(e)) => panic!("the host failed: {e}"),
+        }
     }
 
     /// Pages that the host has got back: of the shared side, and of the private one.

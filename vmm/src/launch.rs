@@ -58,8 +58,11 @@ pub struct LaunchOptions {
     pub accept_cpuid: bool,
     /// The digest that was announced: another one ends the launch where the platform knows what its firmware measured.
     pub predicted: Option<LaunchDigest>,
-    /// What starts is firmware, which uses some pages as shared without asking; see [`crate::implicit`].
-    pub implicit_sharing: bool,
+    /// What starts is firmware. It uses some pages as shared without asking ([`crate::implicit`]), and starts the other vCPUs by
+    /// INIT and SIPI. A kernel announces every change, and starts them by AP creation.
+    pub firmware: bool,
+    /// Memory that the guest validates before anything else, where that is known; ascending.
+    pub validated_at_start: Vec<Range<u64>>,
 }
 
 /// What stage0 fetches from memory that the host can write to. Not measured.

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod monitor;
 pub mod outcome;
 pub mod platform;
+pub mod prefault;
 pub mod registers;
 pub mod tamper;
 pub mod terminal;

@@ -15,6 +15,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use std::time::Instant;
 
+use kvm_bindings::KVM_MP_STATE_HALTED;
+use kvm_bindings::kvm_mp_state;
 use vmm_sys_util::signal::Killable;
 use vmm_sys_util::signal::SIGRTMIN;
 
@@ -35,6 +37,8 @@ use crate::platform::Platform;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::prefault;
+use crate::prefault::PreFault;
 use crate::tamper::Racer;
 use crate::vcpu;
 use crate::vcpu::Shared;
@@ -95,6 +99,12 @@ pub(crate) fn boot(
         let mut vcpu = vm.create_vcpu(id).map_err(create("creating a vCPU"))?;
         vcpu.set_cpuid(cpuid).map_err(create("setting a vCPU's CPUID"))?;
         vcpu.set_lint().map_err(create("setting a vCPU's APIC"))?;
+        if id != 0 && guest.snp.as_ref().is_some_and(|options| !options.firmware) {
+            // KVM carries out an AP creation for a vCPU that is halted, not for one that waits for an INIT
+            // (Linux 6.12 to 7.3, `x86.c:kvm_arch_vcpu_ioctl_run`).
+            let halted = kvm_mp_state { mp_state: KVM_MP_STATE_HALTED };
+            vcpu.set_mp_state(halted).map_err(create("halting a vCPU until the guest starts it"))?;
+        }
         vcpus.push(vcpu);
     }
     let mut machine = Machine::new(vm.as_ref(), console)?;
@@ -129,9 +139,13 @@ pub(crate) fn boot(
     let racer =
         racer.transpose().map_err(|source| MonitorError::Host { what: "cannot start a thread", source })?;
     let certificates = certificates.map(|source| Certificates::new(source, ram));
-    let implicit = guest.snp.as_ref().filter(|o| o.implicit_sharing).map(|_| ImplicitSharing::default());
+    let implicit = guest.snp.as_ref().filter(|o| o.firmware).map(|_| ImplicitSharing::default());
+    let pre_fault = guest
+        .snp
+        .as_ref()
+        .map(|o| PreFault::new(prefault::private_part(&o.validated_at_start, &guest.staged.shared)));
     let stop = AtomicBool::new(false);
-    let shared = Arc::new(Shared { machine, conversions, implicit, certificates, stop });
+    let shared = Arc::new(Shared { machine, conversions, implicit, pre_fault, certificates, stop });
     Ok(Booted { vcpus, shared, racer, vm })
 }
 

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_memory_attributes;
+use kvm_bindings::kvm_mp_state;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_sev_init;
 use kvm_bindings::kvm_sev_snp_launch_finish;
@@ -28,6 +29,7 @@ use snp::digest::LaunchDigest;
 use snp::image::sites::Annotations;
 use snp::image::sites::ShimSites;
 use snp::pages::cpuid::SnpCpuid;
+use snp::policy::PolicyRules;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::Mapping;
@@ -114,8 +116,10 @@ pub trait Platform: Send + Sync {
     fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, CallError>;
     /// What the platform decides about an SNP guest's CPUID, the position of the C-bit first of all.
     fn snp_cpuid(&self) -> SnpCpuid;
-    /// Bits of the guest policy that this platform's KVM lets guests have.
-    fn allowed_policy(&self) -> u64;
+    /// Which guest policies this platform's KVM lets through.
+    fn policy_rules(&self) -> PolicyRules;
+    /// SEV features that KVM gives to guests that ask for them in `KVM_SEV_INIT2` (`KVM_X86_SEV_VMSA_FEATURES`).
+    fn vmsa_features(&self) -> u64;
     /// Tells what an image knows about itself beside the plan. Not measured; a platform with hardware has no use for it.
     fn annotate(&self, _kernel: Annotations, _stage0: Option<ShimSites>) {}
     /// The certificates that belong to this platform's reports, as a table for guests (GHCB specification, 4.1.8.1), where the
@@ -147,8 +151,8 @@ pub trait Vm: Send + Sync {
     fn sev_init2(&self, init: &mut kvm_sev_init) -> Result<(), SevError>;
     /// `KVM_SEV_SNP_LAUNCH_START`.
     fn snp_launch_start(&self, start: &mut kvm_sev_snp_launch_start) -> Result<(), SevError>;
-    /// `KVM_SEV_SNP_LAUNCH_UPDATE`. `source` is what `update.uaddr` points into and is set by this call; the kernel advances
-    /// `update` and may write a corrected CPUID page back into `source`. Not used for ZERO pages.
+    /// `KVM_SEV_SNP_LAUNCH_UPDATE`. `source` begins at a page, is what `update.uaddr` points to, which this call sets, and is not
+    /// used for ZERO pages. The kernel advances `update` and may write a corrected CPUID page back into `source`.
     fn snp_launch_update(
         &self,
         update: &mut kvm_sev_snp_launch_update,
@@ -199,6 +203,10 @@ pub trait Vcpu: Send {
     fn get_xcr0(&self) -> Result<u64, CallError>;
     /// `KVM_SET_LAPIC` of the two local interrupt pins, as a PC's firmware leaves them: LINT0 ExtINT, LINT1 NMI.
     fn set_lint(&mut self) -> Result<(), CallError>;
+    /// `KVM_SET_MP_STATE`.
+    fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), CallError>;
+    /// `KVM_PRE_FAULT_MEMORY` of guest memory, page aligned; how many of the `len` bytes were done.
+    fn pre_fault(&mut self, gpa: u64, len: u64) -> Result<u64, CallError>;
     /// `KVM_RUN` with `immediate_exit`: the kernel takes in the answer to the last exit and does what follows from it, but does
     /// not enter the guest.
     fn complete_exit(&mut self) -> Result<(), CallError>;
@@ -255,6 +263,11 @@ pub enum Exit<'a> {
         /// Bytes.
         size: u64,
     },
+    /// `KVM_EXIT_MEMORY_FAULT` with EHWPOISON: the host's memory behind the page is broken.
+    Poisoned {
+        /// Guest-physical address.
+        gpa: u64,
+    },
     /// `KVM_EXIT_SYSTEM_EVENT`; 6 is `SEV_TERM`.
     SystemEvent {
         /// Kind of event.
@@ -277,6 +290,8 @@ pub enum Exit<'a> {
     Hlt,
     /// A signal arrived.
     Interrupted,
+    /// `KVM_RUN` answered EAGAIN: the vCPU did not run, and waits for something else than what happened.
+    Again,
     /// The CPU refused the guest's state.
     FailEntry {
         /// Hardware's reason code.

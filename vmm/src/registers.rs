@@ -118,12 +118,45 @@ pub struct Mismatch {
     pub planned: String,
 }
 
+/// `planned` as `KVM_GET_SREGS` will tell it: KVM keeps and measures segments as they were set, but on AMD it reports the
+/// granularity that fits the limit, TR as busy, data segments as accessed, and no size of an unusable SS (Linux 6.12.117 and
+/// 7.3.4, `svm.c:svm_get_segment`).
+fn as_kvm_reports(planned: &VmsaState) -> VmsaState {
+    const ACCESSED: u16 = 1;
+    const BUSY: u16 = 1 << 1;
+    const PRESENT: u16 = 1 << 7;
+    const DB: u16 = 1 << 10;
+    const G: u16 = 1 << 11;
+    let mut state = planned.clone();
+    for s in [
+        &mut state.es,
+        &mut state.cs,
+        &mut state.ss,
+        &mut state.ds,
+        &mut state.fs,
+        &mut state.gs,
+        &mut state.ldtr,
+        &mut state.tr,
+    ] {
+        s.attrib = s.attrib & !G | if s.limit > 0xf_ffff { G } else { 0 };
+    }
+    for s in [&mut state.ds, &mut state.es, &mut state.fs, &mut state.gs] {
+        s.attrib |= if s.attrib & PRESENT != 0 { ACCESSED } else { 0 };
+    }
+    state.tr.attrib |= BUSY;
+    if state.ss.attrib & PRESENT == 0 {
+        state.ss.attrib &= !DB;
+    }
+    state
+}
+
 /// Compares what `vcpu` holds with `planned`, as far as KVM lets it be read; possible only until LAUNCH_FINISH. What no
 /// call sets, such as debug registers and MXCSR, must have KVM's own values in the plan.
 pub fn read_back(vcpu: &dyn Vcpu, planned: &VmsaState) -> Result<Option<Mismatch>, CallError> {
     let (r, s) = (vcpu.get_regs()?, vcpu.get_sregs()?);
     let fcw = vcpu.get_fpu()?.fcw;
     let (pat, xcr0) = (vcpu.get_msr(MSR_PAT)?, vcpu.get_xcr0()?);
+    let planned = as_kvm_reports(planned);
     let held = VmsaState { g_pat: pat, xcr0, x87_fcw: fcw, ..vmsa(&r, &s, planned.sev_features) };
     let mut mismatch = None;
     macro_rules! compare {
@@ -192,6 +225,26 @@ pub fn load(vcpu: &mut dyn Vcpu, state: &VmsaState) -> Result<(), CallError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Linux 7.3.4, `svm.c:svm_get_segment`, by hand for each register.
+    #[test]
+    fn segments_are_compared_as_kvm_reports_them() {
+        let planned = VmsaState {
+            cs: Segment::new(8, 0x29b, 0xffff_ffff, 0),
+            ds: Segment::new(16, 0x892, 0xffff, 0),
+            es: Segment::new(0, 0, 0, 0),
+            ss: Segment::new(0, 0x413, 0, 0),
+            tr: Segment::new(0, 0, 0xffff, 0),
+            ..VmsaState::reset()
+        };
+        let reported = as_kvm_reports(&planned);
+        assert_eq!(reported.cs.attrib, 0xa9b, "G by the limit");
+        assert_eq!(reported.ds.attrib, 0x093, "accessed, and no G");
+        assert_eq!(reported.es.attrib, 0, "not present, so not accessed");
+        assert_eq!(reported.ss.attrib, 0x013, "unusable, so no size");
+        assert_eq!(reported.tr.attrib, 0x002, "busy");
+        assert_eq!(as_kvm_reports(&reported), reported);
+    }
 
     #[test]
     fn segments_survive_the_way_to_kvm_and_back() {

@@ -11,14 +11,18 @@ use snp::ghcb::term::SevTerm;
 use crate::certs::Certificates;
 use crate::certs::Held;
 use crate::conversion::Conversions;
+use crate::conversion::NotConverted;
 use crate::conversion::RangeState;
 use crate::implicit::ImplicitSharing;
 use crate::machine::Machine;
+use crate::memory::PAGE;
 use crate::outcome::Outcome;
 use crate::platform::CallError;
 use crate::platform::Exit;
 use crate::platform::HC_MAP_GPA_RANGE;
+use crate::platform::MAP_GPA_RANGE_ENCRYPTED;
 use crate::platform::Vcpu;
+use crate::prefault::PreFault;
 
 /// `KVM_SYSTEM_EVENT_SEV_TERM`.
 const SYSTEM_EVENT_SEV_TERM: u32 = 6;
@@ -27,6 +31,13 @@ const FAULT_PRIVATE: u64 = 1 << 3;
 /// How often in a row a vCPU may fault on a page that is in the right state. It happens when another vCPU converts the page
 /// meanwhile; then the next try goes well.
 const FAULTS_MAX: u32 = 16;
+/// How often in a row KVM may put off a vCPU. It does once for each INIT; a vCPU that it puts off for ever is one that the guest
+/// starts in a way that its state does not allow.
+const AGAIN_MAX: u32 = 1000;
+
+/// What ENOMEM means for an SNP guest.
+const NO_MEMORY: &str =
+    " (the host has no memory for the guest's private pages, which cannot be swapped out)";
 
 /// What every vCPU thread shares.
 pub struct Shared {
@@ -36,6 +47,8 @@ pub struct Shared {
     pub conversions: Option<Conversions>,
     /// What firmware may do without asking; `None` for kernels.
     pub implicit: Option<ImplicitSharing>,
+    /// Private memory that is assigned before the guest touches it; `None` in plain guests.
+    pub pre_fault: Option<PreFault>,
     /// Certificates that the guest may ask for.
     pub certificates: Option<Certificates>,
     /// Set once the guest is to stop.
@@ -45,7 +58,7 @@ pub struct Shared {
 /// Why a vCPU cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// `KVM_RUN` failed. EINVAL is how KVM answers a guest that breaks the GHCB protocol.
+    /// `KVM_RUN` failed.
     #[error("vCPU {vcpu}: {source}{hint}")]
     Run {
         /// Which one.
@@ -95,7 +108,7 @@ pub enum RunError {
         /// What KVM says.
         flags: u64,
     },
-    /// The CPU would not enter the guest.
+    /// The CPU would not enter the guest for the first time.
     #[error(
         "vCPU {vcpu}: the CPU refused to enter the guest (hardware reason {reason:#x}): its initial registers are not consistent"
     )]
@@ -104,6 +117,54 @@ pub enum RunError {
         vcpu: u32,
         /// Hardware's code.
         reason: u64,
+    },
+    /// The CPU would not enter a vCPU that the guest has started or stopped itself.
+    #[error(
+        "vCPU {vcpu}: the CPU refused to enter the guest (hardware reason {reason:#x}): the vCPU has no usable save area. The \
+         guest's AP creation named a page that is not private RAM or not marked as a save area, or an AP destruction took it away; \
+         this is a bug in the guest"
+    )]
+    SaveArea {
+        /// Which one.
+        vcpu: u32,
+        /// Hardware's code.
+        reason: u64,
+    },
+    /// KVM does not run the vCPU.
+    #[error(
+        "vCPU {vcpu}: KVM does not run it and asks to try again ({AGAIN_MAX} times in a row): it waits for an INIT, and the guest \
+         starts it in another way"
+    )]
+    PutOff {
+        /// Which one.
+        vcpu: u32,
+    },
+    /// Memory of the host is broken.
+    #[error(
+        "vCPU {vcpu}: the host's memory behind guest address {gpa:#x} has an uncorrectable error (EHWPOISON); the page's contents are \
+         lost, and the guest cannot go on"
+    )]
+    Poisoned {
+        /// Which one.
+        vcpu: u32,
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// The host could not change the state of pages.
+    #[error(
+        "vCPU {vcpu}: the guest's change of {pages} pages at {gpa:#x} failed on the host: {source}{hint}"
+    )]
+    Conversion {
+        /// Which one.
+        vcpu: u32,
+        /// First guest-physical address.
+        gpa: u64,
+        /// Pages of 4 KiB.
+        pages: u64,
+        /// What the host said.
+        source: std::io::Error,
+        /// What that means here.
+        hint: &'static str,
     },
     /// KVM gave up.
     #[error(
@@ -134,6 +195,11 @@ enum Step {
     Retry(RunError),
     /// As if nothing had happened.
     Ignore,
+    /// A range has become private.
+    Private {
+        gpa: u64,
+        len: u64,
+    },
     Stop(Outcome),
     /// The file must not change until the kernel has done what the answer asks for.
     Complete(Held),
@@ -151,7 +217,11 @@ impl From<Option<Action>> for Step {
 
 /// Runs one vCPU until the guest ends or another thread sets the stop flag (then `None`).
 pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<Outcome>, RunError> {
-    let mut retries = 0;
+    let (mut retries, mut put_off) = (0, 0);
+    let mut entered = false;
+    if let (0, Some(pre_fault)) = (id, &shared.pre_fault) {
+        pre_fault.begin(vcpu, &shared.stop);
+    }
     while !shared.stop.load(Ordering::Acquire) {
         let exit = match vcpu.run() {
             Ok(exit) => exit,
@@ -161,9 +231,31 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
             let rip = vcpu.get_regs().map_or_else(|_| "unknown".to_owned(), |r| format!("{:#x}", r.rip));
             return Err(RunError::Internal { vcpu: id, suberror, rip });
         }
+        match exit {
+            Exit::Again if put_off == AGAIN_MAX => return Err(RunError::PutOff { vcpu: id }),
+            Exit::Again => {
+                put_off += 1;
+                continue;
+            }
+            _ => put_off = 0,
+        }
+        if let Exit::FailEntry { reason } = exit {
+            // Only the first vCPU starts from the registers that were measured, and only once.
+            return Err(match id == 0 && !entered {
+                true => RunError::FailEntry { vcpu: id, reason },
+                false => RunError::SaveArea { vcpu: id, reason },
+            });
+        }
+        entered |= !matches!(exit, Exit::Interrupted);
         match dispatch(id, exit, shared)? {
             Step::Continue => retries = 0,
             Step::Ignore => {}
+            Step::Private { gpa, len } => {
+                if let Some(pre_fault) = &shared.pre_fault {
+                    pre_fault.ask(vcpu, gpa, len);
+                }
+                retries = 0;
+            }
             Step::Retry(error) if retries == FAULTS_MAX => return Err(error),
             Step::Retry(_) => retries += 1,
             Step::Stop(outcome) => return Ok(Some(outcome)),
@@ -179,8 +271,15 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
 
 fn run_error(vcpu: u32, source: CallError) -> RunError {
     let hint = match source.source.raw_os_error() {
+        // Linux 6.12 to 7.3, sev.c: sev_handle_vmgexit, sev_es_string_io.
         Some(libc::EINVAL) => {
-            " (the guest used a GHCB that it had not registered, or reported an event that KVM does not know)"
+            " (the guest reported an event that it cannot handle, or asked for too long a string of port accesses; before Linux 7.1 \
+             also: it used a GHCB that it had not registered)"
+        }
+        // mmu.c:kvm_mmu_faultin_pfn_gmem hands on what guest_memfd says.
+        Some(libc::ENOMEM) => NO_MEMORY,
+        Some(libc::EIO) => {
+            " (the security processor failed, or the guest gave an address for a guest request that cannot be read)"
         }
         Some(libc::EBADF) => " (was /dev/sev closed while the guest runs?)",
         _ => "",
@@ -221,18 +320,35 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
             Step::Continue
         }
         Exit::MmioWrite { addr, data } => machine.mmio.write(addr, data).into(),
-        Exit::Hypercall { nr: HC_MAP_GPA_RANGE, args, ret } => {
-            // The answer is always written: KVM does not clear the field, and reads whatever is there.
-            *ret = match &shared.conversions {
-                Some(conversions) => conversions.map_gpa_range(args),
-                None => u64::MAX,
+        Exit::Hypercall { nr, args, ret } => {
+            // The answer is always written: older kernels do not clear the field, and KVM reads whatever is there. From Linux 7.2
+            // on it takes no other refusal than EINVAL and EAGAIN (`x86.h:kvm_is_valid_map_gpa_range_ret`).
+            *ret = libc::EINVAL as u64;
+            let Some(conversions) = shared.conversions.as_ref().filter(|_| nr == HC_MAP_GPA_RANGE) else {
+                return Ok(Step::Continue);
             };
+            match conversions.map_gpa_range(args) {
+                Ok(()) => {
+                    *ret = 0;
+                    let [gpa, pages, attributes, ..] = args;
+                    if attributes & MAP_GPA_RANGE_ENCRYPTED != 0 {
+                        return Ok(Step::Private { gpa, len: pages * PAGE });
+                    }
+                }
+                Err(NotConverted::Refused) => {}
+                // Told as the guest's mistake it would end the guest all the same, and hide the cause.
+                Err(NotConverted::Host(source)) => {
+                    let hint = match source.raw_os_error() {
+                        Some(libc::ENOMEM) => NO_MEMORY,
+                        _ => "",
+                    };
+                    let [gpa, pages, ..] = args;
+                    return Err(RunError::Conversion { vcpu, gpa, pages, source, hint });
+                }
+            }
             Step::Continue
         }
-        Exit::Hypercall { ret, .. } => {
-            *ret = u64::MAX;
-            Step::Continue
-        }
+        Exit::Poisoned { gpa } => return Err(RunError::Poisoned { vcpu, gpa }),
         Exit::MemoryFault { flags: 0, gpa, .. }
             if let (Some(implicit), Some(conversions)) = (&shared.implicit, &shared.conversions)
                 && implicit.share(conversions, gpa) =>
@@ -261,7 +377,9 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
         }
         Exit::Shutdown => Step::Stop(Outcome::Crashed { vcpu }),
         Exit::Interrupted => Step::Ignore,
-        Exit::FailEntry { reason } => return Err(RunError::FailEntry { vcpu, reason }),
+        Exit::FailEntry { .. } | Exit::Again => {
+            return Err(RunError::Unexpected { vcpu, what: "FAIL_ENTRY or EAGAIN".into() });
+        }
         Exit::Hlt => return Err(RunError::Unexpected { vcpu, what: "HLT".into() }),
         Exit::InternalError { suberror } => {
             return Err(RunError::Internal { vcpu, suberror, rip: "unknown".into() });

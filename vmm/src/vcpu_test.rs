@@ -40,6 +40,7 @@ fn bench(source: Option<Source>) -> Bench {
         machine: Machine::new(vm.as_ref(), Box::new(io::sink())).unwrap(),
         conversions: Some(conversions),
         implicit: None,
+        pre_fault: Some(PreFault::new(Vec::new())),
         certificates: source.map(|source| Certificates::new(source, ram)),
         stop: AtomicBool::new(false),
     };
@@ -140,8 +141,87 @@ fn every_hypercall_is_answered() {
     let mut vcpu = ScriptedVcpu::new(script);
     assert!(run(0, &mut vcpu, &b.shared).is_ok());
     let refused = Answered::Ret(libc::EINVAL as u64);
-    assert_eq!(vcpu.answers, [Answered::Ret(0), refused, Answered::Ret(u64::MAX), Answered::Ret(u64::MAX)]);
+    assert_eq!(vcpu.answers, [Answered::Ret(0), refused.clone(), refused.clone(), refused]);
     assert_eq!(*b.vm.attributes.lock().unwrap(), [(PRIVATE, PAGE, 0)]);
+}
+
+#[test]
+fn a_range_that_became_private_is_assigned_before_the_guest_goes_on() {
+    let b = bench(None);
+    let script = [
+        Scripted::MapGpaRange([SHARED, 2, 16, 0, 0, 0]),
+        Scripted::MapGpaRange([RAM, 1, 16, 0, 0, 0]),
+        Scripted::MapGpaRange([PRIVATE, 1, 0, 0, 0, 0]),
+        Scripted::Shutdown,
+    ];
+    let mut vcpu = ScriptedVcpu::new(script);
+    assert!(run(0, &mut vcpu, &b.shared).is_ok());
+    assert_eq!(vcpu.pre_faulted, [(SHARED, 2 * PAGE)], "not what was refused, and not what became shared");
+}
+
+/// Linux 7.2 and later end KVM_RUN with EINVAL at any other errno than EINVAL and EAGAIN, so that a host without memory would look
+/// like a guest that broke the protocol (`sev.c:snp_complete_one_psc`).
+#[test]
+fn a_conversion_that_the_host_cannot_make_is_told_as_the_host_s_fault() {
+    for (errno, words) in
+        [(libc::ENOMEM, "has no memory for the guest's private pages"), (libc::EIO, "Input/output")]
+    {
+        let b = bench(None);
+        b.vm.fail_attributes.store(errno, Ordering::Relaxed);
+        let mut vcpu = ScriptedVcpu::new([Scripted::MapGpaRange([PRIVATE, 2, 0, 0, 0, 0])]);
+        let error = run(1, &mut vcpu, &b.shared).unwrap_err().to_string();
+        let start = "vCPU 1: the guest's change of 2 pages at 0x4000 failed on the host: ";
+        assert!(error.starts_with(start) && error.contains(words), "{error}");
+        assert_eq!(vcpu.answer_now(), libc::EINVAL as u64, "the field holds an answer that KVM takes");
+    }
+}
+
+#[test]
+fn a_vcpu_that_kvm_puts_off_for_ever_ends_the_run_and_one_that_it_puts_off_now_and_then_does_not() {
+    let (result, runs) = run_script(std::iter::repeat_n(Scripted::Again, 5000));
+    assert!(result.as_ref().is_err_and(|e| e.contains("it waits for an INIT")), "{result:?}");
+    assert_eq!(runs, 1001);
+    // Once for each INIT, with something else in between.
+    let now_and_then = (0..5000).flat_map(|_| [Scripted::Again, Scripted::Interrupted]);
+    let (result, runs) = run_script(now_and_then.chain([Scripted::Shutdown]));
+    assert_eq!((result, runs), (Ok(Some(Outcome::Crashed { vcpu: 0 })), 10_001));
+}
+
+#[test]
+fn a_refused_entry_is_the_monitor_s_fault_at_first_and_the_guest_s_afterwards() {
+    let fail = || Scripted::FailEntry(u64::MAX);
+    let ended = |vcpu, script: Vec<Scripted>| {
+        run(vcpu, &mut ScriptedVcpu::new(script), &bench(None).shared).unwrap_err().to_string()
+    };
+    // A signal before the first entry changes nothing.
+    for script in [vec![fail()], vec![Scripted::Interrupted, fail()]] {
+        let error = ended(0, script);
+        assert!(error.contains("its initial registers are not consistent"), "{error}");
+    }
+    for (vcpu, script) in [(1, vec![fail()]), (0, vec![Scripted::Out(0x80, 1), fail()])] {
+        let error = ended(vcpu, script);
+        assert!(error.contains("no usable save area") && error.contains("0xffffffffffffffff"), "{error}");
+    }
+}
+
+#[test]
+fn a_broken_page_of_the_host_is_not_taken_for_an_access_through_the_wrong_view() {
+    let (result, runs) = run_script([Scripted::Poisoned(PRIVATE)]);
+    assert!(result.as_ref().is_err_and(|e| e.contains("EHWPOISON") && e.contains("0x4000")), "{result:?}");
+    assert_eq!(runs, 1);
+}
+
+#[test]
+fn an_errno_of_kvm_run_is_explained() {
+    for (errno, words) in [
+        (libc::EINVAL, "before Linux 7.1"),
+        (libc::ENOMEM, "cannot be swapped out"),
+        (libc::EIO, "security processor"),
+        (libc::EBADF, "/dev/sev"),
+    ] {
+        let error = run_error(0, CallError::errno("KVM_RUN", errno)).to_string();
+        assert!(error.starts_with("vCPU 0: KVM_RUN: ") && error.contains(words), "{error}");
+    }
 }
 
 #[test]

@@ -55,7 +55,7 @@ fn general(code: u8) -> Option<&'static str> {
         }
         1 => "the guest does not accept the GHCB protocol versions that were offered",
         2 => {
-            "the guest found no usable SNP support: a hypervisor feature bit is missing, the confidential-computing blob has a wrong magic number, or an active SEV feature is unknown to this kernel"
+            "the guest found no usable SNP support: a hypervisor feature bit is missing, the confidential-computing blob has a wrong magic number or is missing (as after kexec or kdump, which do not pass it on), or an active SEV feature is unknown to this kernel"
         }
         _ => return None,
     })

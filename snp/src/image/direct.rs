@@ -59,6 +59,8 @@ pub struct Snp<'a> {
     pub cpuid: Option<&'a CpuidTable>,
     /// Who validates RAM.
     pub validation: Validation,
+    /// SEV features of every vCPU beside SNP, such as [`crate::vmsa::SEV_FEATURE_SECURE_TSC`].
+    pub features: u64,
 }
 
 /// The kind of guest.
@@ -211,6 +213,14 @@ pub enum ImageError {
 impl DirectBoot<'_> {
     /// Lays out the guest.
     pub fn image(&self) -> Result<DirectImage, ImageError> {
+        let mut image = self.lay_out()?;
+        if let Guest::Snp(snp) = &self.guest {
+            image.plan.vcpus.iter_mut().for_each(|state| state.sev_features |= snp.features);
+        }
+        Ok(image)
+    }
+
+    fn lay_out(&self) -> Result<DirectImage, ImageError> {
         let mode = self.check()?;
         let lazy = self.lazy()?;
         let ram = layout::ram_ranges(self.memory);

@@ -259,7 +259,7 @@ impl VmModel {
             Launch::Launching { .. } | Launch::Running(_) => return Err(CommandError::kvm(Errno::EINVAL)),
         }
         let policy = GuestPolicy(args.policy);
-        if args.flags != 0 || policy.check_kvm(self.allowed_policy()).is_err() {
+        if args.flags != 0 || policy.check_kvm(self.policy_rules()).is_err() {
             return Err(CommandError::kvm(Errno::EINVAL));
         }
         self.inject_error(Step::Start)?;

@@ -27,7 +27,7 @@ fn vm_with(commands: Vec<CommandFault>) -> (VmModel, TestMemory) {
         platform: platform(),
         ram: vec![0..SLOT, SLOT..RAM],
         vmsa_features: 1 << 5,
-        allowed_policy: GuestPolicy::KVM_6_12_ALLOWED,
+        policy_rules: crate::policy::PolicyRules::LINUX_6_12,
         two_mib: TwoMib::Accept,
         faults: Faults { commands, ..Faults::default() },
     });

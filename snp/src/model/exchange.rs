@@ -12,7 +12,6 @@ use crate::ghcb::page::Field;
 use crate::model::memory::GuestMemory;
 use crate::model::memory::View;
 use crate::model::rmp::Finding;
-use crate::model::rmp::PAGE;
 use crate::model::vcpu::Outcome;
 use crate::model::vm::VmModel;
 

@@ -15,7 +15,7 @@ use crate::model::memory::testing::TestMemory;
 use crate::model::rmp::Finding;
 use crate::model::rmp::TwoMib;
 use crate::model::vm::VmConfig;
-use crate::policy::GuestPolicy;
+use crate::policy::PolicyRules;
 
 #[path = "vcpu_events_test.rs"]
 mod events;
@@ -40,7 +40,7 @@ impl Setup {
             platform: platform(),
             ram: std::iter::once(0..RAM).collect(),
             vmsa_features: 0,
-            allowed_policy: GuestPolicy::KVM_6_12_ALLOWED,
+            policy_rules: PolicyRules::LINUX_6_12,
             two_mib: TwoMib::Accept,
             faults,
         };

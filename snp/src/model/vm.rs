@@ -30,6 +30,7 @@ use crate::model::rmp::PAGES_2M;
 use crate::model::rmp::PageStates;
 use crate::model::rmp::SUCCESS;
 use crate::model::rmp::TwoMib;
+use crate::policy::PolicyRules;
 use crate::vmsa::SEV_FEATURE_SNP_ACTIVE;
 use crate::vmsa::VmsaState;
 use crate::vmsa::decode::VmsaRefusal;
@@ -49,8 +50,8 @@ pub struct VmConfig {
     pub ram: Vec<Range<u64>>,
     /// `vmsa_features` that INIT2 takes (`KVM_X86_SEV_VMSA_FEATURES`); 0 unless the host offers more.
     pub vmsa_features: u64,
-    /// Policy bits that START takes; [`crate::policy::GuestPolicy::KVM_6_12_ALLOWED`] for Linux 6.12.
-    pub allowed_policy: u64,
+    /// Policies that START takes.
+    pub policy_rules: PolicyRules,
     /// Answer to `PVALIDATE` of 2 MiB.
     pub two_mib: TwoMib,
     /// Faults to inject.
@@ -129,7 +130,7 @@ pub struct VmModel {
     pub faults: Faults,
     platform: Arc<Platform>,
     supported_vmsa_features: u64,
-    allowed_policy: u64,
+    policy_rules: PolicyRules,
     launch: Mutex<Launch>,
     ghcb_version: AtomicU16,
     sev_features: AtomicU64,
@@ -147,7 +148,7 @@ impl VmModel {
             faults: config.faults,
             platform: config.platform,
             supported_vmsa_features: config.vmsa_features,
-            allowed_policy: config.allowed_policy,
+            policy_rules: config.policy_rules,
             launch: Mutex::default(),
             ghcb_version: AtomicU16::new(GHCB_VERSION_MAX),
             sev_features: AtomicU64::new(SEV_FEATURE_SNP_ACTIVE),
@@ -172,8 +173,8 @@ impl VmModel {
         self.supported_vmsa_features
     }
 
-    pub(crate) fn allowed_policy(&self) -> u64 {
-        self.allowed_policy
+    pub(crate) fn policy_rules(&self) -> PolicyRules {
+        self.policy_rules
     }
 
     pub(crate) fn launch(&self) -> MutexGuard<'_, Launch> {

@@ -105,7 +105,7 @@ stage0_fail32:
     .globl stage0_park
 stage0_park:
     cli
-9:  pause
+9:  hlt
     jmp     9b
 
     .code64

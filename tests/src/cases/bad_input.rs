@@ -110,6 +110,17 @@ pub fn cases() -> Vec<Case> {
                 &["policy 0x230000", "bit 21 (CXL_ALLOW)"],
             )
         }),
+        Case::new("bad-input/secure-tsc-on-the-emulated-platform", |context| {
+            let keys = context.keys()?.display().to_string();
+            let kernel = debian_kernel(context)?;
+            let options = ["--kernel", &kernel, "--snp", "--platform", "emulated", "--emulated-keys", &keys];
+            let output = context.run(&cvmm(context, &[&options[..], &["--secure-tsc"]].concat()))?;
+            refused(
+                &output,
+                MONITOR,
+                &["KVM offers 0x0 here", "--secure-tsc", "does not work on the emulated platform"],
+            )
+        }),
         Case::new("bad-input/measure-refuses-the-same", |context| {
             let mut job = cvmm(context, &["measure", "--kernel", "/no/such/bzImage"]);
             job.limit = std::time::Duration::from_secs(20);

@@ -69,10 +69,10 @@ fn parse_features(text: &str) -> Result<u64, String> {
 #[derive(clap::Args, Clone, Debug)]
 pub struct FirmwareArgs {
     /// OVMF firmware with SEV metadata, in place of direct boot; a --kernel is then measured by its hash
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["igvm", "accept"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["igvm", "accept", "secure_tsc"])]
     pub firmware: Option<PathBuf>,
     /// IGVM file, in place of direct boot
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "accept"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "accept", "secure_tsc"])]
     pub igvm: Option<PathBuf>,
     /// How pages without data in an IGVM file are launched
     #[arg(long, value_enum, requires = "igvm")]

@@ -215,7 +215,12 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
     let mut digests = Vec::new();
     let mut last = None;
     for vcpus in counts(args) {
-        let snp = Snp { c_bit: args.c_bit, cpuid: None, validation: args.image.validation() };
+        let snp = Snp {
+            c_bit: args.c_bit,
+            cpuid: None,
+            validation: args.image.validation(),
+            features: args.image.features(),
+        };
         let image_args = ImageArgs { cpus: vcpus, ..args.image.clone() };
         let mut boot = image_args.boot(&files, Guest::Snp(snp));
         args.vtpm.announce(&mut boot)?;

@@ -15,7 +15,11 @@ use snp::image::direct::Validation;
 use snp::image::lazy::Acceptance;
 use snp::image::sites;
 use snp::pages::cpuid::CpuidTable;
+use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
+use snp::stage0::InputsPage;
+use snp::vmsa::SEV_FEATURE_SECURE_TSC;
+use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
 
 use super::Failure;
 use super::certs::CertsArgs;
@@ -66,6 +70,10 @@ pub struct ImageArgs {
     /// Who makes an SNP guest's RAM usable; `launch` measures all of it, for tests
     #[arg(long, value_enum, default_value = "stage0", hide = true)]
     pub validation: ValidationKind,
+    /// Give an SNP guest a time stamp counter that the host cannot change; part of the launch digest. The guest needs Linux 6.14 or
+    /// later, the host Linux 6.18 or later
+    #[arg(long, help_heading = SNP)]
+    pub secure_tsc: bool,
     /// How much of an SNP guest's memory is validated before its kernel runs; part of the launch digest
     #[arg(long, value_enum, default_value = "auto")]
     pub accept: AcceptKind,
@@ -164,6 +172,11 @@ impl ImageArgs {
             ValidationKind::Stage0 => Validation::Stage0(self.accept.into()),
             ValidationKind::Launch => Validation::AllByLaunch,
         }
+    }
+
+    /// SEV features that an SNP guest gets beside SNP itself.
+    pub fn features(&self) -> u64 {
+        if self.secure_tsc { SEV_FEATURE_SECURE_TSC } else { 0 }
     }
 
     /// Reads the files.
@@ -272,8 +285,8 @@ fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
         }
     };
     // What was asked for is checked before any file is looked at, what a file asks for after that.
-    let allowed = platform.allowed_policy();
-    args.policy.unwrap_or_default().check_kvm(allowed).map_err(Failure::usage)?;
+    let rules = platform.policy_rules();
+    args.policy.unwrap_or_default().check_kvm(rules).map_err(Failure::usage)?;
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(Failure::monitor)?);
     let sev = platform.snp_cpuid();
     let table = CpuidTable::snp(&offered, args.image.cpus, &sev).map_err(Failure::monitor)?;
@@ -300,7 +313,8 @@ fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
         }
         (asked, file) => asked.or(file).unwrap_or_default(),
     };
-    policy.check_kvm(allowed).map_err(Failure::usage)?;
+    policy.check_kvm(rules).map_err(Failure::usage)?;
+    check_features(&image.plan, platform.as_ref())?;
     for note in &image.notes {
         eprintln!("cvmm: {note}");
     }
@@ -314,7 +328,8 @@ fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
         accept_cpuid: args.accept_cpuid,
         // A trial that changes the plan behind our back is for the guest to find.
         predicted: args.trials.tamper.is_none().then_some(digest),
-        implicit_sharing: args.file.firmware.is_some(),
+        firmware: args.file.firmware.is_some(),
+        validated_at_start: image.inputs_page.as_ref().map_or_else(Vec::new, InputsPage::validated),
     };
     let inputs = image.inputs_page.take();
     let mut guest = guest(image, &table, Some(options));
@@ -325,6 +340,24 @@ fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
     Ok((platform, guest, companions))
 }
 
+/// Refuses features of the save areas that this host's KVM does not give.
+fn check_features(plan: &LaunchPlan, platform: &dyn Platform) -> Result<(), Failure> {
+    let asked = plan.vcpus.iter().fold(0, |all, state| all | state.sev_features) & !SEV_FEATURE_SNP_ACTIVE;
+    let offered = platform.vmsa_features();
+    if asked & !offered == 0 {
+        return Ok(());
+    }
+    let secure_tsc = if asked & !offered & SEV_FEATURE_SECURE_TSC != 0 {
+        "; --secure-tsc needs Linux 6.18 or later and a CPU with Secure TSC (EPYC 7003 and 9004 have it), and does not work on the \
+         emulated platform"
+    } else {
+        ""
+    };
+    Err(Failure::Monitor(format!(
+        "the guest's SEV features {asked:#x}: KVM offers {offered:#x} here{secure_tsc}"
+    )))
+}
+
 /// A kernel that stage0 starts, and its TPM.
 fn direct_image(
     args: &Args,
@@ -332,7 +365,12 @@ fn direct_image(
     table: &CpuidTable,
     c_bit: u8,
 ) -> Result<(LaunchImage, Vec<Box<dyn Companion>>), Failure> {
-    let snp = Snp { c_bit, cpuid: Some(table), validation: args.image.validation() };
+    let snp = Snp {
+        c_bit,
+        cpuid: Some(table),
+        validation: args.image.validation(),
+        features: args.image.features(),
+    };
     let mut boot = args.image.boot(files, ImageGuest::Snp(snp));
     let companions = args.vtpm.start(&mut boot)?;
     let mut image = LaunchImage::direct(boot.image().map_err(Failure::usage)?);

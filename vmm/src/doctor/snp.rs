@@ -2,6 +2,7 @@
 //! The lines about SNP guests of this host.
 
 use snp::policy::GuestPolicy;
+use snp::policy::PolicyRules;
 
 use super::Area;
 use super::Check;
@@ -280,8 +281,9 @@ fn attributes(caps: &Capabilities) -> Vec<Check> {
     if caps.vm_types & 1 << kvm_bindings::KVM_X86_SNP_VM == 0 {
         return Vec::new();
     }
-    let allowed = caps.policy_bits.unwrap_or(GuestPolicy::KVM_6_12_ALLOWED);
-    let policy = GuestPolicy::DEFAULT.check_kvm(allowed);
+    let rules = caps.policy_bits.map_or(PolicyRules::LINUX_6_12, PolicyRules::told);
+    let allowed = rules.allowed;
+    let policy = GuestPolicy::DEFAULT.check_kvm(rules);
     let source =
         if caps.policy_bits.is_some() { "as KVM says" } else { "as in Linux 6.12; KVM does not say" };
     vec![

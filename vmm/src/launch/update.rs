@@ -23,15 +23,35 @@ use crate::platform::SevError;
 use crate::platform::Vm;
 
 /// How much of a record one call takes from the scratch buffer, in bytes.
-const CHUNK: u64 = 1 << 20;
+const CHUNK: usize = 1 << 20;
 /// How long to wait after EAGAIN.
 const RETRY_DELAY: Duration = Duration::from_millis(1);
+
+/// Where pages are loaded from, so that no copy of a private page stays in shared memory. It begins at a page: from Linux 7.1 on
+/// KVM pins the source and takes no other address (`sev.c:snp_launch_update`).
+struct Scratch {
+    bytes: Vec<u8>,
+    /// Where the first page of `bytes` begins; the allocation never moves.
+    start: usize,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        let bytes = vec![0; CHUNK + PAGE_SIZE as usize];
+        let start = bytes.as_ptr().addr().wrapping_neg() % PAGE_SIZE as usize;
+        Scratch { bytes, start }
+    }
+
+    /// The first `len` bytes, at most [`CHUNK`].
+    fn first(&mut self, len: usize) -> &mut [u8] {
+        self.bytes.get_mut(self.start..self.start + len.min(CHUNK)).unwrap_or_default()
+    }
+}
 
 /// Adds the records of a plan.
 pub struct Updater<'a> {
     vm: &'a dyn Vm,
-    /// Pages are loaded from here, so that no copy of a private page stays in shared memory.
-    scratch: Vec<u8>,
+    scratch: Scratch,
     accept_cpuid: bool,
     /// What the firmware changed in the CPUID page, and was accepted.
     pub accepted: Option<CpuidDiff>,
@@ -40,7 +60,7 @@ pub struct Updater<'a> {
 impl<'a> Updater<'a> {
     /// `accept_cpuid`: launch with the firmware's CPUID page if every change is on the list of acceptable ones.
     pub fn new(vm: &'a dyn Vm, accept_cpuid: bool) -> Self {
-        Updater { vm, scratch: vec![0; CHUNK as usize], accept_cpuid, accepted: None }
+        Updater { vm, scratch: Scratch::new(), accept_cpuid, accepted: None }
     }
 
     /// Adds one record, in as many calls as it takes.
@@ -79,9 +99,9 @@ impl<'a> Updater<'a> {
     fn call(&mut self, record: &Record, done: u64) -> (u64, Result<(), SevError>) {
         let zero = record.page_type == PageType::Zero;
         let left = record.len - done;
-        let len = if zero { left } else { left.min(CHUNK) };
+        let len = if zero { left } else { left.min(CHUNK as u64) };
         // SECRETS is filled by the firmware, but KVM reads a page for it all the same.
-        let source = self.scratch.get_mut(..if zero { 0 } else { len as usize }).unwrap_or_default();
+        let source = self.scratch.first(if zero { 0 } else { len as usize });
         let bytes = record.contents.as_slice();
         let rest = bytes.get(done as usize..).unwrap_or_default();
         let (head, tail) = source.split_at_mut(rest.len().min(source.len()));
@@ -104,7 +124,8 @@ impl<'a> Updater<'a> {
         let step = || format!("adding {} (CPUID page at {gpa:#x})", record.name);
         let mut offered: Page = [0; PAGE_SIZE as usize];
         record.read_page(0, &mut offered);
-        let Some(source) = self.scratch.first_chunk_mut::<{ PAGE_SIZE as usize }>() else {
+        let page = self.scratch.first(PAGE_SIZE as usize);
+        let Some(source) = page.first_chunk_mut::<{ PAGE_SIZE as usize }>() else {
             return Err(LaunchError::Sev { step: step(), source: error });
         };
         let diff = match CpuidDiff::new(&offered, source) {

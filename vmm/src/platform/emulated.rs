@@ -34,7 +34,7 @@ use snp::model::faults::Faults;
 use snp::model::firmware::Platform as Firmware;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::SnpCpuid;
-use snp::policy::GuestPolicy;
+use snp::policy::PolicyRules;
 
 pub use trial::EmulationTrial;
 pub use trial::try_emulation;
@@ -44,13 +44,16 @@ use super::Platform;
 use super::Vm;
 use super::VmKind;
 use super::kvm::KvmPlatform;
+use super::kvm::KvmVm;
 use super::kvm::OpenError;
 
 /// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.
 const C_BIT_MAX: u8 = 46;
 
 /// The kernel that the model stands for.
-const ALLOWED_POLICY: u64 = GuestPolicy::KVM_6_12_ALLOWED;
+const POLICY_RULES: PolicyRules = PolicyRules::LINUX_6_12;
+/// SEV features that guests may have beside SNP.
+const VMSA_FEATURES: u64 = 0;
 
 /// Fewest physical address bits that leave one for the C-bit.
 pub const ADDRESS_BITS_MIN: u32 = 36;
@@ -148,6 +151,13 @@ impl EmulatedPlatform {
         })
     }
 
+    fn snp_vm(&self, inner: KvmVm) -> Result<vm::EmulatedVm, CallError> {
+        let annotations = self.annotations.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let firmware = Arc::clone(&self.firmware);
+        let faults = std::mem::take(&mut *self.faults.lock().unwrap_or_else(PoisonError::into_inner));
+        vm::EmulatedVm::new(inner, self.options.clone(), firmware, annotations, faults)
+    }
+
     /// For tests: what goes wrong in the next SNP VM, and only in that. No option of the program leads here.
     pub fn inject(&self, faults: Faults) {
         *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
@@ -163,8 +173,12 @@ impl Platform for EmulatedPlatform {
         self.sev
     }
 
-    fn allowed_policy(&self) -> u64 {
-        ALLOWED_POLICY
+    fn policy_rules(&self) -> PolicyRules {
+        POLICY_RULES
+    }
+
+    fn vmsa_features(&self) -> u64 {
+        VMSA_FEATURES
     }
 
     fn annotate(&self, kernel: Annotations, stage0: Option<ShimSites>) {
@@ -183,12 +197,11 @@ impl Platform for EmulatedPlatform {
         let inner = self.kvm.create(VmKind::Plain)?;
         match kind {
             VmKind::Plain => Ok(Arc::new(inner)),
-            VmKind::Snp => {
-                let annotations = self.annotations.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                let firmware = Arc::clone(&self.firmware);
-                let faults = std::mem::take(&mut *self.faults.lock().unwrap_or_else(PoisonError::into_inner));
-                Ok(Arc::new(vm::EmulatedVm::new(inner, self.options.clone(), firmware, annotations, faults)?))
-            }
+            VmKind::Snp => Ok(Arc::new(self.snp_vm(inner)?)),
         }
     }
 }
+
+#[cfg(test)]
+#[path = "emulated/old_launch_test.rs"]
+mod old_launch_test;

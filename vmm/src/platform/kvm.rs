@@ -32,7 +32,7 @@ use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
 use snp::pages::cpuid::SnpCpuid;
-use snp::policy::GuestPolicy;
+use snp::policy::PolicyRules;
 
 use super::CallError;
 use super::Platform;
@@ -126,9 +126,13 @@ impl Platform for KvmPlatform {
         SnpCpuid { c_bit: (ebx & 0x3f) as u8, phys_bits: None, coherency_sfw_no: ebx >> 31 == 1 }
     }
 
-    fn allowed_policy(&self) -> u64 {
-        // Kernels before 6.19 do not say; their set has not changed since 6.12.
-        self.policy_bits().unwrap_or(GuestPolicy::KVM_6_12_ALLOWED)
+    fn policy_rules(&self) -> PolicyRules {
+        let release = || std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        self.policy_bits().map_or_else(|| PolicyRules::of_release(&release()), PolicyRules::told)
+    }
+
+    fn vmsa_features(&self) -> u64 {
+        self.capabilities().vmsa_features.unwrap_or(0)
     }
 
     fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {

@@ -4,10 +4,13 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicI32;
+use std::sync::atomic::Ordering;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_memory_attributes;
+use kvm_bindings::kvm_mp_state;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_sev_init;
 use kvm_bindings::kvm_sev_snp_launch_finish;
@@ -28,6 +31,8 @@ use super::Vm;
 pub struct ScriptedVm {
     /// Attributes that were set: address, size, attributes.
     pub attributes: Mutex<Vec<(u64, u64, u64)>>,
+    /// The errno of every attempt to set attributes; 0 lets them through.
+    pub fail_attributes: AtomicI32,
 }
 
 impl Vm for ScriptedVm {
@@ -49,6 +54,10 @@ impl Vm for ScriptedVm {
         Ok(())
     }
     fn set_memory_attributes(&self, a: kvm_memory_attributes) -> Result<(), CallError> {
+        let errno = self.fail_attributes.load(Ordering::Relaxed);
+        if errno != 0 {
+            return Err(CallError::errno("KVM_SET_MEMORY_ATTRIBUTES", errno));
+        }
         self.attributes.lock().unwrap().push((a.address, a.size, a.attributes));
         Ok(())
     }
@@ -96,6 +105,12 @@ pub enum Scripted {
     ReqCerts(u64, u64),
     /// A signal.
     Interrupted,
+    /// A broken page of the host.
+    Poisoned(u64),
+    /// EAGAIN.
+    Again,
+    /// `KVM_EXIT_FAIL_ENTRY` with this reason.
+    FailEntry(u64),
     /// A byte to a port.
     Out(u16, u8),
     /// Triple fault.
@@ -119,6 +134,10 @@ pub struct ScriptedVcpu {
     data: [u8; 1],
     /// The monitor's answers.
     pub answers: Vec<Answered>,
+    /// What `KVM_PRE_FAULT_MEMORY` will answer: bytes done, or an errno; then everything that is asked for.
+    pub pre_faults: VecDeque<Result<u64, i32>>,
+    /// What was asked of it: addresses and lengths.
+    pub pre_faulted: Vec<(u64, u64)>,
     /// How often the vCPU was run.
     pub runs: usize,
     /// Called when an exit is completed without a run.
@@ -134,9 +153,16 @@ impl ScriptedVcpu {
             answer: (0, 0),
             data: [0],
             answers: Vec::new(),
+            pre_faults: VecDeque::new(),
+            pre_faulted: Vec::new(),
             runs: 0,
             on_complete: Box::new(|| {}),
         }
+    }
+
+    /// What the monitor has written into the answer to the current exit.
+    pub fn answer_now(&self) -> u64 {
+        self.answer.0
     }
 
     fn take_answer(&mut self) {
@@ -190,6 +216,17 @@ impl Vcpu for ScriptedVcpu {
     fn set_lint(&mut self) -> Result<(), CallError> {
         Ok(())
     }
+    fn set_mp_state(&mut self, _: kvm_mp_state) -> Result<(), CallError> {
+        Ok(())
+    }
+    fn pre_fault(&mut self, gpa: u64, len: u64) -> Result<u64, CallError> {
+        self.pre_faulted.push((gpa, len));
+        match self.pre_faults.pop_front() {
+            Some(Err(errno)) => Err(CallError::errno("KVM_PRE_FAULT_MEMORY", errno)),
+            Some(Ok(done)) => Ok(done),
+            None => Ok(len),
+        }
+    }
     fn complete_exit(&mut self) -> Result<(), CallError> {
         self.take_answer();
         (self.on_complete)();
@@ -216,6 +253,9 @@ impl Vcpu for ScriptedVcpu {
                 Exit::ReqCerts { gpa: *gpa, npages: &mut self.answer.1, ret: &mut self.answer.0 }
             }
             Some(Scripted::Interrupted) => Exit::Interrupted,
+            Some(Scripted::Poisoned(gpa)) => Exit::Poisoned { gpa: *gpa },
+            Some(Scripted::Again) => Exit::Again,
+            Some(Scripted::FailEntry(reason)) => Exit::FailEntry { reason: *reason },
             Some(Scripted::Out(port, byte)) => {
                 self.data = [*byte];
                 Exit::IoOut { port: *port, data: &self.data }

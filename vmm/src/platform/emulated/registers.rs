@@ -41,6 +41,26 @@ impl Recorded {
         self.sregs = *sregs;
     }
 
+    /// `KVM_GET_SREGS` of a VM with AMD's extensions, whatever the host has: `svm_get_segment` (Linux 6.12.117 and 7.3.4).
+    pub fn reported_sregs(&self) -> kvm_sregs {
+        let mut s = self.sregs;
+        for segment in
+            [&mut s.cs, &mut s.ds, &mut s.es, &mut s.fs, &mut s.gs, &mut s.ss, &mut s.tr, &mut s.ldt]
+        {
+            segment.present &= 1 & !segment.unusable;
+            segment.g = u8::from(segment.limit > 0xf_ffff);
+            segment.unusable = segment.present ^ 1;
+        }
+        s.tr.type_ |= 2;
+        for segment in [&mut s.ds, &mut s.es, &mut s.fs, &mut s.gs] {
+            segment.type_ |= segment.present;
+        }
+        if s.ss.unusable != 0 {
+            s.ss.db = 0;
+        }
+        s
+    }
+
     /// `KVM_SET_FPU`; KVM takes the control word from it, and not MXCSR.
     pub fn set_fpu(&mut self, fpu: &kvm_fpu) {
         self.fpu.fcw = fpu.fcw;

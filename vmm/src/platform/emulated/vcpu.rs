@@ -7,6 +7,7 @@
 
 mod at_exit;
 mod forbidden;
+mod init;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -14,7 +15,11 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use kvm_bindings::KVM_MP_STATE_AP_RESET_HOLD;
+use kvm_bindings::KVM_MP_STATE_HALTED;
+use kvm_bindings::KVM_MP_STATE_INIT_RECEIVED;
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
+use kvm_bindings::KVM_MP_STATE_UNINITIALIZED;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_mp_state;
@@ -67,6 +72,8 @@ const MSR_TSC: u32 = 0x10;
 /// Pause of a vCPU that has nothing to do any more.
 const WHILE_SEARCHING: Duration = Duration::from_millis(5);
 const MSR_TSC_AUX: u32 = 0xc000_0103;
+/// A wait that only signals end.
+const WAIT_IN_KERNEL: rustix::thread::Timespec = rustix::thread::Timespec { tv_sec: 3600, tv_nsec: 0 };
 
 /// A vCPU.
 pub struct EmulatedVcpu {
@@ -78,8 +85,9 @@ pub struct EmulatedVcpu {
     wake: Arc<Wake>,
     /// It has been run at least once.
     started: bool,
-    /// It waits for an AP creation and does not execute.
-    held: bool,
+    /// Created after LAUNCH_FINISH, and not started by the guest since: it has no save area that hardware would take.
+    unmeasured: bool,
+    activity: Activity,
     /// What the monitor was told, and has not answered yet.
     told: Option<Told>,
     /// What follows from the monitor's last answer, if that was worked out before the next run.
@@ -100,6 +108,20 @@ enum Told {
     Terminate { data: u64 },
     Fault { gpa: u64 },
     PrivateGhcb { gpa: u64 },
+}
+
+/// What KVM calls a vCPU's `mp_state`, as far as it decides what an AP creation does to it (Linux 6.12.117 to 7.3.4, `x86.c`:
+/// `kvm_arch_vcpu_ioctl_run`, `vcpu_block`; `sev.c:sev_snp_init_protected_guest_state`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Activity {
+    /// It executes.
+    Runnable,
+    /// HALTED or AP_RESET_HOLD: an AP creation starts it.
+    Halted,
+    /// UNINITIALIZED: it waits for an INIT. An AP creation wakes it, KVM_RUN answers EAGAIN, and the creation stays undone.
+    Uninitialised,
+    /// INIT_RECEIVED: it waits for a SIPI, and an AP creation leaves it there without an answer.
+    InitReceived,
 }
 
 /// What to do after an event.
@@ -123,6 +145,7 @@ impl EmulatedVcpu {
         kvm: KvmVcpu,
         recorded: Arc<Mutex<Recorded>>,
         wake: Arc<Wake>,
+        unmeasured: bool,
     ) -> Self {
         let model = VcpuModel::new(&vm.model, Vec::new());
         let mut kvm = kvm;
@@ -139,13 +162,19 @@ impl EmulatedVcpu {
             recorded,
             wake,
             started: false,
-            // All but the first wait for their creation; the kernel's INIT-SIPI emulation is never used.
-            held: id != 0,
+            unmeasured,
+            // kvm_arch_vcpu_create, with the interrupt controller in the kernel.
+            activity: if id == 0 { Activity::Runnable } else { Activity::Uninitialised },
             told: None,
             next: None,
             sites: HashSet::new(),
             synced,
         }
+    }
+
+    /// KVM refuses to read or write registers that LAUNCH_FINISH has encrypted.
+    fn unsealed(&self) -> Result<(), CallError> {
+        if self.unmeasured { Ok(()) } else { self.vm.unsealed() }
     }
 
     fn record(&self, f: impl FnOnce(&mut Recorded)) {
@@ -333,7 +362,7 @@ impl EmulatedVcpu {
             let reply = match outcome {
                 Outcome::Resume => return Ok(Next::Enter),
                 Outcome::ResetHold => {
-                    self.held = true;
+                    self.activity = Activity::Halted;
                     return Ok(Next::Enter);
                 }
                 Outcome::ApCreate(creation) => {
@@ -401,7 +430,7 @@ impl EmulatedVcpu {
     /// Carries out an order of another vCPU (or of itself): start from a VMSA, or stop.
     fn obey(&mut self, order: Order) -> Result<(), CallError> {
         match order {
-            Order::Stop => self.held = true,
+            Order::Stop => self.activity = Activity::Halted,
             Order::Run { vmsa_gpa } => {
                 let vm = Arc::clone(&self.vm);
                 let state = vm.model.load_vmsa(&vm.views, vmsa_gpa).map_err(|e| CallError {
@@ -409,13 +438,14 @@ impl EmulatedVcpu {
                     source: std::io::Error::other(format!("vCPU {}: {e}", self.id)),
                 })?;
                 self.start(&state)?;
-                self.held = false;
+                self.activity = Activity::Runnable;
+                self.unmeasured = false;
             }
         }
         Ok(())
     }
 
-    /// Puts the vCPU into the state of a VMSA. Its APIC stays as it is.
+    /// Puts the vCPU into the state of a VMSA.
     fn start(&mut self, state: &VmsaState) -> Result<(), CallError> {
         self.complete_out()?;
         self.model.start_from_vmsa();
@@ -423,9 +453,25 @@ impl EmulatedVcpu {
             .fd
             .set_vcpu_events(&kvm_vcpu_events::default())
             .map_err(CallError::of("KVM_SET_VCPU_EVENTS"))?;
-        let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
-        self.kvm.fd.set_mp_state(running).map_err(CallError::of("KVM_SET_MP_STATE"))?;
+        self.kvm.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
+        self.reset_by_init()?;
         registers::load(&mut self.kvm, state)
+    }
+
+    /// One `KVM_RUN` of a vCPU that waits for an INIT, which no guest of this platform sends.
+    fn wait_for_init(&self) -> Result<Step, CallError> {
+        match self.wake.wait() {
+            Ok(()) if self.activity == Activity::Uninitialised => Ok(Step::Again),
+            Ok(()) => loop {
+                // KVM goes on waiting, within the kernel.
+                match rustix::thread::nanosleep(&WAIT_IN_KERNEL) {
+                    rustix::thread::NanosleepRelativeResult::Ok => {}
+                    _ => return Ok(Step::Interrupted),
+                }
+            },
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => Ok(Step::Interrupted),
+            Err(source) => Err(CallError { call: "waiting for an INIT", source }),
+        }
     }
 
     fn run_to_next(&mut self) -> Result<Step, CallError> {
@@ -437,6 +483,12 @@ impl EmulatedVcpu {
             }
             self.vm.begin()?;
             self.started = true;
+        }
+        if matches!(self.activity, Activity::Uninitialised | Activity::InitReceived) {
+            return self.wait_for_init();
+        }
+        if self.unmeasured && self.activity == Activity::Runnable {
+            return Ok(Step::FailEntry);
         }
         let mut next = match self.next.take() {
             Some(next) => next,
@@ -451,7 +503,7 @@ impl EmulatedVcpu {
             if let Some(order) = self.wake.take() {
                 self.obey(order)?;
             }
-            if self.held {
+            if self.activity == Activity::Halted {
                 match self.wake.wait() {
                     Ok(()) => continue,
                     Err(e) if e.kind() == std::io::ErrorKind::Interrupted => return Ok(Step::Interrupted),
@@ -491,6 +543,7 @@ enum Step {
     Told,
     Kvm,
     Interrupted,
+    Again,
     FailEntry,
 }
 
@@ -512,67 +565,87 @@ impl Vcpu for EmulatedVcpu {
     }
 
     fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.set_regs(regs)?;
         self.record(|r| r.set_regs(regs));
         Ok(())
     }
 
     fn get_regs(&self) -> Result<kvm_regs, CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.get_regs()
     }
 
     fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.set_sregs(sregs)?;
         self.record(|r| r.set_sregs(sregs));
         Ok(())
     }
 
     fn get_sregs(&self) -> Result<kvm_sregs, CallError> {
-        self.vm.unsealed()?;
-        self.kvm.get_sregs()
+        self.unsealed()?;
+        Ok(self.recorded.lock().unwrap_or_else(PoisonError::into_inner).reported_sregs())
     }
 
     fn set_fpu(&mut self, fpu: &kvm_fpu) -> Result<(), CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.set_fpu(fpu)?;
         self.record(|r| r.set_fpu(fpu));
         Ok(())
     }
 
     fn get_fpu(&self) -> Result<kvm_fpu, CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.get_fpu()
     }
 
     fn set_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.set_msrs(msrs)?;
         self.record(|r| r.set_msrs(msrs));
         Ok(())
     }
 
     fn set_xcr0(&mut self, value: u64) -> Result<(), CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.set_xcr0(value)?;
         self.record(|r| r.set_xcr0(value));
         Ok(())
     }
 
     fn get_msr(&self, index: u32) -> Result<u64, CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.get_msr(index)
     }
 
     fn get_xcr0(&self) -> Result<u64, CallError> {
-        self.vm.unsealed()?;
+        self.unsealed()?;
         self.kvm.get_xcr0()
     }
 
     fn set_lint(&mut self) -> Result<(), CallError> {
         self.kvm.set_lint()
+    }
+
+    fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), CallError> {
+        self.activity = match state.mp_state {
+            KVM_MP_STATE_RUNNABLE => Activity::Runnable,
+            KVM_MP_STATE_HALTED | KVM_MP_STATE_AP_RESET_HOLD => Activity::Halted,
+            KVM_MP_STATE_UNINITIALIZED => Activity::Uninitialised,
+            KVM_MP_STATE_INIT_RECEIVED => Activity::InitReceived,
+            _ => return Err(CallError::errno("KVM_SET_MP_STATE", libc::EINVAL)),
+        };
+        // The vCPU below runs whenever it is asked to; this one asks only while it is runnable.
+        self.kvm.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
+    }
+
+    fn pre_fault(&mut self, _: u64, len: u64) -> Result<u64, CallError> {
+        // kvm_arch_vcpu_pre_fault_memory: not before LAUNCH_FINISH. Pages of this platform need no assignment.
+        match self.vm.model.registers_sealed() {
+            true => Ok(len),
+            false => Err(CallError::errno("KVM_PRE_FAULT_MEMORY", libc::EOPNOTSUPP)),
+        }
     }
 
     fn complete_exit(&mut self) -> Result<(), CallError> {
@@ -587,6 +660,7 @@ impl Vcpu for EmulatedVcpu {
         self.wake.running_on_this_thread();
         match self.run_to_next()? {
             Step::Interrupted => Ok(Exit::Interrupted),
+            Step::Again => Ok(Exit::Again),
             Step::FailEntry => Ok(Exit::FailEntry { reason: u64::MAX }),
             Step::Kvm => Ok(decode(self.kvm.fd.get_kvm_run())),
             Step::Told => Ok(match &mut self.told {

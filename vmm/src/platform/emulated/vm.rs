@@ -74,7 +74,7 @@ pub struct Inner {
 }
 
 /// The VM.
-pub struct EmulatedVm(Arc<Inner>);
+pub struct EmulatedVm(pub(super) Arc<Inner>);
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -155,8 +155,9 @@ impl Inner {
     /// Starts or stops a vCPU.
     pub(super) fn order(&self, creation: ApCreation) {
         let order = match creation.action {
-            // Without an INIT in sight both forms of creation come to the same for a vCPU that waits.
-            ApAction::Run { vmsa_gpa } | ApAction::RunOnInit { vmsa_gpa } => Order::Run { vmsa_gpa },
+            ApAction::Run { vmsa_gpa } => Order::Run { vmsa_gpa },
+            // KVM starts it at an INIT, and does not even wake it before; no INIT comes to pass here.
+            ApAction::RunOnInit { .. } => return,
             ApAction::Stop => Order::Stop,
         };
         if let Some(member) = lock(&self.members).iter().find(|m| m.id == creation.apic_id) {
@@ -194,8 +195,8 @@ impl EmulatedVm {
         let model = VmModel::new(VmConfig {
             platform: firmware,
             ram: Vec::new(),
-            vmsa_features: 0,
-            allowed_policy: super::ALLOWED_POLICY,
+            vmsa_features: super::VMSA_FEATURES,
+            policy_rules: super::POLICY_RULES,
             two_mib: options.two_mib,
             faults,
         });
@@ -265,9 +266,10 @@ impl Vm for EmulatedVm {
         let recorded = Arc::new(Mutex::new(Recorded::new(vcpu.get_regs()?, vcpu.get_sregs()?)));
         let wake = Wake::new().map_err(|source| CallError { call: "eventfd for a vCPU", source })?;
         let wake = Arc::new(wake);
+        let unmeasured = self.0.model.registers_sealed();
         self.0.model.create_vcpu(id).map_err(|errno| CallError::errno("KVM_CREATE_VCPU", errno.0))?;
         lock(&self.0.members).push(Member { id, recorded: Arc::clone(&recorded), wake: Arc::clone(&wake) });
-        Ok(Box::new(EmulatedVcpu::new(id, Arc::clone(&self.0), vcpu, recorded, wake)))
+        Ok(Box::new(EmulatedVcpu::new(id, Arc::clone(&self.0), vcpu, recorded, wake, unmeasured)))
     }
 
     fn sev_init2(&self, init: &mut kvm_sev_init) -> Result<(), SevError> {
@@ -291,7 +293,7 @@ impl Vm for EmulatedVm {
     ) -> Result<(), SevError> {
         let mut args = commands::Update {
             gfn_start: update.gfn_start,
-            uaddr: update.uaddr,
+            uaddr: source.as_ptr().addr() as u64,
             len: update.len,
             page_type: update.type_,
             flags: update.flags,

@@ -15,6 +15,7 @@ use kvm_bindings::sev_cmd_id_KVM_SEV_INIT2 as INIT2;
 use kvm_bindings::sev_cmd_id_KVM_SEV_SNP_LAUNCH_FINISH as LAUNCH_FINISH;
 use kvm_bindings::sev_cmd_id_KVM_SEV_SNP_LAUNCH_START as LAUNCH_START;
 use kvm_bindings::sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE as LAUNCH_UPDATE;
+use snp::plan::PAGE_SIZE;
 use snp::plan::PageType;
 
 use super::KvmVm;
@@ -61,6 +62,10 @@ pub(super) fn launch_update(
     let zero = update.type_ == PageType::Zero as u8;
     if !zero && (source.len() as u64) < update.len {
         return Err(SevError { command: NAME, errno: libc::EFAULT, firmware: 0 });
+    }
+    // Kernels before 7.1 would take it; ours is to work on all of them.
+    if !zero && !source.as_ptr().addr().is_multiple_of(PAGE_SIZE as usize) {
+        return Err(SevError { command: NAME, errno: libc::EINVAL, firmware: 0 });
     }
     update.uaddr = if zero { 0 } else { source.as_mut_ptr() as u64 };
     command(vm, NAME, LAUNCH_UPDATE, std::ptr::from_mut(update) as u64)

@@ -1,16 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A vCPU of the host's KVM.
 
+#![allow(
+    unsafe_code,
+    reason = "calls that kvm-ioctls does not have, and KVM_RUN, whose EFAULT and EHWPOISON it gives one result"
+)]
+
+use std::os::fd::AsRawFd;
+
 use kvm_bindings::CpuId;
+use kvm_bindings::KVM_EXIT_MEMORY_FAULT;
+use kvm_bindings::KVMIO;
 use kvm_bindings::Msrs;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_bindings::kvm_fpu;
+use kvm_bindings::kvm_mp_state;
 use kvm_bindings::kvm_msr_entry;
+use kvm_bindings::kvm_pre_fault_memory;
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_sregs;
 use kvm_bindings::kvm_xcr;
 use kvm_bindings::kvm_xcrs;
 use kvm_ioctls::VcpuFd;
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use vmm_sys_util::ioctl_iowr_nr;
 
 use super::decode;
 use super::vm::Slots;
@@ -24,6 +37,11 @@ const LVT_LINT1: usize = 0x360;
 const DELIVERY_EXTINT: u8 = 7;
 const DELIVERY_NMI: u8 = 4;
 
+ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
+
+/// `KVM_RUN`, `_IO(KVMIO, 0x80)`.
+const KVM_RUN: libc::c_ulong = 0xae80;
+
 /// A vCPU; the emulated platform builds on it.
 pub struct KvmVcpu {
     /// The file descriptor and its mapping.
@@ -32,6 +50,18 @@ pub struct KvmVcpu {
     pub(super) unseen: bool,
     /// A vCPU can outlive the VM's handle, and with it the memory must.
     pub(super) _slots: Slots,
+}
+
+impl KvmVcpu {
+    /// `KVM_RUN`; the errno if it fails.
+    fn enter(&mut self) -> Result<(), i32> {
+        // SAFETY: the descriptor is a vCPU's; the call takes no argument, and writes to the vCPU's own mapping and to memory that
+        // the VM was given as guest memory.
+        match unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN as _, 0) } {
+            0.. => Ok(()),
+            _ => Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
+        }
+    }
 }
 
 impl Vcpu for KvmVcpu {
@@ -111,6 +141,19 @@ impl Vcpu for KvmVcpu {
         self.fd.set_lapic(&lapic).map_err(CallError::of("KVM_SET_LAPIC"))
     }
 
+    fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), CallError> {
+        self.fd.set_mp_state(state).map_err(CallError::of("KVM_SET_MP_STATE"))
+    }
+
+    fn pre_fault(&mut self, gpa: u64, len: u64) -> Result<u64, CallError> {
+        let mut range = kvm_pre_fault_memory { gpa, size: len, ..Default::default() };
+        // SAFETY: the kernel reads and advances the struct, which outlives the call, and touches only guest memory.
+        match unsafe { ioctl_with_mut_ref(&self.fd, KVM_PRE_FAULT_MEMORY(), &mut range) } {
+            0.. => Ok(len - range.size.min(len)),
+            _ => Err(CallError { call: "KVM_PRE_FAULT_MEMORY", source: std::io::Error::last_os_error() }),
+        }
+    }
+
     fn complete_exit(&mut self) -> Result<(), CallError> {
         self.fd.set_kvm_immediate_exit(1);
         let result = self.fd.run().map(|_| ());
@@ -130,11 +173,19 @@ impl Vcpu for KvmVcpu {
         if std::mem::take(&mut self.unseen) {
             return Ok(decode(self.fd.get_kvm_run()));
         }
-        match self.fd.run() {
-            Ok(_) => {}
-            Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => return Ok(Exit::Interrupted),
-            Err(e) => return Err(CallError::of("KVM_RUN")(e)),
+        let result = self.enter();
+        let run = self.fd.get_kvm_run();
+        match result {
+            Ok(()) => Ok(decode(run)),
+            Err(libc::EINTR) => Ok(Exit::Interrupted),
+            Err(libc::EAGAIN) => Ok(Exit::Again),
+            // These two come with an exit (`kvm_prepare_memory_fault_exit`).
+            Err(libc::EFAULT) if run.exit_reason == KVM_EXIT_MEMORY_FAULT => Ok(decode(run)),
+            Err(libc::EHWPOISON) if run.exit_reason == KVM_EXIT_MEMORY_FAULT => Ok(match decode(run) {
+                Exit::MemoryFault { gpa, .. } => Exit::Poisoned { gpa },
+                other => other,
+            }),
+            Err(errno) => Err(CallError::errno("KVM_RUN", errno)),
         }
-        Ok(decode(self.fd.get_kvm_run()))
     }
 }

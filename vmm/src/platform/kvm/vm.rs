@@ -91,6 +91,8 @@ impl Vm for KvmVm {
     }
 
     fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError> {
+        // Never GUEST_MEMFD_FLAG_MMAP (Linux 6.18): KVM would then serve shared accesses from this memory too, and make their pages
+        // private in the RMP (7.3, `guest_memfd.c:kvm_gmem_bind`, `kvm_gmem_get_pfn`).
         let args = kvm_create_guest_memfd { size, flags: 0, ..Default::default() };
         let fd = self.fd.create_guest_memfd(args).map_err(CallError::of("KVM_CREATE_GUEST_MEMFD"))?;
         // SAFETY: the kernel has just returned this descriptor to us, and nobody else owns it.
