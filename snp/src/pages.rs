@@ -3,5 +3,6 @@
 
 pub mod cpuid;
 pub mod cpuid_diff;
+pub mod cpuid_raw;
 pub mod hashes;
 pub mod secrets;

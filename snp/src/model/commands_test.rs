@@ -227,7 +227,8 @@ fn a_refused_cpuid_page_comes_back_in_the_source() {
     let mut source = [0; 4096];
     source[0] = 1;
     source[16..20].copy_from_slice(&0x8000_001fu32.to_le_bytes());
-    source[16 + 28] = 51;
+    // Bits that the right C-bit, 39, has too: a correction keeps others, and is refused again.
+    source[16 + 28] = 7;
     let before = vm.launch_digest();
     let result = vm.launch_update(&mut update(0x3000, 1, PageType::Cpuid), &mut source, &mem);
     assert_eq!(result, Err(firmware(FwStatus::INVALID_PARAM)));
@@ -427,19 +428,34 @@ fn the_projects_own_id_blocks_are_accepted() {
     }
 }
 
+/// AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_finish`: digest, policy, algorithm, signatures; the version is not looked at.
 #[test]
 fn a_wrong_id_block_is_refused_with_the_firmwares_reason() {
     type Change = fn(&mut [u8; 96]);
-    let changes: [(Change, FwStatus); 3] = [
-        (|b| b[0] ^= 1, FwStatus::BAD_MEASUREMENT),
-        (|b| b[90] ^= 8, FwStatus::POLICY_FAILURE),
-        (|b| b[80] = 2, FwStatus::BAD_VERSION),
+    let changes: [(Change, Option<FwStatus>); 4] = [
+        (|b| b[0] ^= 1, Some(FwStatus::BAD_MEASUREMENT)),
+        (|b| b[90] ^= 8, Some(FwStatus::POLICY_FAILURE)),
+        (|b| (b[0], b[90]) = (b[0] ^ 1, b[90] ^ 8), Some(FwStatus::BAD_MEASUREMENT)),
+        (|b| b[80] = 2, None),
     ];
     for (change, status) in changes {
         let (vm, _) = started();
         let mut block = Owner::block(vm.launch_digest().unwrap(), START.policy);
         change(&mut block);
         let auth = Owner::new().auth(&block);
+        let args = FinishArgs { id: Some((&block, &auth)), ..FinishArgs::default() };
+        assert_eq!(vm.launch_finish(&args, &[]).err(), status.map(firmware));
+    }
+    // Wrong in more ways than one: another policy, an algorithm that does not exist, and so a signature that does not hold.
+    for (policy, algorithm, status) in
+        [(8, 1, FwStatus::POLICY_FAILURE), (0, 1, FwStatus::INVALID_PARAM), (0, 0, FwStatus::BAD_SIGNATURE)]
+    {
+        let (vm, _) = started();
+        let mut block = Owner::block(vm.launch_digest().unwrap(), START.policy);
+        let mut auth = Owner::new().auth(&block);
+        block[90] ^= policy;
+        auth[0] ^= algorithm;
+        auth[64] ^= 1;
         let args = FinishArgs { id: Some((&block, &auth)), ..FinishArgs::default() };
         assert_eq!(vm.launch_finish(&args, &[]), Err(firmware(status)));
     }

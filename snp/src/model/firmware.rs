@@ -8,11 +8,12 @@ pub mod context;
 pub mod cpuid_page;
 pub mod id_block;
 pub mod message;
+pub mod product;
 pub mod requests;
 pub mod status;
 
 use crate::model::chain::Chain;
-use crate::pages::cpuid::CpuidEntry;
+use crate::model::firmware::product::Processor;
 
 /// Firmware version that the model claims: build, minor, major. A guest policy may ask for this ABI version at most.
 pub const FIRMWARE_VERSION: [u8; 3] = [21, 55, 1];
@@ -28,13 +29,13 @@ pub struct Platform {
     pub chain: Chain,
     /// Position of the C-bit.
     pub c_bit: u8,
-    /// What CPUID gives on the host's processors, as far as CPUID pages shall be compared with it.
-    pub cpuid: Vec<CpuidEntry>,
+    /// The processors, with which CPUID pages are compared.
+    pub processor: Processor,
 }
 
 #[cfg(test)]
 pub(crate) mod testing {
-    //! The platform of the model's tests: C-bit 39, small RSA keys.
+    //! The platform of the model's tests: Genoa, C-bit 39, small RSA keys.
 
     use std::sync::Arc;
     use std::sync::OnceLock;
@@ -45,7 +46,8 @@ pub(crate) mod testing {
         static PLATFORM: OnceLock<Arc<Platform>> = OnceLock::new();
         let make = || {
             let chain = Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
-            Arc::new(Platform { chain, c_bit: 39, cpuid: vec![] })
+            let processor = product::Product::Genoa.processor().unwrap();
+            Arc::new(Platform { chain, c_bit: 39, processor })
         };
         Arc::clone(PLATFORM.get_or_init(make))
     }

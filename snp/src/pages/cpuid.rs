@@ -3,12 +3,14 @@
 //!
 //! An SNP guest trusts the page that the firmware has checked, but asks the hypervisor too, before it has found the page and
 //! for the parts that hold APIC ids; so both must come from one table. Layout of the page: SEV-SNP Firmware ABI 1.58, section
-//! 8.17.2.6 and table "CPUID_FUNCTION". Which bits the firmware refuses is written down nowhere in one place; the list in
-//! [`CpuidTable::snp`] is what several monitors have found. The table is built from the leaves that the *platform* offers,
-//! never from this process's own CPUID instruction.
+//! 8.17.2.6 and table "CPUID_FUNCTION". What the firmware accepts is known from the one that AMD published for Genoa
+//! ([`crate::model::firmware::cpuid_page`]): what the processor has, in the leaves of its list. [`CpuidTable::snp`] keeps to
+//! that. The table is built from the leaves that the *platform* offers, never from this process's own CPUID instruction.
 
 use std::fmt;
 
+use super::cpuid_diff::Register;
+use super::cpuid_raw::RawCpuid;
 use crate::plan::PAGE_SIZE;
 
 /// Entries that fit into the page.
@@ -32,6 +34,57 @@ const LEAF1_RDRAND: u32 = 1 << 30;
 const LEAF1_HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: more than one logical processor in the package.
 const LEAF1_HTT: u32 = 1 << 28;
+/// Leaf 0x80000001, ECX.
+const SVM: u32 = 1 << 2;
+const TOPOEXT: u32 = 1 << 22;
+/// Extended APIC id: not offered by KVM (Linux 6.12 to 7.3, `__do_cpuid_func`, gives it all zero), filled in here.
+const TOPOLOGY_LEAF: u32 = 0x8000_001e;
+/// Leaf 0x80000021, ECX: TSA_SQ_NO and TSA_L1_NO.
+const TSA_NO: u32 = 1 << 1 | 1 << 2;
+/// Highest basic leaf, and highest sub-leaf of leaf 7, that the firmware has rules for.
+const HIGHEST_BASIC: u32 = 0x10;
+const HIGHEST_FEATURES: u32 = 1;
+
+/// Leaves that an SNP guest gets, if the platform offers them: leaf, first and last sub-leaf. The firmware demands that any
+/// other leaf of the basic and the extended range is zero (AMD-ASPFW, `cpuid_lookup.c:sanitize_cpuid_entry`); one that is not
+/// there reads as zero. In its list, but useless to a guest, are 0x8000000A (see [`CpuidTable::snp`]), 0x8000001B,
+/// 0x80000020, 0x80000024; and 0x80000026 only on processors from Genoa on.
+const SNP_LEAVES: &[(u32, u32, u32)] = &[
+    (0, 0, 0),
+    (1, 0, 0),
+    (5, 0, 0),
+    (6, 0, 0),
+    (7, 0, HIGHEST_FEATURES),
+    (0xb, 0, 2),
+    (0xd, 0, 2),
+    (0xd, 5, 7),
+    (0xd, 9, 9),
+    (0xd, 11, 12),
+    (0x8000_0000, 0, 0),
+    (0x8000_0001, 0, 0),
+    (0x8000_0002, 0, 0),
+    (0x8000_0003, 0, 0),
+    (0x8000_0004, 0, 0),
+    (0x8000_0005, 0, 0),
+    (0x8000_0006, 0, 0),
+    (0x8000_0007, 0, 0),
+    (0x8000_0008, 0, 0),
+    (0x8000_0019, 0, 0),
+    (0x8000_001a, 0, 0),
+    (0x8000_001d, 0, 4),
+    (TOPOLOGY_LEAF, 0, 0),
+    (0x8000_0021, 0, 0),
+    (0x8000_0022, 0, 0),
+    (0x8000_0023, 0, 0),
+];
+
+/// Whether an SNP guest may have this leaf; those of hypervisors always.
+fn is_snp_leaf(e: &CpuidEntry) -> bool {
+    let checked = e.function <= 0xffff || (0x8000_0000..=0x8000_ffff).contains(&e.function);
+    let listed =
+        |&(leaf, first, last): &(u32, u32, u32)| leaf == e.function && (first..=last).contains(&e.index);
+    !checked || SNP_LEAVES.iter().any(listed)
+}
 
 /// One leaf and its answer, the way `KVM_SET_CPUID2` takes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,6 +108,16 @@ pub struct CpuidEntry {
 impl CpuidEntry {
     fn is_empty(&self) -> bool {
         self.eax | self.ebx | self.ecx | self.edx == 0
+    }
+
+    /// One register of the answer.
+    pub fn register_mut(&mut self, register: Register) -> &mut u32 {
+        match register {
+            Register::Eax => &mut self.eax,
+            Register::Ebx => &mut self.ebx,
+            Register::Ecx => &mut self.ecx,
+            Register::Edx => &mut self.edx,
+        }
     }
 }
 
@@ -114,27 +177,53 @@ pub struct CpuidTable {
 
 impl CpuidTable {
     /// A plain guest's table: what the platform offers, the HYPERVISOR bit, and a topology of `vcpus` cores in one package.
-    pub fn plain(offered: &[CpuidEntry], vcpus: u32) -> CpuidTable {
+    ///
+    /// `host` is the raw CPUID of the processor below, if known. Linux 6.17 and 6.18 offer TSA_SQ_NO and TSA_L1_NO on every
+    /// processor, also on those that have the flaw (`arch/x86/kvm/cpuid.c`, `SYNTHESIZED_F` without a look at the host); a
+    /// guest that believes it does without its mitigation. So these two are offered only if the processor says so itself. On a
+    /// processor without the flaw nothing is lost: guests know it by family.
+    pub fn plain(offered: &[CpuidEntry], vcpus: u32, host: Option<&RawCpuid>) -> CpuidTable {
         let mut table = CpuidTable { entries: offered.to_vec() };
+        let tsa = host.map_or(0, |host| host.register(0x8000_0021, 0, Register::Ecx));
+        table.entries.iter_mut().filter(|e| e.function == 0x8000_0021).for_each(|e| e.ecx &= !TSA_NO | tsa);
         table.topology(vcpus);
         table
     }
 
     /// An SNP guest's table: without what the firmware refuses or the guest must not see, with the SEV leaf.
+    ///
+    /// SVM is not offered, though the firmware allows it: a guest whose state KVM cannot see cannot have guests of its own, and
+    /// VMRUN would only be one more exit that ends it. Two bits that KVM emulates for plain guests go on every processor:
+    /// NO_SMM_CTL_MSR, because Milan's firmware has refused it, and GP_ON_USER_CPUID (offered from Linux 7.2 on), because Milan
+    /// lacks it too, and because it is not true here: the guest answers CPUID by itself, with a #VC handler, and KVM cannot
+    /// make it fault.
     pub fn snp(offered: &[CpuidEntry], vcpus: u32, sev: &SnpCpuid) -> Result<CpuidTable, CpuidError> {
-        let mut table = CpuidTable::plain(offered, vcpus);
-        table.entries.retain(|e| e.function != 0x8000_0026 && e.function != SEV_LEAF);
+        let mut table = CpuidTable::plain(offered, vcpus, None);
+        table.entries.retain(is_snp_leaf);
+        // The firmware demands x87 and SSE state in leaf 0xD, which a KVM without XSAVE leaves empty.
+        if table.get(0xd, 0).is_none_or(|e| e.eax & 3 != 3) {
+            table.entries.retain(|e| e.function != 0xd);
+        }
+        let topology_extensions = table.get(0x8000_0001, 0).is_some_and(|e| e.ecx & TOPOEXT != 0);
+        if topology_extensions && table.get(TOPOLOGY_LEAF, 0).is_none() {
+            table.entries.push(CpuidEntry { function: TOPOLOGY_LEAF, ..CpuidEntry::default() });
+        }
         for e in &mut table.entries {
             match (e.function, e.index) {
+                (0, _) => e.eax = e.eax.min(HIGHEST_BASIC),
                 (1, _) => e.ecx &= !LEAF1_TSC_DEADLINE,
                 (7, 0) => {
+                    e.eax = e.eax.min(HIGHEST_FEATURES);
                     e.ebx &= !(1 << 1); // TSC_ADJUST
                     e.ecx &= !(1 << 16); // LA57: spares direct boot the switch of paging levels
-                    e.edx = 0; // SPEC_CTRL family
+                    // FSRM and, on Turin, VP2INTERSECT. The rest, SPEC_CTRL and its kind, is Intel's place for what AMD has
+                    // in leaf 0x80000008; one such bit, and the firmware answers with zero.
+                    e.edx &= 1 << 4 | 1 << 8;
                 }
                 // The guest adds up the size of its own XSAVE area; this is the legacy area and the header.
                 (0xd, 0 | 1) => e.ebx = 0x240,
                 (0x8000_0000, _) => e.eax = e.eax.max(SEV_LEAF),
+                (0x8000_0001, _) => e.ecx &= !SVM,
                 (0x8000_0008, _) => {
                     e.ebx &= !(1 << 25); // virtual SSBD
                     if let Some(bits) = sev.phys_bits {
@@ -142,13 +231,13 @@ impl CpuidTable {
                     }
                 }
                 (0x8000_0021, _) => {
-                    e.eax &= !(1 << 9);
+                    e.eax &= !(1 << 9 | 1 << 17); // NO_SMM_CTL_MSR, GP_ON_USER_CPUID
                     e.ecx = 0;
                 }
                 _ => {}
             }
         }
-        table.entries.retain(|e| !e.is_empty());
+        table.entries.retain(|e| !e.is_empty() || topology_extensions && e.function == TOPOLOGY_LEAF);
         table.entries.push(CpuidEntry {
             function: SEV_LEAF,
             eax: SEV_FEATURES,
@@ -237,7 +326,7 @@ impl CpuidTable {
             match e.function {
                 1 => e.ebx = e.ebx & 0x00ff_ffff | apic_id << 24,
                 0xb => e.edx = apic_id,
-                0x8000_001e => {
+                TOPOLOGY_LEAF => {
                     e.eax = apic_id;
                     // Core id, with one thread per core.
                     e.ebx = apic_id & 0xff;
@@ -360,10 +449,12 @@ mod tests {
             leaf(0x4000_0000, 0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d),
             leaf(0x4000_0001, 0x0100_7efb, 0, 0, 0),
             leaf(0x8000_0000, 0x8000_001e, 0x6874_7541, 0x444d_4163, 0x6974_6e65),
+            leaf(0x8000_0001, 0xa0_0f11, 0x4000_0000, 0x00c0_03f7, 0x2fd3_fbff),
             leaf(0x8000_0008, 0x3030_3030, 0x1bef_d205, 0x700f, 0),
-            leaf(0x8000_001e, 9, 0x104, 0x301, 0),
+            leaf(0x8000_000a, 1, 8, 0, 0x0001_04bb),
+            leaf(0x8000_001e, 0, 0, 0, 0),
             leaf(0x8000_001f, 0x0101_fd3f, 0x4173, 0x1fd, 6),
-            leaf(0x8000_0021, 0x245, 0, 0xff, 0),
+            leaf(0x8000_0021, 0x2_0245, 0, 0xff, 0),
             leaf(0x8000_0026, 1, 2, 3, 4),
         ]
     }
@@ -377,12 +468,19 @@ mod tests {
         let t = table();
         let get = |function, index| *t.get(function, index).unwrap();
         assert_eq!(get(1, 0).ecx, 0xfeff_ffff, "no TSC deadline; HYPERVISOR set; all others kept");
-        assert_eq!(get(7, 0), sub(7, 0, [0, 0x219c_97a9, 0x0040_060c, 0]), "no TSC_ADJUST, LA57, SPEC_CTRL");
+        assert_eq!(
+            get(7, 0),
+            sub(7, 0, [0, 0x219c_97a9, 0x0040_060c, 0x10]),
+            "no TSC_ADJUST, LA57, SPEC_CTRL"
+        );
         assert_eq!((get(0xd, 0).ebx, get(0xd, 1).ebx), (0x240, 0x240));
         assert_eq!(get(0xd, 2), sub(0xd, 2, [0x100, 0x240, 0, 0]), "sub-leaves of components stay");
         assert_eq!(get(0x8000_0008, 0).ebx, 0x19ef_d205, "no virtual SSBD");
         assert_eq!(get(0x8000_0021, 0), leaf(0x8000_0021, 0x45, 0, 0, 0));
-        assert_eq!(t.get(0x8000_0026, 0), None);
+        assert_eq!(get(0x8000_0001, 0).ecx, 0x00c0_03f3, "no SVM");
+        for dropped in [0x8000_000a, 0x8000_0026] {
+            assert_eq!(t.get(dropped, 0), None);
+        }
         assert_eq!(t.get(2, 0), None, "no empty leaf");
         assert_eq!(get(0x4000_0001, 0).eax, 0x0100_7efb, "paravirtual features stay");
     }
@@ -402,10 +500,60 @@ mod tests {
 
     #[test]
     fn a_plain_guest_keeps_its_leaves_and_gets_the_hypervisor_bit() {
-        let t = CpuidTable::plain(&offered(), 1);
+        let t = CpuidTable::plain(&offered(), 1, None);
         assert_eq!(t.get(1, 0).unwrap().ecx, u32::MAX);
         assert_eq!(t.get(7, 0), offered().iter().find(|e| e.function == 7));
+        assert_eq!(t.get(0x8000_0001, 0).unwrap().ecx, 0x00c0_03f7, "SVM too");
         assert_eq!(t.get(0x8000_001f, 0).unwrap().eax, 0x0101_fd3f);
+    }
+
+    /// Linux 6.17.8 and 6.18.15, `arch/x86/kvm/cpuid.c`, `CPUID_8000_0021_ECX`: 6 on every host.
+    #[test]
+    fn a_plain_guest_hears_of_no_immunity_that_its_processor_lacks() {
+        let ecx =
+            |host: Option<&RawCpuid>| CpuidTable::plain(&offered(), 1, host).get(0x8000_0021, 0).unwrap().ecx;
+        let raw = |ecx| RawCpuid::parse(&format!("80000021 0 0 0 {ecx:x} 0")).unwrap();
+        assert_eq!(ecx(None), 0xf9);
+        assert_eq!(ecx(Some(&raw(0))), 0xf9);
+        assert_eq!(ecx(Some(&raw(2))), 0xfb);
+        assert_eq!(ecx(Some(&raw(6))), 0xff);
+    }
+
+    /// AMD-ASPFW, `cpuid_lookup.c`: 7.2, 0x24, 0x80000025 are in no table; 0x80000024 and 0x80000020 are of no use.
+    #[test]
+    fn an_snp_guest_gets_only_leaves_that_the_firmware_knows() {
+        let mut more = offered();
+        let unknown =
+            [(7, 2), (0x14, 0), (0x1d, 0), (0x24, 0), (0x8000_0020, 0), (0x8000_0024, 0), (0x8000_0025, 0)];
+        more.extend(unknown.map(|(function, index)| sub(function, index, [1; 4])));
+        more.iter_mut().filter(|e| e.function == 0).for_each(|e| e.eax = 0x24);
+        more.iter_mut().filter(|e| (e.function, e.index) == (7, 0)).for_each(|e| e.eax = 2);
+        let t = CpuidTable::snp(&more, 4, &SEV).unwrap();
+        for (function, index) in unknown {
+            assert_eq!(t.get(function, index), None, "{function:#x}");
+        }
+        assert_eq!((t.get(0, 0).unwrap().eax, t.get(7, 0).unwrap().eax), (0x10, 1));
+    }
+
+    /// Linux, `arch/x86/kvm/cpuid.c`, `case 0xd` without a permitted XCR0: the leaf is there, and empty.
+    #[test]
+    fn a_kvm_without_xsave_has_no_leaf_for_it() {
+        let mut none = offered();
+        none.retain(|e| e.function != 0xd);
+        none.push(sub(0xd, 0, [0, 0x240, 0x240, 0]));
+        assert_eq!(CpuidTable::snp(&none, 1, &SEV).unwrap().get(0xd, 0), None);
+    }
+
+    /// Linux, `arch/x86/kvm/cpuid.c`, `case 0x8000001e`: all zero, with TOPOEXT offered.
+    #[test]
+    fn the_topology_leaf_is_there_whenever_the_processor_has_topology_extensions() {
+        let mut without = offered();
+        without.retain(|e| e.function != 0x8000_001e);
+        let t = CpuidTable::snp(&without, 4, &SEV).unwrap();
+        let third = t.for_vcpu(3).into_iter().find(|e| e.function == 0x8000_001e).unwrap();
+        assert_eq!((third.eax, third.ebx, third.ecx, third.edx), (3, 3, 0, 0));
+        without.iter_mut().filter(|e| e.function == 0x8000_0001).for_each(|e| e.ecx &= !(1 << 22));
+        assert_eq!(CpuidTable::snp(&without, 4, &SEV).unwrap().get(0x8000_001e, 0), None);
     }
 
     #[test]
@@ -454,10 +602,10 @@ mod tests {
     #[test]
     fn too_many_leaves_are_listed_and_never_cut() {
         let mut many = offered();
-        many.extend((0..60).map(|i| sub(0x8000_001d, i, [i + 1, 0, 0, 0])));
+        many.extend((0..60).map(|i| leaf(0x4000_0100 + i, i + 1, 0, 0, 0)));
         let error = CpuidTable::snp(&many, 1, &SEV).unwrap_err();
         let CpuidError::TooMany { count, leaves } = &error else { panic!("{error}") };
-        assert!(*count > 64 && leaves.contains("0x8000001d.0x3b") && leaves.contains("0xd.0x2"), "{error}");
+        assert!(*count > 64 && leaves.contains("0x4000013b") && leaves.contains("0xd.0x2"), "{error}");
         many.truncate(many.len() - (count - 64));
         assert_eq!(CpuidTable::snp(&many, 1, &SEV).unwrap().entries().len(), 64);
     }

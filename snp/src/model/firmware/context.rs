@@ -105,8 +105,9 @@ impl std::fmt::Debug for GuestContext {
 impl GuestContext {
     /// `SNP_LAUNCH_START`.
     pub fn start(policy: u64, gosvw: [u8; 16], rng: &mut dyn CryptoRngCore) -> Result<Self, FwStatus> {
+        // AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_start`: whatever is wrong with a policy has one status.
         if policy & !POLICY_KNOWN != 0 || policy & POLICY_RESERVED_ONE == 0 {
-            return Err(FwStatus::INVALID_PARAM);
+            return Err(FwStatus::POLICY_FAILURE);
         }
         let [_, minor, major] = FIRMWARE_VERSION;
         let wanted = ((policy >> 8) as u8, policy as u8);
@@ -172,7 +173,7 @@ impl GuestContext {
                 gpa
             }
             PageType::Cpuid => {
-                if !cpuid_page::check(page, &platform.cpuid, platform.c_bit) {
+                if !cpuid_page::check(page, &platform.processor, platform.c_bit) {
                     return Err(FwStatus::INVALID_PARAM);
                 }
                 gpa

@@ -118,11 +118,12 @@ fn the_launched_digest_is_the_predicted_one() {
     assert_ne!(guest.digest(), before);
 }
 
+/// AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_start`: unknown bits, bit 17, SMT and ABI version are all POLICY_FAILURE.
 #[test]
 fn policies_that_the_platform_cannot_honour_are_refused() {
     for (policy, status) in [
-        (0x1_0000, FwStatus::INVALID_PARAM),
-        (0x3_0000 | 1 << 30, FwStatus::INVALID_PARAM),
+        (0x1_0000, FwStatus::POLICY_FAILURE),
+        (0x3_0000 | 1 << 30, FwStatus::POLICY_FAILURE),
         (0x2_0000, FwStatus::POLICY_FAILURE),
         (0x3_0200, FwStatus::POLICY_FAILURE),
         (0x3_0138, FwStatus::POLICY_FAILURE),
@@ -160,7 +161,7 @@ fn a_refused_cpuid_page_is_corrected_and_not_measured() {
     let mut page = [0; 4096];
     page[0] = 1;
     page[16..20].copy_from_slice(&0x8000_001fu32.to_le_bytes());
-    page[16 + 28] = 51;
+    page[16 + 28] = 7;
     assert_eq!(guest.update(&platform, PageType::Cpuid, 0, &mut page), Err(FwStatus::INVALID_PARAM));
     assert_eq!(guest.digest(), LaunchDigest::START);
     assert_eq!(page[16 + 28], 39, "the platform's C-bit");

@@ -35,7 +35,6 @@ mod block {
     pub const DIGEST: Range<usize> = 0..48;
     pub const FAMILY_ID: Range<usize> = 48..64;
     pub const IMAGE_ID: Range<usize> = 64..80;
-    pub const VERSION: usize = 80;
     pub const GUEST_SVN: usize = 84;
     pub const POLICY: usize = 88;
 }
@@ -92,8 +91,12 @@ pub fn check(
     digest: LaunchDigest,
     policy: u64,
 ) -> Result<Identity, FwStatus> {
-    if u32_at(id_block, block::VERSION) != 1 {
-        return Err(FwStatus::BAD_VERSION);
+    // In this order, and without a look at the block's version: AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_finish`.
+    if id_block[block::DIGEST] != digest.0 {
+        return Err(FwStatus::BAD_MEASUREMENT);
+    }
+    if id_block[block::POLICY..BLOCK_LEN] != policy.to_le_bytes() {
+        return Err(FwStatus::POLICY_FAILURE);
     }
     let algorithm_known = u32_at(id_auth, auth::ID_KEY_ALGORITHM) == ECDSA_P384_SHA384
         && (!author_key || u32_at(id_auth, auth::AUTHOR_KEY_ALGORITHM) == ECDSA_P384_SHA384);
@@ -105,12 +108,6 @@ pub fn check(
         && (!author_key || signed(id_key, id_auth, auth::ID_KEY_SIGNATURE, author));
     if !good {
         return Err(FwStatus::BAD_SIGNATURE);
-    }
-    if id_block[block::POLICY..BLOCK_LEN] != policy.to_le_bytes() {
-        return Err(FwStatus::POLICY_FAILURE);
-    }
-    if id_block[block::DIGEST] != digest.0 {
-        return Err(FwStatus::BAD_MEASUREMENT);
     }
     let mut identity = Identity {
         guest_svn: u32_at(id_block, block::GUEST_SVN),
