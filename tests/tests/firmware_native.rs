@@ -28,6 +28,7 @@ use snp::image::layout;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::regions::regions;
+use snp::model::firmware::product::Product;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
@@ -94,6 +95,7 @@ fn bench(vcpus: u32) -> Option<Bench> {
         backing: Backing::Single,
         strict: false,
         two_mib: TwoMib::Accept,
+        product: Some(Product::Genoa),
         keys: file,
         statistics: false,
     };

@@ -26,6 +26,7 @@ use snp::identity::IdAuth;
 use snp::identity::IdBlock;
 use snp::pages::cpuid_diff::CpuidDiff;
 use snp::pages::cpuid_diff::Register;
+use snp::pages::cpuid_raw::RawCpuid;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::plan::Record;
@@ -56,6 +57,8 @@ pub struct LaunchOptions {
     pub identity: Option<(IdBlock, IdAuth)>,
     /// Launch with the firmware's CPUID page where it refuses ours, if every change is on the list of acceptable ones.
     pub accept_cpuid: bool,
+    /// What CPUID gives on the platform's processors, if known: bits that KVM made up beyond it may be lost without being asked.
+    pub host_cpuid: Option<RawCpuid>,
     /// The digest that was announced: another one ends the launch where the platform knows what its firmware measured.
     pub predicted: Option<LaunchDigest>,
     /// What starts is firmware. It uses some pages as shared without asking ([`crate::implicit`]), and starts the other vCPUs by
@@ -153,7 +156,7 @@ pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option
     let mut start = kvm_sev_snp_launch_start { policy: options.policy.0, ..Default::default() };
     vm.snp_launch_start(&mut start)
         .map_err(sev(format!("starting the launch with policy {}", options.policy)))?;
-    let mut updater = Updater::new(vm, options.accept_cpuid);
+    let mut updater = Updater::new(vm, options.accept_cpuid, options.host_cpuid.as_ref());
     for record in &plan.records {
         updater.add(record)?;
     }

@@ -128,9 +128,7 @@ pub(crate) fn boot(
                 cpuid: &guest.cpuid,
             };
             if let Some(diff) = launch::launch_snp(prepared, options)? {
-                eprintln!(
-                    "cvmm: warning: --accept-cpuid: launched with the firmware's CPUID values:\n{diff}"
-                );
+                eprintln!("cvmm: {}", diff.accepted_note(options.host_cpuid.as_ref()));
             }
             Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
         }

@@ -29,6 +29,7 @@ use snp::digest::LaunchDigest;
 use snp::image::sites::Annotations;
 use snp::image::sites::ShimSites;
 use snp::pages::cpuid::SnpCpuid;
+use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -116,6 +117,10 @@ pub trait Platform: Send + Sync {
     fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, CallError>;
     /// What the platform decides about an SNP guest's CPUID, the position of the C-bit first of all.
     fn snp_cpuid(&self) -> SnpCpuid;
+    /// What the CPUID instruction gives on this platform's processors, if it is known: KVM offers more than that.
+    fn raw_cpuid(&self) -> Option<RawCpuid> {
+        None
+    }
     /// Which guest policies this platform's KVM lets through.
     fn policy_rules(&self) -> PolicyRules;
     /// SEV features that KVM gives to guests that ask for them in `KVM_SEV_INIT2` (`KVM_X86_SEV_VMSA_FEATURES`).

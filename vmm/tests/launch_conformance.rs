@@ -22,6 +22,7 @@ use snp::model::commands::Step;
 use snp::model::errno::Errno;
 use snp::model::faults::Faults;
 use snp::model::faults::Trigger;
+use snp::model::firmware::product::Product;
 use snp::model::firmware::status::FwStatus;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
@@ -76,6 +77,7 @@ fn bench() -> Option<Bench> {
         backing: Backing::Split,
         strict: false,
         two_mib: TwoMib::Accept,
+        product: Some(Product::Genoa),
         statistics: false,
         keys: file,
     };
@@ -275,6 +277,19 @@ fn a_refused_cpuid_page_is_shown_and_accepted_only_on_request_and_within_the_lis
         assert!(error.contains(part), "'{part}' is not in: {error}");
     }
     assert_eq!(offer(leaf1 + 35, 1, true), None, "accepted on request");
+    // No EPYC has that bit in its own CPUID: where this is known, it goes without being asked. The C-bit never does.
+    let host_cpuid = bench.platform.raw_cpuid();
+    assert!(host_cpuid.is_some());
+    let knowing = |at: usize| {
+        let mut page = table.to_vec();
+        page[at] ^= 1;
+        let mut guest = bench.guest();
+        guest.plan.records[0] = Record::new(0x1000, PageType::Cpuid, page, "CPUID page");
+        guest.snp = Some(LaunchOptions { host_cpuid: host_cpuid.clone(), ..LaunchOptions::default() });
+        bench.run(guest)
+    };
+    assert_eq!(knowing(leaf1 + 35), None);
+    assert!(knowing(sev + 28).unwrap().contains("not on the list"));
     for accept in [false, true] {
         let error = offer(sev + 28, 1, accept).unwrap();
         assert!(error.contains("0x8000001f") && error.contains("not on the list"), "{error}");

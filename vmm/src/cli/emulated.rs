@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use snp::model::firmware::product::Product;
 use snp::model::rmp::TwoMib;
 
 use super::Failure;
@@ -24,9 +25,36 @@ pub struct EmulatedArgs {
     /// How PVALIDATE of 2 MiB is answered
     #[arg(long, value_enum, default_value = "accept", requires = "snp")]
     pvalidate_2m: Pvalidate2m,
+    /// Processor that the guest is told of, and whose firmware checks its CPUID page
+    #[arg(long, value_enum, default_value = "genoa", requires = "snp")]
+    product: ProductName,
     /// File with the platform's attestation keys, made if absent [default: ~/.local/state/cvmm/emulated-platform.pem]
     #[arg(long, value_name = "FILE", requires = "snp")]
     emulated_keys: Option<PathBuf>,
+}
+
+/// A processor with SNP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ProductName {
+    /// EPYC 7003
+    Milan,
+    /// EPYC 9004, whose firmware AMD has published
+    Genoa,
+    /// EPYC 9005
+    Turin,
+    /// This host's own, whatever it is
+    Host,
+}
+
+impl ProductName {
+    fn product(self) -> Option<Product> {
+        match self {
+            ProductName::Milan => Some(Product::Milan),
+            ProductName::Genoa => Some(Product::Genoa),
+            ProductName::Turin => Some(Product::Turin),
+            ProductName::Host => None,
+        }
+    }
 }
 
 /// Answer to `PVALIDATE` of 2 MiB.
@@ -66,6 +94,7 @@ impl EmulatedArgs {
             two_mib: self.pvalidate_2m.into(),
             statistics,
             keys: self.emulated_keys.clone().unwrap_or_else(emulated::default_keys_path),
+            product: self.product.product(),
         }
     }
 }

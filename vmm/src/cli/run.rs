@@ -152,7 +152,8 @@ pub struct Args {
     #[arg(long, value_name = "FILE", requires = "id_block", help_heading = SNP)]
     reference: Option<PathBuf>,
     /// Where the firmware refuses CPUID values, launch with its own, if all changes are on a short list (features that only
-    /// disappear, cache descriptions); they are printed. The CPUID page is not measured
+    /// disappear, cache descriptions); they are printed. Bits that the processor's own CPUID lacks may go without this option.
+    /// The CPUID page is not measured
     #[arg(long, requires = "snp", help_heading = SNP)]
     accept_cpuid: bool,
     #[command(flatten)]
@@ -245,7 +246,7 @@ fn plain_guest(args: &Args) -> Result<Prepared, Failure> {
     let mut boot = args.image.boot(&files, ImageGuest::Plain);
     let companions = args.vtpm.start(&mut boot)?;
     let image = boot.image().map_err(Failure::usage)?;
-    let table = CpuidTable::plain(&offered, args.image.cpus);
+    let table = CpuidTable::plain(&offered, args.image.cpus, platform.raw_cpuid().as_ref());
     Ok((Box::new(platform), guest(LaunchImage::direct(image), &table, None), companions))
 }
 
@@ -326,6 +327,7 @@ fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
         host_data: args.host_data.unwrap_or_default(),
         identity,
         accept_cpuid: args.accept_cpuid,
+        host_cpuid: platform.raw_cpuid(),
         // A trial that changes the plan behind our back is for the guest to find.
         predicted: args.trials.tamper.is_none().then_some(digest),
         firmware: args.file.firmware.is_some(),

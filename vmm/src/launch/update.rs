@@ -12,6 +12,7 @@ use kvm_bindings::kvm_sev_snp_launch_update;
 use snp::model::firmware::status::FwStatus;
 use snp::pages::cpuid_diff::CpuidDiff;
 use snp::pages::cpuid_diff::Page;
+use snp::pages::cpuid_raw::RawCpuid;
 use snp::plan::PAGE_SIZE;
 use snp::plan::PageType;
 use snp::plan::Record;
@@ -53,14 +54,16 @@ pub struct Updater<'a> {
     vm: &'a dyn Vm,
     scratch: Scratch,
     accept_cpuid: bool,
+    host_cpuid: Option<&'a RawCpuid>,
     /// What the firmware changed in the CPUID page, and was accepted.
     pub accepted: Option<CpuidDiff>,
 }
 
 impl<'a> Updater<'a> {
-    /// `accept_cpuid`: launch with the firmware's CPUID page if every change is on the list of acceptable ones.
-    pub fn new(vm: &'a dyn Vm, accept_cpuid: bool) -> Self {
-        Updater { vm, scratch: Scratch::new(), accept_cpuid, accepted: None }
+    /// `accept_cpuid`: launch with the firmware's CPUID page if every change is on the list of acceptable ones. Without being
+    /// asked, if KVM made up every bit that is lost; `host_cpuid`, the processors' own CPUID, tells.
+    pub fn new(vm: &'a dyn Vm, accept_cpuid: bool, host_cpuid: Option<&'a RawCpuid>) -> Self {
+        Updater { vm, scratch: Scratch::new(), accept_cpuid, host_cpuid, accepted: None }
     }
 
     /// Adds one record, in as many calls as it takes.
@@ -117,8 +120,8 @@ impl<'a> Updater<'a> {
         (len - args.len.min(len), result)
     }
 
-    /// The firmware refused the CPUID page, and its version is in the scratch buffer. It is offered again only if the user
-    /// asked for that and every change is on the list.
+    /// The firmware refused the CPUID page, and its version is in the scratch buffer. It is offered again if nothing is lost but
+    /// what KVM made up, or if the user asked for that and every change is on the list.
     fn refused(&mut self, record: &Record, error: SevError) -> Result<(), LaunchError> {
         let gpa = record.gpa;
         let step = || format!("adding {} (CPUID page at {gpa:#x})", record.name);
@@ -133,7 +136,7 @@ impl<'a> Updater<'a> {
             // Refused, and nothing offered instead.
             _ => return Err(LaunchError::Sev { step: step(), source: error }),
         };
-        if !self.accept_cpuid || !diff.is_acceptable() {
+        if !diff.is_made_up(self.host_cpuid) && !(self.accept_cpuid && diff.is_acceptable()) {
             return Err(LaunchError::Cpuid { name: record.name.to_string(), gpa, diff });
         }
         let mut args = kvm_sev_snp_launch_update {

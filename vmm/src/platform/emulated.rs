@@ -32,8 +32,12 @@ use snp::image::sites::Annotations;
 use snp::image::sites::ShimSites;
 use snp::model::faults::Faults;
 use snp::model::firmware::Platform as Firmware;
+use snp::model::firmware::product::Processor;
+use snp::model::firmware::product::Product;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::SnpCpuid;
+use snp::pages::cpuid_raw::DumpError;
+use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
 
 pub use trial::EmulationTrial;
@@ -46,6 +50,7 @@ use super::VmKind;
 use super::kvm::KvmPlatform;
 use super::kvm::KvmVm;
 use super::kvm::OpenError;
+use crate::cpuid;
 
 /// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.
 const C_BIT_MAX: u8 = 46;
@@ -80,6 +85,8 @@ pub struct EmulatedOptions {
     pub statistics: bool,
     /// The file with the platform's attestation keys; made if it does not exist.
     pub keys: PathBuf,
+    /// The processor that guests are told of and that the firmware checks CPUID pages against; `None` for this host's own.
+    pub product: Option<Product>,
 }
 
 /// The platform on this host's KVM.
@@ -87,6 +94,8 @@ pub struct EmulatedPlatform {
     kvm: KvmPlatform,
     options: EmulatedOptions,
     sev: SnpCpuid,
+    /// This host's own CPUID.
+    host: RawCpuid,
     firmware: Arc<Firmware>,
     annotations: Mutex<Notes>,
     faults: Mutex<Faults>,
@@ -108,6 +117,9 @@ pub enum EmulatedError {
     /// KVM does not say what CPUs it offers.
     #[error(transparent)]
     Cpuid(#[from] CallError),
+    /// The data of a product cannot be read.
+    #[error("CPUID of the product: {0}")]
+    Product(#[from] DumpError),
     /// No attestation keys.
     #[error(transparent)]
     Keys(#[from] keys::KeysError),
@@ -138,13 +150,23 @@ impl EmulatedPlatform {
     /// Opens this host's KVM and picks the C-bit.
     pub fn open(options: EmulatedOptions) -> Result<Self, EmulatedError> {
         let kvm = KvmPlatform::open()?;
-        let sev = snp_cpuid(&kvm.supported_cpuid()?)?;
+        let offered = kvm.supported_cpuid()?;
+        let sev = snp_cpuid(&offered)?;
+        let host = kvm.raw_cpuid().unwrap_or_default();
+        let mut processor = match options.product {
+            Some(product) => product.processor()?,
+            None => Processor::of_host(host.clone())?,
+        };
+        // A guest picks errata and model-specific registers by the signature, and what it finds there is this host's.
+        processor.signature = offered.iter().find(|e| e.function == 1).map_or(0, |e| e.eax);
+        processor.coherent = sev.coherency_sfw_no;
         let chain = keys::load_or_create(&options.keys)?;
-        let firmware = Arc::new(Firmware { chain, c_bit: sev.c_bit, cpuid: Vec::new() });
+        let firmware = Arc::new(Firmware { chain, c_bit: sev.c_bit, processor });
         Ok(EmulatedPlatform {
             kvm,
             options,
             sev,
+            host,
             firmware,
             annotations: Mutex::default(),
             faults: Mutex::default(),
@@ -166,7 +188,12 @@ impl EmulatedPlatform {
 
 impl Platform for EmulatedPlatform {
     fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, CallError> {
-        self.kvm.supported_cpuid()
+        let offered = cpuid::from_kvm(&self.kvm.supported_cpuid()?);
+        Ok(cpuid::to_kvm(&self.firmware.processor.offer(&offered, &self.host)))
+    }
+
+    fn raw_cpuid(&self) -> Option<RawCpuid> {
+        Some(self.firmware.processor.raw.clone())
     }
 
     fn snp_cpuid(&self) -> SnpCpuid {

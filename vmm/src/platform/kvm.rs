@@ -32,6 +32,7 @@ use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::Kvm;
 use snp::pages::cpuid::SnpCpuid;
+use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
 
 use super::CallError;
@@ -124,6 +125,13 @@ impl Platform for KvmPlatform {
         // AMD APM volume 3, E.4.17: EBX 5:0 is the C-bit's position, EBX 31 is COHERENCY_SFW_NO.
         let ebx = std::arch::x86_64::__cpuid(0x8000_001f).ebx;
         SnpCpuid { c_bit: (ebx & 0x3f) as u8, phys_bits: None, coherency_sfw_no: ebx >> 31 == 1 }
+    }
+
+    fn raw_cpuid(&self) -> Option<RawCpuid> {
+        Some(RawCpuid::read(|leaf, subleaf| {
+            let r = std::arch::x86_64::__cpuid_count(leaf, subleaf);
+            [r.eax, r.ebx, r.ecx, r.edx]
+        }))
     }
 
     fn policy_rules(&self) -> PolicyRules {

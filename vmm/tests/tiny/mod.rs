@@ -101,7 +101,7 @@ pub const CRASH: [u8; 2] = [0x0f, 0x0b];
 pub fn plain_guest(code: &[u8], cpus: u32) -> Option<(KvmPlatform, Guest)> {
     let platform = kvm()?;
     let image = image(code, cpus);
-    let table = CpuidTable::plain(&cpuid::from_kvm(&platform.supported_cpuid().unwrap()), cpus);
+    let table = CpuidTable::plain(&cpuid::from_kvm(&platform.supported_cpuid().unwrap()), cpus, None);
     let guest = Guest {
         plan: image.plan,
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
@@ -127,8 +127,14 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys.pem");
     std::fs::write(&keys, self::keys()).unwrap();
-    let options =
-        EmulatedOptions { backing, strict: false, two_mib: TwoMib::Accept, statistics: false, keys };
+    let options = EmulatedOptions {
+        backing,
+        strict: false,
+        two_mib: TwoMib::Accept,
+        statistics: false,
+        keys,
+        product: None,
+    };
     let platform = EmulatedPlatform::open(options).unwrap();
 
     // The registers and tables of a plain boot will do, with what KVM adds to EFER, CR4 and the features for SEV guests
@@ -144,7 +150,7 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
     image.plan.records.sort_by_key(|r| r.gpa);
     let records =
         image.plan.records.into_iter().map(|r| Record { page_type: PageType::Normal, ..r }).collect();
-    let table = CpuidTable::plain(&cpuid::from_kvm(&host.supported_cpuid().unwrap()), 1);
+    let table = CpuidTable::plain(&cpuid::from_kvm(&host.supported_cpuid().unwrap()), 1, None);
     let guest = Guest {
         plan: LaunchPlan { records, vcpus: image.plan.vcpus },
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
