@@ -135,7 +135,7 @@ mod tests {
             (0x8000_0000, 0) => [0x8000_0008, 0, 0, 0],
             (0x8000_0008, 0) => [0x3030, 0, 0, 0],
             // Beyond the highest leaf Intel processors repeat an answer.
-            (0xe.. | 0x8000_0009.., _) => [9; 4],
+            (0xe..0x8000_0000 | 0x8000_0009.., _) => [9; 4],
             _ => [0; 4],
         });
         assert_eq!(raw.entries().len(), 5, "{:x?}", raw.entries());

@@ -7,7 +7,7 @@
 //! values that the firmware would accept, most of the time.
 //!
 //! AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_update` and `cpuid_lookup.c:sanitize_cpuid_list`, for the page;
-//! [`rules`] for the entries.
+//! module `rules` for the entries.
 
 mod rules;
 
@@ -84,8 +84,8 @@ pub fn check(page: &mut [u8; PAGE], processor: &Processor, c_bit: u8) -> bool {
         if RANGES.iter().all(|range| !range.contains(&entry.function)) {
             continue;
         }
-        let registers = rules::corrected(&entry, processor, c_bit);
-        accepted &= entry.reserved == 0 && registers == entry.registers;
+        let (registers, good) = rules::judge(&entry, processor, c_bit);
+        accepted &= entry.reserved == 0 && good;
         *bytes = Entry { registers, ..entry }.encode();
     }
     accepted

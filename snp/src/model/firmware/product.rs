@@ -163,7 +163,7 @@ const AVX512_COMPONENTS: u32 = 0xe0;
 const COMPONENT_FEATURES: &[(u32, u32, Register, u32)] =
     &[(5, 7, Register::Ebx, 0xdc23_0000), (5, 7, Register::Ecx, 0x5842), (9, 7, Register::Ecx, 0x18)];
 /// Registers in which each bit is a feature.
-pub const FEATURES: &[(u32, u32, Register)] = &[
+const FEATURES: &[(u32, u32, Register)] = &[
     (1, 0, Register::Ecx),
     (1, 0, Register::Edx),
     (7, 0, Register::Ebx),

@@ -103,8 +103,16 @@ const VMPLS_MAX: u32 = 4 << 12;
 const SEV_EBX_RESERVED: u32 = 0xffff_0000;
 const COHERENCY_SFW_NO: u32 = 1 << 31;
 
-/// The answers of `entry` as the firmware would give them back.
-pub fn corrected(entry: &Entry, processor: &Processor, c_bit: u8) -> CpuidRegisters {
+/// What the firmware makes of `entry`: the answers that it gives back, and whether it accepts the entry.
+pub fn judge(entry: &Entry, processor: &Processor, c_bit: u8) -> (CpuidRegisters, bool) {
+    let registers = corrected(entry, processor, c_bit);
+    // The one correction that does not make things right, and may change nothing.
+    let wrong_c_bit =
+        (entry.function, entry.index) == (0x8000_001f, 0) && registers.ebx & 0x3f != u32::from(c_bit & 0x3f);
+    (registers, registers == entry.registers && !wrong_c_bit)
+}
+
+fn corrected(entry: &Entry, processor: &Processor, c_bit: u8) -> CpuidRegisters {
     let (leaf, index) = (entry.function, entry.index);
     let chip = |register| processor.limits.register(leaf, index, register);
     let (eax, ebx, ecx, edx) =
