@@ -53,6 +53,7 @@ fn launching() -> Option<EmulatedVm> {
         strict: false,
         two_mib: TwoMib::Accept,
         statistics: false,
+        product: None,
         keys,
     };
     let platform = EmulatedPlatform::open(options).unwrap();
