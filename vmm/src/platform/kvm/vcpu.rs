@@ -41,6 +41,8 @@ ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
 
 /// `KVM_RUN`, `_IO(KVMIO, 0x80)`.
 const KVM_RUN: libc::c_ulong = 0xae80;
+/// XCR0 after a reset, and what a CPU without XSAVE does: x87 state only.
+const XCR0_RESET: u64 = 1;
 
 /// A vCPU; the emulated platform builds on it.
 pub struct KvmVcpu {
@@ -61,6 +63,14 @@ impl KvmVcpu {
             0.. => Ok(()),
             _ => Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
         }
+    }
+
+    /// XCR0, if the CPU has it. A KVM on a CPU without XSAVE reads no register and refuses to set one (Linux 7.3,
+    /// arch/x86/kvm/x86.c, `kvm_vcpu_ioctl_x86_get_xcrs` and `kvm_vcpu_ioctl_x86_set_xcrs`).
+    fn xcr0(&self) -> Result<Option<u64>, CallError> {
+        let xcrs = self.fd.get_xcrs().map_err(CallError::of("KVM_GET_XCRS"))?;
+        let found = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0);
+        Ok(found.map(|x| x.value))
     }
 }
 
@@ -121,13 +131,14 @@ impl Vcpu for KvmVcpu {
     fn set_xcr0(&mut self, value: u64) -> Result<(), CallError> {
         let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
         xcrs.xcrs[0] = kvm_xcr { xcr: 0, reserved: 0, value };
-        self.fd.set_xcrs(&xcrs).map_err(CallError::of("KVM_SET_XCRS"))
+        match self.fd.set_xcrs(&xcrs) {
+            Err(_) if value == XCR0_RESET && self.xcr0()?.is_none() => Ok(()),
+            result => result.map_err(CallError::of("KVM_SET_XCRS")),
+        }
     }
 
     fn get_xcr0(&self) -> Result<u64, CallError> {
-        let xcrs = self.fd.get_xcrs().map_err(CallError::of("KVM_GET_XCRS"))?;
-        let found = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0);
-        found.map(|x| x.value).ok_or(CallError::errno("KVM_GET_XCRS (no XCR0)", libc::EINVAL))
+        Ok(self.xcr0()?.unwrap_or(XCR0_RESET))
     }
 
     fn set_lint(&mut self) -> Result<(), CallError> {
