@@ -8,6 +8,7 @@ pub mod certs;
 pub mod doctor;
 pub mod endings;
 pub mod firmware;
+pub mod given;
 pub mod policy_guide;
 pub mod strict;
 pub mod tamper;

@@ -17,6 +17,7 @@ pub mod machine;
 pub mod modules;
 pub mod nested;
 pub mod probe;
+pub mod progress;
 pub mod snp_kernel;
 pub mod statistics;
 pub mod suite;

@@ -34,15 +34,20 @@ pub struct Modules {
 }
 
 impl Modules {
-    /// Reads the directory tree of `kernel`.
+    /// Reads the directory tree of `kernel`; a kernel without one has no modules.
     pub fn of(kernel: &Kernel) -> Result<Self> {
-        let builtin = fs::read_to_string(kernel.modules.join("modules.builtin"))
-            .with_context(|| format!("cannot read modules.builtin in {}", kernel.modules.display()))?
+        let Some(tree) = &kernel.modules else {
+            return Ok(Modules { files: BTreeMap::new(), builtin: BTreeSet::new() });
+        };
+        // Newer packages have this list in a package of its own, which need not be unpacked beside them: it only says that what
+        // is not there is not missed, and modules do not name built-in ones as dependencies.
+        let builtin = fs::read_to_string(tree.join("modules.builtin"))
+            .unwrap_or_default()
             .lines()
             .filter_map(|line| module_name(Path::new(line)))
             .collect();
         let mut files = BTreeMap::new();
-        collect(&kernel.modules, &mut files)?;
+        collect(tree, &mut files)?;
         Ok(Modules { files, builtin })
     }
 

@@ -56,7 +56,12 @@ const PERIODIC_TIMER: &str = "highres=off nohz=off";
 /// QEMU warns about features of this model that its software CPU lacks; none of them is needed. Two are taken away:
 /// `xsaves`, and `cx16`, because the software CPU of QEMU 7.2 gives an interrupted L2 guest wrong flags after CMPXCHG16B
 /// (6 of 8 boots of a 6.12 guest under QEMU's own KVM mode died of it, most in `kmem_cache_alloc`; without it none of 8).
-const CPU: &str = "EPYC-Rome,+svm,+npt,+nrip-save,-xsaves,-cx16";
+///
+/// AVX and what needs it are taken away too. QEMU 7.2 runs an L2 guest's XSETBV without an exit to L1, so L1's KVM answers
+/// CPUID 0xd for an XCR0 without AVX, and the guest finds that its XSAVE area has another size. Linux before 6.16 warns and goes
+/// on; later ones crash (`fpu__init_system_xstate` in arch/x86/kernel/fpu/xstate.c). Without AVX the sizes are the same.
+/// `CVMM_L1_CPU` adds to this, such as `-xsave`.
+const CPU: &str = "EPYC-Rome,+svm,+npt,+nrip-save,-xsaves,-cx16,-avx,-avx2,-fma,-f16c";
 
 /// Software emulation boots L1 in about 10 s; a busy machine takes longer.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -207,6 +212,7 @@ impl Drop for Nested {
 fn qemu_command(kernel: &Kernel, initrd: &Path, share: &Path, console: &Path, socket: &Path) -> Command {
     let memory = std::env::var("CVMM_L1_MEMORY").unwrap_or_else(|_| MEMORY.into());
     let cpus = std::env::var("CVMM_L1_CPUS").unwrap_or_else(|_| CPUS.into());
+    let cpu = std::env::var("CVMM_L1_CPU").map_or_else(|_| CPU.into(), |more| format!("{CPU},{more}"));
     let append = format!(
         "console=ttyS0 panic=-1 mitigations=off nokaslr quiet loglevel=4 {PERIODIC_TIMER} cvmm.share={}",
         share.display()
@@ -214,7 +220,7 @@ fn qemu_command(kernel: &Kernel, initrd: &Path, share: &Path, console: &Path, so
     let mut command = Command::new(std::env::var_os("CVMM_QEMU").unwrap_or_else(|| QEMU.into()));
     command
         .args(["-accel", "tcg", "-M", "q35", "-smp", &cpus, "-m", &memory])
-        .args(["-cpu", CPU])
+        .args(["-cpu", &cpu])
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .arg("-serial")
         .arg(format!("file:{}", comma(console)))

@@ -23,6 +23,7 @@ use crate::machine::Output;
 use crate::nested::Nested;
 use crate::probe;
 use crate::probe::Decision;
+use crate::progress::Doing;
 use crate::workspace::Workspace;
 
 /// How a case ended, if it did not fail.
@@ -43,12 +44,28 @@ pub struct Case {
     pub name: String,
     /// The test.
     pub run: Body,
+    /// Why it is left out of a run that is not long.
+    pub long: Option<&'static str>,
 }
 
 impl Case {
     /// A case that passes if `run` does.
     pub fn new(name: impl Into<String>, run: impl Fn(&Context) -> Result<()> + 'static) -> Self {
-        Case { name: name.into(), run: Box::new(move |context| run(context).map(|()| Verdict::Passed)) }
+        Self::with_verdict(name, move |context| run(context).map(|()| Verdict::Passed))
+    }
+
+    /// A case that may find that it cannot be tried here.
+    pub fn with_verdict(
+        name: impl Into<String>,
+        run: impl Fn(&Context) -> Result<Verdict> + 'static,
+    ) -> Self {
+        Case { name: name.into(), run: Box::new(run), long: None }
+    }
+
+    /// The same case, but only in long runs, and why.
+    pub fn long(mut self, why: &'static str) -> Self {
+        self.long = Some(why);
+        self
     }
 }
 
@@ -158,13 +175,14 @@ const NESTED_ATTEMPTS: u32 = 3;
 /// Lines of a failed case's output that are shown; all of it is in the log file.
 const SHOWN: usize = 40;
 
-/// Runs those of `cases` whose name contains `filter`, in order.
-pub fn run(context: &Context, cases: &[Case], filter: &str) -> Result<Counts> {
+/// Runs `cases` in order.
+pub fn run(context: &Context, cases: &[Case]) -> Result<Counts> {
     let results = context.workspace.results();
     fs::create_dir_all(&results).with_context(|| format!("cannot create {}", results.display()))?;
     let mut counts = Counts::default();
-    for case in cases.iter().filter(|case| case.name.contains(filter)) {
+    for case in cases {
         let started = Instant::now();
+        let _doing = Doing::start(&case.name);
         let mut result = (case.run)(context);
         let log = results.join(format!("{}.log", case.name.replace('/', "-")));
         for attempt in 2..=NESTED_ATTEMPTS {

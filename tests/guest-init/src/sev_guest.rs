@@ -69,6 +69,9 @@ const GET_REPORT: Opcode = ioctl::opcode::read_write::<Envelope>(b'S', 0);
 const GET_DERIVED_KEY: Opcode = ioctl::opcode::read_write::<Envelope>(b'S', 1);
 const GET_EXT_REPORT: Opcode = ioctl::opcode::read_write::<Envelope>(b'S', 2);
 
+/// Where the kernel's driver is found.
+pub const DEVICE: &str = "/dev/sev-guest";
+
 /// The opened device.
 pub struct SevGuest {
     device: File,
@@ -77,8 +80,7 @@ pub struct SevGuest {
 impl SevGuest {
     /// Opens the device.
     pub fn open() -> Result<Self> {
-        let path = "/dev/sev-guest";
-        let device = OpenOptions::new().read(true).write(true).open(path).context(path)?;
+        let device = OpenOptions::new().read(true).write(true).open(DEVICE).context(DEVICE)?;
         Ok(SevGuest { device })
     }
 

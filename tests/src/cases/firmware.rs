@@ -68,15 +68,11 @@ pub fn cases() -> Vec<Case> {
             let options = with_platform(context, &["--firmware", "/etc/passwd"])?;
             refused(&context.run(&options)?, &["/etc/passwd", "offset 0x", "no firmware image"])
         }),
-        Case { name: "firmware/ovmf-of-debian".into(), run: Box::new(|context| ovmf(context, 1, None)) },
-        Case {
-            name: "firmware/ovmf-of-debian-3-vcpus".into(),
-            run: Box::new(|context| ovmf(context, 3, None)),
-        },
-        Case {
-            name: "firmware/ovmf-with-hashes-of-a-kernel".into(),
-            run: Box::new(|context| ovmf(context, 1, Some("console=ttyS0 quiet"))),
-        },
+        Case::with_verdict("firmware/ovmf-of-debian", |context| ovmf(context, 1, None)),
+        Case::with_verdict("firmware/ovmf-of-debian-3-vcpus", |context| ovmf(context, 3, None)),
+        Case::with_verdict("firmware/ovmf-with-hashes-of-a-kernel", |context| {
+            ovmf(context, 1, Some("console=ttyS0 quiet"))
+        }),
     ]
 }
 

@@ -2,7 +2,8 @@
 //! Debian packages: installs the few that the harness runs, and downloads kernels without installing them.
 //!
 //! Downloads use an apt state of their own, below the workspace: the machine's package sources stay as they are. The archive
-//! to download from is the one that the machine's own sources name for its release; only the suite is changed.
+//! to download from is the one that the machine's own sources name for its release, with the keyring that they name; only the
+//! suite is changed. A machine's keyring knows later suites' keys as well: Debian signs those with the keys of two releases.
 
 use std::fs;
 use std::path::Path;
@@ -86,17 +87,24 @@ pub struct Candidate {
 impl Downloader {
     /// Sets up the state in `directory` for `codename`, its updates, its security suite and its backports.
     pub fn new(directory: &Path, codename: &str) -> Result<Self> {
+        let found = machine_sources();
+        let mut text = deb822(main_archive(&found, codename)?, &format!("{codename} {codename}-backports"));
+        if let Some(security) = found.iter().find(|source| source.suite == format!("{codename}-security")) {
+            text += &deb822(security, &security.suite);
+        }
+        Self::with_sources(directory, &text)
+    }
+
+    /// Sets up the state in `directory` for other `suites` of the archive that has `codename`.
+    pub fn other_suites(directory: &Path, codename: &str, suites: &[&str]) -> Result<Self> {
+        let found = machine_sources();
+        Self::with_sources(directory, &deb822(main_archive(&found, codename)?, &suites.join(" ")))
+    }
+
+    fn with_sources(directory: &Path, text: &str) -> Result<Self> {
         for part in ["state/lists/partial", "cache/archives/partial", "sources"] {
             fs::create_dir_all(directory.join(part))
                 .with_context(|| format!("cannot create {}", directory.join(part).display()))?;
-        }
-        let found = machine_sources();
-        let main = found.iter().find(|source| source.suite == codename).with_context(|| {
-            format!("the machine's apt sources name no archive for {codename} (looked in /etc/apt)")
-        })?;
-        let mut text = deb822(main, &format!("{codename} {codename}-backports"));
-        if let Some(security) = found.iter().find(|source| source.suite == format!("{codename}-security")) {
-            text += &deb822(security, &security.suite);
         }
         fs::write(directory.join("sources/cvmm.sources"), text)?;
         let path = directory.display();
@@ -130,6 +138,20 @@ impl Downloader {
         })
     }
 
+    /// The newest real packages behind `meta` of two series, in the suites of this state; those before `oldest` do not count.
+    pub fn newest_two(&self, meta: &str, oldest: Series) -> Result<Vec<Candidate>> {
+        let text = capture(self.tool("apt-cache").args(["show", meta]))?;
+        Ok(two_series(candidates(&text), oldest))
+    }
+
+    /// The packages that make up a kernel: itself, or the packages that it depends on and that its parts have moved to.
+    pub fn parts(&self, kernel: Candidate) -> Result<Vec<Candidate>> {
+        let wanted = format!("{}={}", kernel.package, kernel.version);
+        let text = capture(self.tool("apt-cache").args(["show", &wanted]))?;
+        let parts = parts_in(&text);
+        Ok(if parts.is_empty() { vec![kernel] } else { parts })
+    }
+
     /// Downloads a package file and returns its path.
     pub fn download(&self, candidate: &Candidate) -> Result<PathBuf> {
         let debs = self.directory.join("debs");
@@ -154,28 +176,78 @@ impl Downloader {
     }
 }
 
-/// Finds in the output of `apt-cache show META` the newest stanza of the wanted kind, and what it depends on.
-fn newest_dependency(text: &str, backports: bool) -> Option<Candidate> {
-    let mut best: Option<(String, Candidate)> = None;
-    for stanza in text.split("\n\n") {
-        let field = |name: &str| stanza.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-        let (Some(version), Some(depends)) = (field("Version:"), field("Depends:")) else { continue };
-        if version.contains("~bpo") != backports {
-            continue;
-        }
-        let Some((package, exact)) = depends.split(',').next().and_then(|first| first.split_once("(="))
-        else {
-            continue;
-        };
-        let candidate = Candidate {
+/// A kernel's first two numbers, such as 6 and 12.
+pub type Series = (u32, u32);
+
+/// The archive that the machine's sources name for `codename`.
+fn main_archive<'a>(found: &'a [Source], codename: &str) -> Result<&'a Source> {
+    found.iter().find(|source| source.suite == codename).with_context(|| {
+        format!("the machine's apt sources name no archive for {codename} (looked in /etc/apt)")
+    })
+}
+
+/// The value of a field in a stanza that has each field on one line.
+fn field<'a>(stanza: &'a str, name: &str) -> Option<&'a str> {
+    stanza.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+/// The dependencies of a stanza on one exact version.
+fn exact_dependencies(stanza: &str) -> impl Iterator<Item = Candidate> + '_ {
+    field(stanza, "Depends").unwrap_or_default().split(',').filter_map(|dependency| {
+        let (package, exact) = dependency.split_once("(=")?;
+        Some(Candidate {
             package: package.trim().into(),
             version: exact.trim().trim_end_matches(')').trim().into(),
-        };
-        if best.as_ref().is_none_or(|(newest, _)| is_newer(version, newest)) {
-            best = Some((version.into(), candidate));
-        }
-    }
-    best.map(|(_, candidate)| candidate)
+        })
+    })
+}
+
+/// The kernel packages in the output of `apt-cache show META`, with the version of the meta package.
+fn candidates(text: &str) -> Vec<(String, Candidate)> {
+    let stanzas = text.split("\n\n");
+    let kernel = |stanza| {
+        let candidate = exact_dependencies(stanza).find(|found| found.package.starts_with("linux-image-"))?;
+        Some((field(stanza, "Version")?.to_string(), candidate))
+    };
+    stanzas.filter_map(kernel).collect()
+}
+
+/// Finds in the output of `apt-cache show META` the newest kernel of the wanted kind.
+fn newest_dependency(text: &str, backports: bool) -> Option<Candidate> {
+    let found = candidates(text).into_iter().filter(|(version, _)| version.contains("~bpo") == backports);
+    newest(found).map(|(_, candidate)| candidate)
+}
+
+fn newest(found: impl IntoIterator<Item = (String, Candidate)>) -> Option<(String, Candidate)> {
+    found.into_iter().reduce(|best, next| if is_newer(&next.0, &best.0) { next } else { best })
+}
+
+/// The newest kernel, and the newest of another series; if there is only one series, of another version.
+fn two_series(mut found: Vec<(String, Candidate)>, oldest: Series) -> Vec<Candidate> {
+    found.retain(|(version, _)| series(version).is_some_and(|series| series >= oldest));
+    let Some((version, first)) = newest(found.clone()) else { return Vec::new() };
+    found.retain(|(other, _)| *other != version);
+    let others: Vec<_> =
+        found.iter().filter(|(other, _)| series(other) != series(&version)).cloned().collect();
+    let second = newest(others).or_else(|| newest(found));
+    [Some(first), second.map(|(_, candidate)| candidate)].into_iter().flatten().collect()
+}
+
+/// `7.3.4-1~bpo13+1` is of the series 7.3.
+fn series(version: &str) -> Option<Series> {
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Where Debian's kernels from 7.2 on have their image, their modules and the lists of modules.
+fn parts_in(text: &str) -> Vec<Candidate> {
+    let stanza = text.split("\n\n").next().unwrap_or_default();
+    let is_part = |name: &str| {
+        ["linux-base-", "linux-binary-", "linux-modules-"].iter().any(|prefix| name.starts_with(prefix))
+    };
+    let parts: Vec<_> = exact_dependencies(stanza).filter(|found| is_part(&found.package)).collect();
+    // Older ones may depend on a linux-base of their version, and have everything themselves.
+    if parts.iter().any(|part| part.package.starts_with("linux-binary-")) { parts } else { Vec::new() }
 }
 
 fn is_newer(a: &str, b: &str) -> bool {
@@ -297,5 +369,49 @@ mod tests {
         let package = |backports| newest_dependency(text, backports).unwrap().package;
         assert_eq!(package(true), "linux-image-6.12.95+deb12-cloud-amd64");
         assert_eq!(package(false), "linux-image-6.1.0-56-cloud-amd64");
+    }
+    /// From `apt-cache show linux-image-cloud-amd64` with the suites trixie-backports, sid, forky and trixie, shortened.
+    const LATER: &str = "Package: linux-image-cloud-amd64\nVersion: 7.2.13-1\n\
+        Depends: linux-base-cloud-amd64 (= 7.2.13-1), linux-image-7.2.13+deb14-cloud-amd64 (= 7.2.13-1)\n\n\
+        Package: linux-image-cloud-amd64\nVersion: 7.3.4-1~bpo13+1\n\
+        Depends: linux-base-cloud-amd64 (= 7.3.4-1~bpo13+1), linux-image-7.3.4+deb13-cloud-amd64 (= 7.3.4-1~bpo13+1), \
+        linux-modules-cloud-amd64 (= 7.3.4-1~bpo13+1)\n\n\
+        Package: linux-image-cloud-amd64\nVersion: 7.2.12-1\n\
+        Depends: linux-base-cloud-amd64 (= 7.2.12-1), linux-image-7.2.12+deb14-cloud-amd64 (= 7.2.12-1)\n\n\
+        Package: linux-image-cloud-amd64\nVersion: 6.12.117-1\n\
+        Depends: linux-image-6.12.117+deb13-cloud-amd64 (= 6.12.117-1)\n";
+
+    #[test]
+    fn the_newest_kernels_of_two_series_are_found() {
+        let names = |found: Vec<(String, Candidate)>, oldest| {
+            two_series(found, oldest).into_iter().map(|found| found.package).collect::<Vec<_>>()
+        };
+        let (newest, newer) = ("linux-image-7.3.4+deb13-cloud-amd64", "linux-image-7.2.13+deb14-cloud-amd64");
+        assert_eq!(names(candidates(LATER), (6, 16)), [newest, newer]);
+        // Nothing but one series: two versions of it. Nothing but one version: that.
+        let only = |wanted: &str| {
+            let all = candidates(LATER);
+            all.into_iter().filter(|(version, _)| version.starts_with(wanted)).collect::<Vec<_>>()
+        };
+        assert_eq!(names(only("7.2"), (6, 16)), [newer, "linux-image-7.2.12+deb14-cloud-amd64"]);
+        assert_eq!(names(only("7.3"), (6, 16)), [newest]);
+        assert!(names(only("6.12"), (6, 16)).is_empty());
+    }
+
+    #[test]
+    fn a_kernel_in_several_packages_is_put_together() {
+        // From `apt-cache show linux-image-7.3.4+deb13-cloud-amd64` and of 6.12.117.
+        let new = "Package: linux-image-7.3.4+deb13-cloud-amd64\nVersion: 7.3.4-1~bpo13+1\n\
+                   Depends: dracut | initramfs-tools (>= 0.120+deb8u2) | linux-initramfs-tool, \
+                   linux-base-7.3.4+deb13-cloud-amd64 (= 7.3.4-1~bpo13+1), \
+                   linux-binary-7.3.4+deb13-cloud-amd64 (= 7.3.4-1~bpo13+1), \
+                   linux-modules-7.3.4+deb13-cloud-amd64 (= 7.3.4-1~bpo13+1)\n";
+        let parts: Vec<_> = parts_in(new).into_iter().map(|part| part.package).collect();
+        let expected =
+            ["base", "binary", "modules"].map(|part| format!("linux-{part}-7.3.4+deb13-cloud-amd64"));
+        assert_eq!(parts, expected);
+        let old = "Package: linux-image-6.12.117+deb13-cloud-amd64\nVersion: 6.12.117-1\n\
+                   Depends: kmod, initramfs-tools (>= 0.120+deb8u2) | linux-initramfs-tool\n";
+        assert_eq!(parts_in(old), []);
     }
 }

@@ -35,7 +35,7 @@ use crate::steps::Steps;
 pub fn run() -> Result<ExitCode> {
     let workspace = Workspace::find();
     let mut steps = Steps::new();
-    setup::prepare(&mut steps, false)?;
+    setup::prepare(&mut steps, setup::Kernels::Needed, false)?;
     steps.step("build cvmm (release)", || build::release(&workspace, &["vmm"]))?;
     let context = steps.step("find a KVM that can run Linux", || {
         let context = Context::new(build::PROFILE)?;

@@ -21,7 +21,7 @@ use crate::steps::show;
 pub fn build_programs(workspace: &Workspace) -> Result<()> {
     show(
         Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--release", "--package", "guest-init", "--bins"])
+            .args(["build", "--release", "--package", "guest-init", "--bins"])
             .args(["--target", "x86_64-unknown-linux-gnu", "--target-dir"])
             .arg(workspace.guest_target())
             .env("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static")
@@ -38,8 +38,12 @@ pub fn build_initrds(workspace: &Workspace) -> Result<()> {
     let agent = workspace.guest_program("l1-agent");
     write(&directory.join("l1.cpio"), &initrd::build(&l1, &agent, initrd::L1_MODULES)?)?;
     let init = workspace.guest_program("l2-init");
-    for role in Role::ALL {
-        let kernel = Kernel::find(workspace, role)?;
+    for role in Role::NEEDED.into_iter().chain(Role::LATER) {
+        let kernel = match Kernel::find(workspace, role) {
+            Ok(kernel) => kernel,
+            Err(_) if Role::LATER.contains(&role) => continue,
+            Err(error) => return Err(error),
+        };
         let bytes = initrd::build(&kernel, &init, initrd::SEV_GUEST_MODULES)?;
         write(&workspace.guest_initrd(role), &bytes)?;
     }

@@ -104,7 +104,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         eprintln!("For tests without SNP hardware: `cargo xtask test`, `cargo xtask demo`.");
         return Ok(ExitCode::from(REFUSED));
     }
-    setup::prepare(&mut progress, false)?;
+    setup::prepare(&mut progress, setup::Kernels::Needed, false)?;
     let output = args.output.clone().unwrap_or_else(|| workspace.work().join("hardware-report"));
     fs::create_dir_all(&output).with_context(|| format!("cannot create {}", output.display()))?;
     let test = Test {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Visible progress: each step says what begins, and a table at the end says what took how long.
+//! Visible progress: each step says what begins and, every half minute, how long it has taken; a table at the end says what took
+//! how long.
 
 use std::process::Command;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use cvmm_tests::progress::Doing;
 
 /// The steps of one chore.
 pub struct Steps {
@@ -25,6 +27,7 @@ impl Steps {
     pub fn step<T>(&mut self, name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
         println!("[{:6.1} s] {name}", self.started.elapsed().as_secs_f64());
         let began = Instant::now();
+        let _doing = Doing::start(name);
         let result = work().with_context(|| format!("step failed: {name}"));
         self.done.push((name.into(), began.elapsed()));
         result

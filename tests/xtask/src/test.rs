@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask test`: set-up, every package's own tests, then the integration tests.
+//!
+//! The usual run is bounded in time, so that it can be made for each change. What does not fit says why and waits for `--long`.
 
 use std::io::BufRead;
 use std::io::BufReader;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::process::Stdio;
 
 use anyhow::Context as _;
 use anyhow::Result;
+use anyhow::bail;
 use cvmm_tests::cases;
 use cvmm_tests::kernels::Kernel;
 use cvmm_tests::kernels::Role;
 use cvmm_tests::suite;
+use cvmm_tests::suite::Case;
 use cvmm_tests::suite::Context;
 use cvmm_tests::suite::Counts;
 use cvmm_tests::workspace::Workspace;
@@ -20,68 +25,118 @@ use crate::build;
 use crate::setup;
 use crate::steps::Steps;
 
-/// Seconds for each fuzz target: with some thirty of them on two cores, four minutes.
-const FUZZ_SECONDS: &str = "15";
+/// What the packages' own tests do in a usual and in a long run, by environment variable. Whoever sets one is not overruled.
+const AMOUNTS: &[Amount] = &[
+    Amount {
+        variable: "CVMM_FUZZ_SECONDS",
+        usual: "4",
+        long: "15",
+        why: "seconds for each of some thirty fuzz targets",
+    },
+    Amount {
+        variable: "VTPM_KILLS",
+        usual: "400",
+        long: "2000",
+        why: "kills that the TPM service has to live through",
+    },
+];
+
+struct Amount {
+    variable: &'static str,
+    usual: &'static str,
+    long: &'static str,
+    why: &'static str,
+}
 
 /// `cargo xtask test`
 #[derive(clap::Args)]
 pub struct Args {
     /// Run only the integration tests whose name contains this, and no unit tests.
     filter: Option<String>,
-    /// List the integration tests and run nothing.
+    /// List the integration tests, and say which need `--long` and why; run nothing.
     #[arg(long)]
     list: bool,
     /// Leave the unit tests out.
     #[arg(long)]
     no_unit: bool,
+    /// Run everything, also what takes long.
+    #[arg(long)]
+    long: bool,
+    /// Boot every kernel found in this folder instead: unpacked packages, directories with them, and bzImage files.
+    #[arg(long, value_name = "DIR")]
+    kernels: Option<PathBuf>,
 }
 
 /// Runs the chore. The last line counts passed, failed and skipped tests of both kinds.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    let all = match &args.kernels {
+        Some(folder) => cases::given::cases(folder)?,
+        None => cases::all(),
+    };
     if args.list {
-        for case in cases::all() {
-            println!("{}", case.name);
-        }
+        list(&all);
         return Ok(ExitCode::SUCCESS);
+    }
+    let filter = args.filter.as_deref().unwrap_or_default();
+    let matching = all.into_iter().filter(|case| case.name.contains(filter));
+    let (chosen, left_out): (Vec<Case>, Vec<Case>) =
+        matching.partition(|case| args.long || case.long.is_none());
+    if chosen.is_empty() {
+        match left_out.first() {
+            Some(case) => {
+                bail!("every test that matches {filter:?} is a long one, such as {}: add --long", case.name)
+            }
+            None => bail!("no test matches {filter:?}; `cargo xtask test --list` shows their names"),
+        }
     }
     let workspace = Workspace::find();
     let mut steps = Steps::new();
-    setup::prepare(&mut steps, false)?;
+    setup::prepare(&mut steps, setup::Kernels::AndLater, false)?;
     steps.step("build cvmm and vtpm-svc (release)", || build::release(&workspace, &["vmm", "vtpm-svc"]))?;
     let mut total = Counts::default();
-    if args.filter.is_none() && !args.no_unit {
-        total = steps.step("unit tests of all packages", || unit_tests(&workspace))?;
+    if args.filter.is_none() && args.kernels.is_none() && !args.no_unit {
+        total = steps.step("unit tests of all packages", || unit_tests(&workspace, args.long))?;
     }
-    let filter = args.filter.as_deref().unwrap_or_default();
     let counts = steps.step("integration tests", || {
         let context = Context::new(build::PROFILE)?;
         println!("           {}", context.decision());
-        suite::run(&context, &cases::all(), filter)
+        suite::run(&context, &chosen)
     })?;
     total.passed += counts.passed;
     total.failed += counts.failed;
     total.skipped += counts.skipped;
     steps.print_table();
-    if total == Counts::default() {
-        anyhow::bail!("no test matches {filter:?}; `cargo xtask test --list` shows their names");
+    if !left_out.is_empty() {
+        println!("\nleft out without --long:");
+        list(&left_out);
     }
     println!("\n{} passed, {} failed, {} skipped", total.passed, total.failed, total.skipped);
     Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// A line for each case; a long one says why it is.
+fn list(cases: &[Case]) {
+    for case in cases {
+        match case.long {
+            Some(why) => println!("{:58} --long: {why}", case.name),
+            None => println!("{}", case.name),
+        }
+    }
+}
+
 /// Runs `cargo test` for the workspace and adds up its result lines.
-fn unit_tests(workspace: &Workspace) -> Result<Counts> {
-    let mut child = build::cargo(workspace)
+fn unit_tests(workspace: &Workspace, long: bool) -> Result<Counts> {
+    let mut command = build::cargo(workspace);
+    for amount in AMOUNTS {
+        let ours = if long { amount.long } else { amount.usual };
+        let value = std::env::var_os(amount.variable).unwrap_or_else(|| ours.into());
+        println!("           {}={} ({})", amount.variable, value.display(), amount.why);
+        command.env(amount.variable, value);
+    }
+    let mut child = command
         // What `cargo test` alone leaves out needs what the set-up has fetched.
         .args(["test", "--workspace", "--no-fail-fast", "--", "--include-ignored"])
         .env("CVMM_KERNEL", Kernel::find(workspace, Role::StableCloud)?.image)
-        // The number of kills that the TPM service has to live through; fewer where someone runs that test alone.
-        .env("VTPM_KILLS", std::env::var_os("VTPM_KILLS").unwrap_or_else(|| "2000".into()))
-        // The time for each target of the fuzzing; a fraction of a second where someone runs those tests alone.
-        .env(
-            "CVMM_FUZZ_SECONDS",
-            std::env::var_os("CVMM_FUZZ_SECONDS").unwrap_or_else(|| FUZZ_SECONDS.into()),
-        )
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start cargo test")?;

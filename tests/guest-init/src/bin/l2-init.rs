@@ -9,22 +9,30 @@
 //! | `info` | `kernel`, `cpus` (the online list), `memory_kib`, and a `log` line for each active memory encryption |
 //! | `cmdline` | `cmdline TEXT`: the kernel command line |
 //! | `report` | `report HEX`: an attestation report over `cvmm.report_data=HEX` (up to 64 bytes, zero-padded) |
+//! | `try-report` | the same, or `no_report REASON` if the kernel has no driver for it |
 //! | `ext-report` | `ext_report HEX` and `certificates HEX`, trailing zeros cut |
 //! | `key` | `key HEX`: a derived key |
+//! | `cpu1-anew` | takes CPU 1 offline and online again, twice, and runs on it: `cpu1_offline` and `cpu1_online`, each with the online list |
 //! | `memory` | `memory_checked MIB`: fills memory with a pattern and reads it back |
 //! | `reboot`, `poweroff`, `panic`, `sleep` | ends, or waits for the outside to end, the machine |
 
 use std::fs;
 use std::fs::OpenOptions;
 use std::io::Read;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
 use guest_init::pid1;
+use guest_init::sev_guest;
 use guest_init::sev_guest::SevGuest;
 use rustix::system::RebootCommand;
+use rustix::thread::CpuSet;
+use rustix::thread::sched_getaffinity;
+use rustix::thread::sched_getcpu;
+use rustix::thread::sched_setaffinity;
 
 /// Most memory that `memory` touches; more would only take longer.
 const MEMORY_CHECKED_KIB: usize = 96 << 10;
@@ -59,7 +67,11 @@ fn act(action: &str, line: &str) -> Result<()> {
             println!("cvmm-guest: cmdline {}", line.trim_end());
             Ok(())
         }
-        "report" => {
+        "try-report" if !Path::new(sev_guest::DEVICE).exists() => {
+            println!("cvmm-guest: no_report there is no {}", sev_guest::DEVICE);
+            Ok(())
+        }
+        "report" | "try-report" => {
             let report = SevGuest::open()?.report(report_data(line)?)?;
             println!("cvmm-guest: report {}", hex(&report));
             Ok(())
@@ -75,6 +87,7 @@ fn act(action: &str, line: &str) -> Result<()> {
             println!("cvmm-guest: key {}", hex(&SevGuest::open()?.derived_key()?));
             Ok(())
         }
+        "cpu1-anew" => cpu1_anew(),
         "memory" => check_memory(),
         "reboot" => Err(pid1::end(RebootCommand::Restart)),
         "poweroff" => Err(pid1::end(RebootCommand::PowerOff)),
@@ -97,6 +110,29 @@ fn info() -> Result<()> {
     println!("cvmm-guest: memory_kib {total}");
     for message in kernel_log()?.iter().filter(|message| message.contains("Encryption Features active")) {
         println!("cvmm-guest: log {message}");
+    }
+    Ok(())
+}
+
+fn cpu1_anew() -> Result<()> {
+    let directory = Path::new("/sys/devices/system/cpu");
+    let switch = directory.join("cpu1/online");
+    let online = || fs::read_to_string(directory.join("online")).context("the list of CPUs");
+    for _ in 0..2 {
+        fs::write(&switch, "0").context("taking CPU 1 offline")?;
+        println!("cvmm-guest: cpu1_offline {}", online()?.trim());
+        fs::write(&switch, "1").context("taking CPU 1 online")?;
+        // The kernel refuses the mask of a CPU that is offline, and returns on that CPU.
+        let mut only_cpu1 = CpuSet::new();
+        only_cpu1.set(1);
+        let everywhere = sched_getaffinity(None).context("sched_getaffinity")?;
+        sched_setaffinity(None, &only_cpu1).context("sched_setaffinity to CPU 1")?;
+        let here = sched_getcpu();
+        sched_setaffinity(None, &everywhere).context("sched_setaffinity to all CPUs")?;
+        if here != 1 {
+            bail!("bound to CPU 1, but on CPU {here}");
+        }
+        println!("cvmm-guest: cpu1_online {}", online()?.trim());
     }
     Ok(())
 }

@@ -37,7 +37,7 @@ const MEMORIES: [&str; 4] = ["256M", "1024M", "4096M", "16384M"];
 /// Runs the bench and prints its tables.
 pub fn run() -> Result<()> {
     let mut steps = Steps::new();
-    setup::prepare(&mut steps, false)?;
+    setup::prepare(&mut steps, setup::Kernels::Needed, false)?;
     let context = Context::new(build::PROFILE)?;
     build::release(&context.workspace, &["vmm"])?;
     let guest = |memory| -> Result<Guest> {
