@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod endings;
 pub mod firmware;
 pub mod given;
+pub mod hotplug;
 pub mod policy_guide;
 pub mod strict;
 pub mod tamper;
@@ -24,6 +25,7 @@ pub fn all() -> Vec<Case> {
         boot::cases(),
         certs::cases(),
         endings::cases(),
+        hotplug::cases(),
         firmware::cases(),
         policy_guide::cases(),
         strict::cases(),
