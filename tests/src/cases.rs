@@ -10,6 +10,7 @@ pub mod endings;
 pub mod firmware;
 pub mod given;
 pub mod hotplug;
+pub mod intel;
 pub mod policy_guide;
 pub mod strict;
 pub mod tamper;
@@ -32,6 +33,7 @@ pub fn all() -> Vec<Case> {
         tamper::cases(),
         acceptance::cases(),
         vtpm::cases(),
+        intel::cases(),
     ]
     .into_iter()
     .flatten()

@@ -78,7 +78,11 @@ impl Machine {
             })),
             Machine::Nested(nested) => Control::Nested(Arc::clone(nested), nested.start_job(job, sender)),
         };
-        let deadline = Instant::now() + job.limit + GRACE;
+        let patience = match self {
+            Machine::Host => job.limit,
+            Machine::Nested(nested) => nested.patience(job.limit),
+        };
+        let deadline = Instant::now() + patience + GRACE;
         Running { control, events, deadline, stdout: Vec::new(), stderr: Vec::new(), ended: None }
     }
 

@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The outer guest (L1) of a nested run: a Linux with a working KVM, inside QEMU's pure software emulation.
+//! The outer guest (L1) of a nested run: a Linux with a working KVM, inside a pure software emulation.
 //!
 //! It shows cvmm a KVM that runs an unmodified Linux on a machine that has none. One L1 serves many jobs. It sees the host's
 //! files read-only and the harness's directory writable, at the same paths. When it hangs or dies, its jobs end as lost
-//! with the tail of its console, and QEMU is killed.
+//! with the tail of its console, and the emulator is killed.
+//!
+//! QEMU shows an AMD CPU and is what the tests use by default. [`bochs`] shows an Intel CPU, for the few tests that ask for one.
+
+pub mod bochs;
 
 use std::collections::HashMap;
 use std::fs;
 use std::fs::File;
 use std::io::BufReader;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Child;
@@ -75,7 +80,8 @@ const CONSOLE_TAIL: usize = 25;
 /// A running L1.
 pub struct Nested {
     state: Arc<Mutex<State>>,
-    stream: Mutex<UnixStream>,
+    stream: Mutex<File>,
+    speed: Speed,
     console: PathBuf,
     hello: Hello,
     boot_time: Duration,
@@ -83,8 +89,17 @@ pub struct Nested {
     _directory: tempfile::TempDir,
 }
 
+/// How an L1 keeps the time limits that jobs have.
+#[derive(Clone, Copy)]
+struct Speed {
+    /// By how much limits are longer than on a usual machine.
+    longer: u32,
+    /// How much slower than this machine's clock L1's may run.
+    slower: u32,
+}
+
 struct State {
-    qemu: Child,
+    emulator: Child,
     jobs: HashMap<u32, Sender<Event>>,
     last_job: u32,
     gone: Option<String>,
@@ -110,16 +125,53 @@ impl Nested {
         let mut qemu = qemu_command(&kernel, &initrd, &share, &console, &socket)
             .spawn()
             .with_context(|| format!("cannot start {QEMU}: install Debian's qemu-system-x86"))?;
-        let connected = connect(&listener, &mut qemu, started + BOOT_LIMIT);
+        let accept = || listener.accept().map(|(stream, _)| OwnedFd::from(stream));
+        listener.set_nonblocking(true)?;
+        let connected = connect(accept, &mut qemu, started + BOOT_LIMIT);
+        let speed = Speed { longer: 1, slower: 1 };
+        Self::serve(qemu, connected, console, directory, started, speed)
+    }
+
+    /// Boots an L1 with an Intel CPU under Bochs. It has copies of `files`, at their paths, and no others of the host's.
+    pub fn start_intel(workspace: &Workspace, files: &[PathBuf]) -> Result<Self> {
+        let started = Instant::now();
+        let work = workspace.work();
+        fs::create_dir_all(&work).with_context(|| format!("cannot create {}", work.display()))?;
+        let console = work.join(format!("l1-intel-console-{}.log", std::process::id()));
+        let directory = tempfile::tempdir_in(&work).context("cannot create a temporary directory")?;
+        // Bochs connects by TCP only; nothing but this machine reaches the address.
+        let listener = TcpListener::bind(("127.0.0.1", 0)).context("cannot listen on 127.0.0.1")?;
+        listener.set_nonblocking(true)?;
+        let iso = directory.path().join("l1.iso");
+        bochs::build_iso(workspace, files, &iso)?;
+        let mut emulator = bochs::start(directory.path(), &iso, &console, listener.local_addr()?)?;
+        let accept = || {
+            let (stream, _) = listener.accept()?;
+            stream.set_nodelay(true)?;
+            Ok(OwnedFd::from(stream))
+        };
+        let connected = connect(accept, &mut emulator, started + bochs::BOOT_LIMIT);
+        Self::serve(emulator, connected, console, directory, started, bochs::SPEED)
+    }
+
+    /// Begins to hand out the messages of an agent that is connected.
+    fn serve(
+        mut emulator: Child,
+        connected: Result<(File, Hello)>,
+        console: PathBuf,
+        directory: tempfile::TempDir,
+        started: Instant,
+        speed: Speed,
+    ) -> Result<Self> {
         let (stream, hello) = match connected {
             Ok(connected) => connected,
             Err(error) => {
-                let _ = qemu.kill();
-                let _ = qemu.wait();
+                let _ = emulator.kill();
+                let _ = emulator.wait();
                 return Err(error.context(format!("L1 did not come up; its console:\n{}", tail(&console))));
             }
         };
-        let state = State { qemu, jobs: HashMap::new(), last_job: 0, gone: None };
+        let state = State { emulator, jobs: HashMap::new(), last_job: 0, gone: None };
         let state = Arc::new(Mutex::new(state));
         let events = stream.try_clone().context("cannot duplicate the agent's socket")?;
         let (readers_state, readers_console) = (Arc::clone(&state), console.clone());
@@ -127,6 +179,7 @@ impl Nested {
         Ok(Nested {
             state,
             stream: Mutex::new(stream),
+            speed,
             console,
             hello,
             boot_time: started.elapsed(),
@@ -164,6 +217,11 @@ impl Nested {
         lock(&self.state).gone.clone().unwrap_or_else(|| "L1 is still there".into())
     }
 
+    /// The longest that a job with this limit may take on this machine's clock.
+    pub fn patience(&self, limit: Duration) -> Duration {
+        limit * self.speed.longer * self.speed.slower
+    }
+
     /// Kills the emulator and ends all jobs as lost.
     pub fn give_up(&self, why: &str) {
         lose(&mut lock(&self.state), why, &self.console);
@@ -179,7 +237,9 @@ impl Nested {
             }
             number
         };
-        self.send(number, &Message::Start(job.clone()));
+        let mut job = job.clone();
+        job.limit *= self.speed.longer;
+        self.send(number, &Message::Start(job));
         number
     }
 
@@ -204,8 +264,8 @@ impl Nested {
 impl Drop for Nested {
     fn drop(&mut self) {
         let mut state = lock(&self.state);
-        let _ = state.qemu.kill();
-        let _ = state.qemu.wait();
+        let _ = state.emulator.kill();
+        let _ = state.emulator.wait();
     }
 }
 
@@ -239,7 +299,7 @@ fn qemu_command(kernel: &Kernel, initrd: &Path, share: &Path, console: &Path, so
         .arg(format!("virtserialport,chardev=agent,name={PORT_NAME}"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(match File::create(console.with_extension("qemu.log")) {
+        .stderr(match File::create(emulator_log(console)) {
             Ok(log) => Stdio::from(log),
             Err(_) => Stdio::null(),
         });
@@ -251,18 +311,21 @@ fn comma(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// Waits for the emulator's connection, then for the agent's first message.
-fn connect(listener: &UnixListener, qemu: &mut Child, deadline: Instant) -> Result<(UnixStream, Hello)> {
-    listener.set_nonblocking(true)?;
+/// Waits for the emulator's connection, then for the agent's first message. `accept` takes a connection, and does not wait
+/// for one.
+fn connect(
+    accept: impl Fn() -> std::io::Result<OwnedFd>,
+    emulator: &mut Child,
+    deadline: Instant,
+) -> Result<(File, Hello)> {
     let stream = loop {
-        match listener.accept() {
-            Ok((stream, _)) => break stream,
+        match accept() {
+            Ok(stream) => break File::from(stream),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error).context("accept"),
         }
-        wait_a_little(qemu, deadline)?;
+        wait_a_little(emulator, deadline)?;
     };
-    stream.set_nonblocking(false)?;
     let mut reader = stream.try_clone()?;
     let (sender, first): (_, Receiver<_>) = channel();
     // Read to the byte: what follows the first frame belongs to the reader that is started later.
@@ -273,24 +336,24 @@ fn connect(listener: &UnixListener, qemu: &mut Child, deadline: Instant) -> Resu
             Ok(Ok((_, other))) => bail!("the agent began with {other:?}"),
             Ok(Err(error)) => return Err(error).context("the agent's first message"),
             Err(std::sync::mpsc::TryRecvError::Disconnected) => bail!("the agent's first message was lost"),
-            Err(std::sync::mpsc::TryRecvError::Empty) => wait_a_little(qemu, deadline)?,
+            Err(std::sync::mpsc::TryRecvError::Empty) => wait_a_little(emulator, deadline)?,
         }
     }
 }
 
-fn wait_a_little(qemu: &mut Child, deadline: Instant) -> Result<()> {
-    if let Some(status) = qemu.try_wait()? {
-        bail!("{QEMU} ended early: {status}");
+fn wait_a_little(emulator: &mut Child, deadline: Instant) -> Result<()> {
+    if let Some(status) = emulator.try_wait()? {
+        bail!("the emulator ended early: {status}");
     }
     if Instant::now() > deadline {
-        bail!("no sign of life within {} s", BOOT_LIMIT.as_secs());
+        bail!("no sign of life within its time limit");
     }
     thread::sleep(Duration::from_millis(20));
     Ok(())
 }
 
 /// Hands the agent's messages to the jobs they belong to, until there are no more.
-fn deliver(stream: UnixStream, state: &Mutex<State>, console: &Path) {
+fn deliver(stream: File, state: &Mutex<State>, console: &Path) {
     let mut reader = BufReader::new(stream);
     let why = loop {
         let (number, event) = match frame::read(&mut reader) {
@@ -315,17 +378,22 @@ fn deliver(stream: UnixStream, state: &Mutex<State>, console: &Path) {
 
 fn lose(state: &mut State, why: &str, console: &Path) {
     if state.gone.is_none() {
-        let _ = state.qemu.kill();
-        let _ = state.qemu.wait();
+        let _ = state.emulator.kill();
+        let _ = state.emulator.wait();
         state.gone = Some(format!("{why}; last lines of L1's console:\n{}", tail(console)));
     }
     // Dropping the senders is what tells the waiting sides.
     state.jobs.clear();
 }
 
+/// Where the emulator's own messages go.
+fn emulator_log(console: &Path) -> PathBuf {
+    console.with_extension("emulator.log")
+}
+
 fn tail(console: &Path) -> String {
     let read = |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).replace('\r', "");
-    let (text, emulator) = (read(console), read(&console.with_extension("qemu.log")));
+    let (text, emulator) = (read(console), read(&emulator_log(console)));
     let lines: Vec<&str> = text.lines().collect();
     let shown = lines[lines.len().saturating_sub(CONSOLE_TAIL)..].join("\n");
     format!("{shown}\n(emulator: {})", emulator.lines().last().unwrap_or("no message"))

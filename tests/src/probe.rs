@@ -3,7 +3,8 @@
 //! that know a part of the instruction set and run a million instructions a second.
 //!
 //! Three questions, each with a reason in the answer: does KVM have what the emulated platform needs, how fast does a tiny
-//! loop run, and do a few instructions work that every Linux kernel uses. `CVMM_TEST_KVM=host|nested` overrides.
+//! loop run, and do a few instructions work that every Linux kernel uses. `CVMM_TEST_KVM=host|nested|nested-intel` overrides; the last is never chosen
+//! by itself.
 #![allow(unsafe_code)] // Mapping guest memory into a VM is an unsafe call of kvm-ioctls.
 
 use std::fmt;
@@ -35,31 +36,61 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Iterations of the loop; two instructions each.
 const ITERATIONS: u32 = 400_000;
 
+/// Whose KVM runs guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The host's.
+    Host,
+    /// That of an outer guest under QEMU, on an AMD CPU.
+    Nested,
+    /// That of an outer guest under Bochs, on an Intel CPU. Only the cases of [`crate::cases::intel`] run there.
+    NestedIntel,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Place::Host => "on this host's KVM",
+            Place::Nested => "in nested KVM under QEMU's software emulation",
+            Place::NestedIntel => "in nested KVM on an Intel CPU under Bochs's software emulation",
+        })
+    }
+}
+
 /// Where tests run, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
-    /// On the host's own KVM; otherwise nested.
-    pub host: bool,
+    /// Where.
+    pub place: Place,
     /// The reason, one line.
     pub reason: String,
 }
 
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let place =
-            if self.host { "on this host's KVM" } else { "in nested KVM under QEMU's software emulation" };
-        write!(f, "guests run {place}: {}", self.reason)
+        write!(f, "guests run {}: {}", self.place, self.reason)
     }
 }
 
+/// What overrides the probe, and the value that asks for an Intel CPU.
+const VARIABLE: &str = "CVMM_TEST_KVM";
+const INTEL: &str = "nested-intel";
+
 /// Decides where tests run.
 pub fn decide() -> Result<Decision> {
-    match std::env::var("CVMM_TEST_KVM").as_deref() {
-        Ok("host") => Ok(Decision { host: true, reason: "CVMM_TEST_KVM=host".into() }),
-        Ok("nested") => Ok(Decision { host: false, reason: "CVMM_TEST_KVM=nested".into() }),
-        Ok(other) => bail!("CVMM_TEST_KVM is {other:?}; it may be host or nested"),
-        Err(_) => Ok(probe()),
-    }
+    let place = match std::env::var(VARIABLE).as_deref() {
+        Ok("host") => Place::Host,
+        Ok("nested") => Place::Nested,
+        Ok(INTEL) => Place::NestedIntel,
+        Ok(other) => bail!("{VARIABLE} is {other:?}; it may be host, nested or {INTEL}"),
+        Err(_) => return Ok(probe()),
+    };
+    Ok(Decision { place, reason: format!("by {VARIABLE}") })
+}
+
+/// Whether the user asks for an Intel CPU, which takes an emulator that is otherwise not needed.
+pub fn intel_is_asked_for() -> bool {
+    std::env::var(VARIABLE).as_deref() == Ok(INTEL)
 }
 
 /// Tries the host's KVM.
@@ -68,10 +99,11 @@ pub fn probe() -> Decision {
     // In a thread of its own: a KVM that never comes back must not take the harness with it.
     thread::spawn(move || sender.send(try_kvm()));
     match answer.recv_timeout(PATIENCE) {
-        Ok(Ok(reason)) => Decision { host: true, reason },
-        Ok(Err(error)) => Decision { host: false, reason: format!("{error:#}") },
+        Ok(Ok(reason)) => Decision { place: Place::Host, reason },
+        Ok(Err(error)) => Decision { place: Place::Nested, reason: format!("{error:#}") },
         Err(_) => {
-            Decision { host: false, reason: format!("the probe did not end within {} s", PATIENCE.as_secs()) }
+            let reason = format!("the probe did not end within {} s", PATIENCE.as_secs());
+            Decision { place: Place::Nested, reason }
         }
     }
 }

@@ -85,6 +85,11 @@ impl Code {
             .then(&VMGEXIT)
     }
 
+    /// VMMCALL, the instruction that no Intel CPU has and that the platform leaves as it is.
+    pub fn vmmcall(self) -> Self {
+        self.then(&[0x0f, 0x01, 0xd9])
+    }
+
     /// Writes a letter to the console.
     pub fn say(self, letter: u8) -> Self {
         self.then(&[0xb0, letter]).console()

@@ -5,9 +5,11 @@
 //! for it, serves all of them, and is replaced if a case has killed it.
 
 use std::fs;
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::OnceLock;
 use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
@@ -15,16 +17,27 @@ use std::time::Instant;
 use anyhow::Context as _;
 use anyhow::Result;
 use anyhow::bail;
+use anyhow::ensure;
+use guest_init::job::Ending;
 use guest_init::job::Job;
 
+use crate::cases::intel;
 use crate::evidence;
+use crate::kernels::Kernel;
+use crate::kernels::Role;
 use crate::machine::Machine;
 use crate::machine::Output;
+use crate::machine::job;
 use crate::nested::Nested;
 use crate::probe;
 use crate::probe::Decision;
+use crate::probe::Place;
 use crate::progress::Doing;
+use crate::tpm;
 use crate::workspace::Workspace;
+
+/// The library that vtpm-svc loads when it is asked for a TPM.
+const TPM_ENGINE: &str = "/usr/lib/x86_64-linux-gnu/libtpms.so.0";
 
 /// How a case ended, if it did not fail.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +91,9 @@ pub struct Context {
     decision: Decision,
     l1: Mutex<Option<Arc<Nested>>>,
     /// Output of the jobs of the current case, shown if it fails.
-    transcript: Mutex<String>,
+    transcript: Arc<Mutex<String>>,
+    /// The same with an Intel CPU, made when a case asks for it.
+    intel: OnceLock<Box<Context>>,
 }
 
 impl Context {
@@ -90,7 +105,37 @@ impl Context {
             bail!("{} is missing: build it with cargo first", cvmm.display());
         }
         let decision = probe::decide()?;
-        Ok(Context { workspace, cvmm, decision, l1: Mutex::new(None), transcript: Mutex::new(String::new()) })
+        Ok(Self::with(workspace, cvmm, decision, Arc::default()))
+    }
+
+    fn with(workspace: Workspace, cvmm: PathBuf, decision: Decision, transcript: Arc<Mutex<String>>) -> Self {
+        Context { workspace, cvmm, decision, l1: Mutex::new(None), transcript, intel: OnceLock::new() }
+    }
+
+    /// A context whose guests run on an Intel CPU, whatever the decision about the others.
+    pub fn on_intel(&self) -> &Context {
+        if self.decision.place == Place::NestedIntel {
+            return self;
+        }
+        self.intel.get_or_init(|| {
+            let decision = Decision { place: Place::NestedIntel, reason: "the case asks for it".into() };
+            let transcript = Arc::clone(&self.transcript);
+            Box::new(Self::with(self.workspace.clone(), self.cvmm.clone(), decision, transcript))
+        })
+    }
+
+    /// What an L1 without the host's files has to bring for the cases of [`crate::cases::intel`].
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        let main = Role::BackportsCloud;
+        Ok(vec![
+            self.cvmm.clone(),
+            self.cvmm.with_file_name("vtpm-svc"),
+            PathBuf::from(TPM_ENGINE),
+            self.keys()?,
+            Kernel::find(&self.workspace, main)?.image,
+            self.workspace.guest_initrd(main),
+            tpm::initrd_path(&self.workspace),
+        ])
     }
 
     /// The file with the emulated platform's keys.
@@ -105,7 +150,7 @@ impl Context {
 
     /// A machine whose KVM can run Linux.
     pub fn machine(&self) -> Result<Machine> {
-        if self.decision.host {
+        if self.decision.place == Place::Host {
             return Ok(Machine::Host);
         }
         let mut l1 = self.l1.lock().unwrap_or_else(PoisonError::into_inner);
@@ -113,7 +158,11 @@ impl Context {
             return Ok(Machine::Nested(Arc::clone(nested)));
         }
         *l1 = None;
-        let nested = Nested::start(&self.workspace).context("cannot start the outer guest (L1)")?;
+        let nested = match self.decision.place {
+            Place::NestedIntel => Nested::start_intel(&self.workspace, &self.files()?),
+            Place::Host | Place::Nested => Nested::start(&self.workspace),
+        };
+        let nested = nested.context("cannot start the outer guest (L1)")?;
         println!(
             "     L1 up after {:.1} s: Linux {}, console in {}",
             nested.boot_time().as_secs_f64(),
@@ -126,6 +175,31 @@ impl Context {
         let nested = Arc::new(nested);
         *l1 = Some(Arc::clone(&nested));
         Ok(Machine::Nested(nested))
+    }
+
+    /// Shows a file of this host, made just now, to the machine whose KVM runs guests. Only an Intel L1 does not see it anyway.
+    pub fn bring(&self, path: &Path) -> Result<()> {
+        if self.decision.place != Place::NestedIntel {
+            return Ok(());
+        }
+        let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut receive = job("/bin/sh");
+        // To the byte: the end of the stream is not told apart from an empty message.
+        let script = r#"mkdir -p "${2%/*}" && head -c "$1" >"$2""#;
+        receive.argv.extend(["-c".into(), script.into(), "receive".into()]);
+        receive.argv.extend([bytes.len().to_string(), path.display().to_string()]);
+        receive.stdin = true;
+        let running = self.machine()?.start(&receive);
+        running.write_stdin(&bytes);
+        let output = running.wait();
+        ensure!(
+            output.ending == Ending::Code(0),
+            "{} was not copied to L1: {} {}",
+            path.display(),
+            output.ending,
+            output.errors()
+        );
+        Ok(())
     }
 
     /// Runs a job that needs KVM, and keeps its output for the case's log.
@@ -187,7 +261,7 @@ pub fn run(context: &Context, cases: &[Case]) -> Result<Counts> {
         let log = results.join(format!("{}.log", case.name.replace('/', "-")));
         for attempt in 2..=NESTED_ATTEMPTS {
             let Err(error) = &result else { break };
-            if context.decision.host {
+            if context.decision.place != Place::Nested || case.name.starts_with(intel::PREFIX) {
                 break;
             }
             // Said in the output, and kept: a failure that comes and goes is still a finding.

@@ -129,7 +129,7 @@ fn kernel_file(context: &Context, role: Role, image: Image) -> Result<PathBuf> {
     }
 }
 
-/// Boots `guest`, and checks what it says about itself and, for SNP, about its launch.
+/// Boots `guest` where `context` runs guests, and checks what it says about itself and, for SNP, about its launch.
 pub fn boots(context: &Context, guest: &Guest) -> Result<Console> {
     let predicted = match guest.mode {
         Mode::Plain => None,

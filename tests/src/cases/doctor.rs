@@ -11,6 +11,7 @@ use guest_init::job::Ending;
 use serde_json::Value;
 
 use crate::machine::job;
+use crate::probe::Place;
 use crate::suite::Case;
 use crate::suite::Context;
 use crate::suite::Verdict;
@@ -29,8 +30,8 @@ pub fn cases() -> Vec<Case> {
             doctor.argv.extend(["doctor".into(), "--json".into()]);
             let output = context.run(&doctor)?;
             let diagnosis: Value = serde_json::from_slice(&output.stdout).context("JSON of cvmm doctor")?;
-            let expected =
-                if context.decision().host && Path::new("/dev/sev").exists() { 0 } else { EMULATION_ONLY };
+            let has_snp = context.decision().place == Place::Host && Path::new("/dev/sev").exists();
+            let expected = if has_snp { 0 } else { EMULATION_ONLY };
             ensure!(output.ending == Ending::Code(expected), "doctor ended with {}", output.ending);
             ensure!(diagnosis["exit_code"] == expected, "its JSON says {}", diagnosis["exit_code"]);
             Ok(())

@@ -127,9 +127,10 @@ fn ends(name: &str, code: Code, console: &'static str, words: &str) -> Case {
 }
 
 /// Boots the kernel through stage0 in a strict run, with most of its 3 GiB left to it.
-fn run(context: &Context, code: Code) -> Result<Output> {
+pub fn run(context: &Context, code: Code) -> Result<Output> {
     let path = context.workspace.work().join("strict-kernel.elf");
     fs::write(&path, code.kernel()).with_context(|| format!("cannot write {}", path.display()))?;
+    context.bring(&path)?;
     let mut job = job(&context.cvmm);
     job.argv.extend(["--kernel".into(), path.display().to_string()]);
     let options = ["--memory", "3G", "--accept", "lazy", "--snp", "--platform", "emulated", "--statistics"];

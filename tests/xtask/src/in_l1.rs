@@ -2,6 +2,7 @@
 //! `cargo xtask l1 -- COMMAND...`: runs one command inside the outer guest of a nested run, to look at something by hand.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,12 @@ pub struct Args {
     /// Kill the command after this many seconds.
     #[arg(long, default_value_t = 300)]
     limit: u64,
+    /// An L1 with an Intel CPU, under Bochs: takes minutes, and has none of the host's files but a shell and those of `--file`.
+    #[arg(long)]
+    intel: bool,
+    /// A file that an Intel L1 gets at its path, with the libraries that it needs; may be repeated.
+    #[arg(long, requires = "intel")]
+    file: Vec<PathBuf>,
     /// The command and its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
@@ -27,7 +34,10 @@ pub struct Args {
 
 /// Runs the chore; the command's exit code becomes ours.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let nested = Arc::new(Nested::start(&Workspace::find())?);
+    let workspace = Workspace::find();
+    let nested =
+        if args.intel { Nested::start_intel(&workspace, &args.file)? } else { Nested::start(&workspace)? };
+    let nested = Arc::new(nested);
     eprintln!(
         "L1 up after {:.1} s: Linux {}, {}",
         nested.boot_time().as_secs_f64(),

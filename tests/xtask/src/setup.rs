@@ -11,6 +11,8 @@ use anyhow::bail;
 use cvmm_tests::kernels::Kernel;
 use cvmm_tests::kernels::Role;
 use cvmm_tests::nested::QEMU;
+use cvmm_tests::nested::bochs;
+use cvmm_tests::probe;
 use cvmm_tests::workspace::Workspace;
 
 use crate::apt;
@@ -79,6 +81,9 @@ pub fn run(args: &Args) -> Result<()> {
 pub fn prepare(steps: &mut Steps, wanted: Kernels, update: bool) -> Result<()> {
     let workspace = Workspace::find();
     steps.step("host packages", host_packages)?;
+    if probe::intel_is_asked_for() {
+        steps.step("packages for an Intel L1", intel_packages)?;
+    }
     kernels(steps, &workspace, update)?;
     if wanted == Kernels::AndLater {
         steps.step("kernels of later suites", || later_kernels(&workspace, update))?;
@@ -95,9 +100,21 @@ fn host_packages() -> Result<()> {
             Err(_) => bail!("this machine is no Debian: install {QEMU} (7.2 or later) yourself"),
         };
     }
-    let missing = apt::missing(PACKAGES);
+    install_missing(PACKAGES)
+}
+
+/// Bochs brings a graphical toolkit with it, so it is installed only for those who ask for an Intel CPU.
+pub fn intel_packages() -> Result<()> {
+    if apt::debian_codename().is_none() {
+        bail!("this machine is no Debian: what an Intel L1 needs is known only for Debian");
+    }
+    install_missing(bochs::PACKAGES)
+}
+
+fn install_missing(packages: &[&str]) -> Result<()> {
+    let missing = apt::missing(packages);
     if missing.is_empty() {
-        println!("           all installed: {}", PACKAGES.join(" "));
+        println!("           all installed: {}", packages.join(" "));
         return Ok(());
     }
     println!("           installing {}", missing.join(" "));

@@ -13,8 +13,10 @@ use anyhow::Context as _;
 use anyhow::Result;
 use anyhow::bail;
 use cvmm_tests::cases;
+use cvmm_tests::cases::intel::PREFIX;
 use cvmm_tests::kernels::Kernel;
 use cvmm_tests::kernels::Role;
+use cvmm_tests::probe;
 use cvmm_tests::suite;
 use cvmm_tests::suite::Case;
 use cvmm_tests::suite::Context;
@@ -78,9 +80,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let filter = args.filter.as_deref().unwrap_or_default();
-    let matching = all.into_iter().filter(|case| case.name.contains(filter));
+    let mut matching: Vec<Case> = all.into_iter().filter(|case| case.name.contains(filter)).collect();
+    let intel_only = probe::intel_is_asked_for();
+    if intel_only {
+        // An Intel L1 has only the files that its own cases need.
+        matching.retain(|case| case.name.starts_with(PREFIX));
+    }
     let (chosen, left_out): (Vec<Case>, Vec<Case>) =
-        matching.partition(|case| args.long || case.long.is_none());
+        matching.into_iter().partition(|case| args.long || intel_only || case.long.is_none());
     if chosen.is_empty() {
         match left_out.first() {
             Some(case) => {
@@ -92,6 +99,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let workspace = Workspace::find();
     let mut steps = Steps::new();
     setup::prepare(&mut steps, setup::Kernels::AndLater, false)?;
+    if !intel_only && chosen.iter().any(|case| case.name.starts_with(PREFIX)) {
+        steps.step("packages for an Intel L1", setup::intel_packages)?;
+    }
     steps.step("build cvmm and vtpm-svc (release)", || build::release(&workspace, &["vmm", "vtpm-svc"]))?;
     let mut total = Counts::default();
     if args.filter.is_none() && args.kernels.is_none() && !args.no_unit {

@@ -4,12 +4,17 @@
 //! The host's root comes read-only over 9p and becomes the root here, so ordinary dynamically linked programs run; one
 //! directory named on the kernel command line (`cvmm.share=PATH`) is mounted writable at the same path. Jobs arrive on
 //! a virtio-serial port; when the harness goes away, so does this machine.
+//!
+//! An emulator without these devices says so on the kernel command line: `cvmm.root=cdrom` is a root made of a CD's directory
+//! `host` and of memory that is written to, and with `cvmm.agent=TTY` jobs arrive on a serial port.
 
 use std::collections::HashMap;
 use std::fs;
 use std::fs::File;
 use std::fs::OpenOptions;
 use std::io::BufReader;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -18,6 +23,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use anyhow::Result;
+use anyhow::bail;
 use guest_init::frame;
 use guest_init::frame::Hello;
 use guest_init::frame::Message;
@@ -27,6 +33,12 @@ use guest_init::job::Event;
 use guest_init::pid1;
 use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
+use rustix::termios::OptionalActions;
+use rustix::termios::tcgetattr;
+use rustix::termios::tcsetattr;
+
+/// The fastest that a PC's serial port goes, in bits per second.
+const SPEED: u32 = 115_200;
 
 fn main() {
     if let Err(error) = run() {
@@ -42,8 +54,15 @@ fn run() -> Result<()> {
     for failure in pid1::load_modules() {
         eprintln!("l1-agent: module not loaded: {failure}");
     }
-    let port = find_port()?;
-    enter_host_root()?;
+    let port = match command_line_value("cvmm.agent") {
+        Some(name) => open_serial(&Path::new("/dev").join(name))?,
+        None => find_port()?,
+    };
+    match command_line_value("cvmm.root").as_deref() {
+        Some("cdrom") => enter_cdrom_root()?,
+        Some(other) => bail!("cvmm.root={other} is not known"),
+        None => enter_host_root()?,
+    }
     let hello = Hello {
         kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().into(),
         kvm_error: OpenOptions::new()
@@ -73,7 +92,55 @@ fn find_port() -> Result<File> {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    anyhow::bail!("no virtio-serial port named {} appeared within 5 s", frame::PORT_NAME)
+    bail!("no virtio-serial port named {} appeared within 5 s", frame::PORT_NAME)
+}
+
+/// A serial port that hands through every byte as it is.
+fn open_serial(device: &Path) -> Result<File> {
+    let port = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(rustix::fs::OFlags::NOCTTY.bits().cast_signed())
+        .open(device)
+        .with_context(|| format!("cannot open {}", device.display()))?;
+    let mut settings = tcgetattr(&port).context("tcgetattr")?;
+    settings.make_raw();
+    settings.set_speed(SPEED).context("the speed of the serial port")?;
+    tcsetattr(&port, OptionalActions::Now, &settings).context("tcsetattr")?;
+    Ok(port)
+}
+
+fn enter_cdrom_root() -> Result<()> {
+    let device = Path::new("/dev/sr0");
+    for _ in 0..600 {
+        if device.exists() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let none = MountFlags::empty();
+    pid1::mount_at("/dev/sr0", "/cdrom", "iso9660", MountFlags::RDONLY, "")?;
+    pid1::mount_at("tmpfs", "/written", "tmpfs", none, "mode=755")?;
+    for directory in ["/written/upper", "/written/work"] {
+        fs::create_dir(directory).with_context(|| format!("cannot create {directory}"))?;
+    }
+    let layers = "lowerdir=/cdrom/host,upperdir=/written/upper,workdir=/written/work";
+    pid1::mount_at("overlay", "/host", "overlay", none, layers)?;
+    pid1::mount_basics("/host")?;
+    // Writable as they are; a file system of its own would hide copies that lie below.
+    for directory in ["/host/tmp", "/host/run"] {
+        fs::create_dir_all(directory).with_context(|| format!("cannot create {directory}"))?;
+    }
+    enter("/host")
+}
+
+/// What every root gets, and the change into it.
+fn enter(root: &str) -> Result<()> {
+    let none = MountFlags::empty();
+    pid1::mount_at("tmpfs", &format!("{root}/dev/shm"), "tmpfs", none, "mode=1777")?;
+    pid1::mount_at("devpts", &format!("{root}/dev/pts"), "devpts", none, "")?;
+    std::os::unix::fs::chroot(root).context("chroot")?;
+    std::env::set_current_dir("/").context("chdir")
 }
 
 fn enter_host_root() -> Result<()> {
@@ -86,11 +153,8 @@ fn enter_host_root() -> Result<()> {
     for directory in ["/tmp", "/run"].into_iter().filter(|directory| !share.starts_with(directory)) {
         pid1::mount_at("tmpfs", &format!("/host{directory}"), "tmpfs", none, "mode=1777")?;
     }
-    pid1::mount_at("tmpfs", "/host/dev/shm", "tmpfs", none, "mode=1777")?;
-    pid1::mount_at("devpts", "/host/dev/pts", "devpts", none, "")?;
     pid1::mount_at("share", &format!("/host{share}"), "9p", none, &format!("{options},cache=mmap"))?;
-    std::os::unix::fs::chroot("/host").context("chroot")?;
-    std::env::set_current_dir("/").context("chdir")
+    enter("/host")
 }
 
 fn command_line_value(name: &str) -> Option<String> {
@@ -133,7 +197,7 @@ fn serve(port: File, hello: Hello) -> Result<()> {
                     control.signal(signal);
                 }
             }
-            other => anyhow::bail!("the harness sent {other:?}, which only an agent sends"),
+            other => bail!("the harness sent {other:?}, which only an agent sends"),
         }
     }
 }

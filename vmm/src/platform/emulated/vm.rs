@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
+use kvm_bindings::KVM_CAP_DISABLE_QUIRKS2;
 use kvm_bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use kvm_bindings::KVM_MSR_EXIT_REASON_FILTER;
+use kvm_bindings::KVM_X86_QUIRK_FIX_HYPERCALL_INSN;
 use kvm_bindings::kvm_enable_cap;
 use kvm_bindings::kvm_memory_attributes;
 use kvm_bindings::kvm_sev_init;
@@ -183,6 +185,19 @@ pub(super) fn intercept_msrs(kvm: &KvmVm) -> Result<(), CallError> {
         .map_err(CallError::of("KVM_X86_SET_MSR_FILTER"))
 }
 
+/// Keeps KVM from writing into the guest's code. On an Intel CPU VMMCALL, and a VMGEXIT that was not replaced, is an undefined
+/// instruction, over which KVM writes VMCALL: three bytes, and the fourth of a VMGEXIT is then executed on its own
+/// (Linux 6.12, arch/x86/kvm/x86.c, `emulator_fix_hypercall`). Without that quirk the guest gets #UD. An old KVM does not let go of it.
+fn keep_hypercalls(kvm: &KvmVm) -> Result<(), CallError> {
+    let quirks = kvm.fd.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
+    if quirks & KVM_X86_QUIRK_FIX_HYPERCALL_INSN as i32 == 0 {
+        return Ok(());
+    }
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS2, ..Default::default() };
+    cap.args[0] = KVM_X86_QUIRK_FIX_HYPERCALL_INSN.into();
+    kvm.fd.enable_cap(&cap).map_err(CallError::of("KVM_ENABLE_CAP(KVM_CAP_DISABLE_QUIRKS2)"))
+}
+
 impl EmulatedVm {
     pub(super) fn new(
         kvm: KvmVm,
@@ -192,6 +207,7 @@ impl EmulatedVm {
         faults: Faults,
     ) -> Result<Self, CallError> {
         intercept_msrs(&kvm)?;
+        keep_hypercalls(&kvm)?;
         let model = VmModel::new(VmConfig {
             platform: firmware,
             ram: Vec::new(),
