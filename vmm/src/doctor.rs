@@ -13,6 +13,7 @@
 
 pub mod emulation;
 pub mod facts;
+mod log;
 pub mod snp;
 
 #[cfg(test)]
@@ -40,6 +41,50 @@ Exit codes:
     2  the request is not valid
    10  only the emulated platform can be used (--snp --platform emulated)
    11  neither can be used";
+
+/// Every id that a line can have, and what it is about; `docs/hardware-acceptance.md` has the same list. Programs go by ids:
+/// texts get better from version to version, an id never changes its meaning.
+pub const IDS: [(&str, &str); 39] = [
+    ("cpu-snp", "the CPU has SEV-SNP and the BIOS has switched it on"),
+    ("kvm-open", "`/dev/kvm` can be used"),
+    ("kvm-vm-types", "KVM has the VM type of SNP guests"),
+    ("kvm-guest-memfd", "`KVM_CAP_GUEST_MEMFD`"),
+    ("kvm-user-memory2", "`KVM_CAP_USER_MEMORY2`"),
+    ("kvm-memory-attributes", "`KVM_CAP_MEMORY_ATTRIBUTES`, the private attribute"),
+    ("kvm-exit-hypercall", "`KVM_CAP_EXIT_HYPERCALL`, page-state changes"),
+    ("kvm-irqchip", "`KVM_CAP_IRQCHIP`"),
+    ("kvm-pit2", "`KVM_CAP_PIT2`"),
+    ("cpuid-table", "a CPUID table for a guest of this area can be made from KVM's"),
+    ("dev-sev", "`/dev/sev` can be opened"),
+    ("launch-trial", "a launch that is begun and given up: pages are added, the CPUID page among them"),
+    ("cpuid-page", "what the firmware said about each value of the CPUID page"),
+    ("cpu-sev-es", "the CPU has SEV and SEV-ES"),
+    ("asids", "address-space ids for SNP guests"),
+    ("c-bit", "position of the C-bit"),
+    ("module-kvm-amd", "the module is there"),
+    ("param-sev", "module parameter `kvm_amd.sev`"),
+    ("param-sev-es", "module parameter `kvm_amd.sev_es`"),
+    ("param-sev-snp", "module parameter `kvm_amd.sev_snp`"),
+    ("param-npt", "module parameter `kvm_amd.npt`"),
+    ("param-nrips", "module parameter `kvm_amd.nrips`"),
+    ("param-lbrv", "module parameter `kvm_amd.lbrv`"),
+    ("param-mmio-caching", "module parameter `kvm.mmio_caching`"),
+    ("rmp", "the reverse map table"),
+    ("iommu", "the IOMMU allows SNP; only if the kernel complained"),
+    ("firmware", "the SNP firmware answers, and its version"),
+    ("firmware-state", "the SNP firmware is initialised"),
+    ("reports-signed", "attestation reports are signed"),
+    ("reports-chip-id", "attestation reports name the chip"),
+    ("asid-cgroup", "a free ASID in a cgroup, one line for each"),
+    ("kvm-sev-init2", "`KVM_SEV_INIT2`"),
+    ("policy", "policy bits that KVM allows"),
+    ("kvm-memory-fault-info", "`KVM_CAP_MEMORY_FAULT_INFO`"),
+    ("guest-certs", "KVM asks the monitor for certificates"),
+    ("kvm-msr-exits", "`KVM_CAP_X86_USER_SPACE_MSR` and `KVM_CAP_X86_MSR_FILTER`, one line for each"),
+    ("address-bits", "physical address bits of an emulated guest"),
+    ("emulation-trial", "a guest of a few bytes runs"),
+    ("speed", "instructions each second in a guest"),
+];
 
 /// What a line is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -76,6 +121,8 @@ impl fmt::Display for Status {
 /// One line of the report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
+    /// Name for programs, one of [`IDS`]; an id may have several lines, one for each cgroup.
+    pub id: &'static str,
     /// What it is about.
     pub area: Area,
     /// What was checked.
@@ -98,19 +145,20 @@ impl Check {
         let status = if finding.ok { Status::Ok } else { Status::Missing };
         Check {
             decides: true,
-            ..Check::new(area, finding.what, status, finding.found, finding.needed, finding.fix)
+            ..Check::new(area, (finding.id, finding.what), status, finding.found, finding.needed, finding.fix)
         }
     }
 
     fn new(
         area: Area,
-        what: &str,
+        (id, what): (&'static str, &str),
         status: Status,
         found: impl Into<String>,
         needed: &str,
         fix: impl Into<String>,
     ) -> Check {
         Check {
+            id,
             area,
             what: what.to_owned(),
             status,
@@ -145,18 +193,6 @@ impl Verdict {
     }
 }
 
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Verdict::Snp => "SNP guests can be launched on this host",
-            Verdict::Emulation => {
-                "no SNP guests on this host; the emulated platform can be used (--snp --platform emulated)"
-            }
-            Verdict::Neither => "neither SNP guests nor the emulated platform can be used on this host",
-        })
-    }
-}
-
 /// Everything that was found out.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Diagnosis {
@@ -164,6 +200,8 @@ pub struct Diagnosis {
     pub verdict: Verdict,
     /// The exit code that says so.
     pub exit_code: u8,
+    /// The verdict and its reason in one line.
+    pub summary: String,
     /// Line by line.
     pub checks: Vec<Check>,
     /// What the lines were judged by.
@@ -180,7 +218,34 @@ pub fn judge(facts: Facts) -> Diagnosis {
         (false, true) => Verdict::Emulation,
         (false, false) => Verdict::Neither,
     };
-    Diagnosis { verdict, exit_code: verdict.exit_code(), checks, facts }
+    let summary = summary(verdict, &checks);
+    Diagnosis { verdict, exit_code: verdict.exit_code(), summary, checks, facts }
+}
+
+/// The first line of the report: what can be launched here, and what is in the way of the rest.
+fn summary(verdict: Verdict, checks: &[Check]) -> String {
+    let reason = |area| {
+        let mut missing =
+            checks.iter().filter(|c| c.area == area && c.decides && c.status == Status::Missing);
+        let first = missing.next();
+        let first = first.map_or_else(String::new, |c| format!("{}: {}", c.what, c.found));
+        match missing.count() {
+            0 => first,
+            more => format!("{first}, and {more} more"),
+        }
+    };
+    let emulate = "The emulated platform can be used instead: --snp --platform emulated";
+    match verdict {
+        Verdict::Snp => "SNP guests can be launched on this host".to_owned(),
+        Verdict::Emulation => {
+            format!("SNP guests cannot be launched on this host ({}). {emulate}", reason(Area::Snp))
+        }
+        Verdict::Neither => format!(
+            "SNP guests cannot be launched on this host ({}). Nor can the emulated platform be used ({})",
+            reason(Area::Snp),
+            reason(Area::Emulation)
+        ),
+    }
 }
 
 /// The lines of one area: where nothing that decides is missing, nothing else is missing either.
@@ -195,23 +260,23 @@ fn settle(mut checks: Vec<Check>) -> Vec<Check> {
 
 impl fmt::Display for Diagnosis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}, Linux {}", self.facts.cpu_model, self.facts.kernel)?;
+        write!(f, "{}\n\n{}, Linux {}", self.summary, self.facts.cpu_model, self.facts.kernel)?;
         for (area, title) in
             [(Area::Snp, "SNP guests of this host"), (Area::Emulation, "The emulated platform")]
         {
-            writeln!(f, "\n{title}")?;
+            write!(f, "\n\n{title}")?;
             for check in self.checks.iter().filter(|c| c.area == area) {
-                writeln!(f, "  {:8} {}: {}", check.status, check.what, check.found)?;
+                write!(f, "\n  {:8} {}: {}", check.status, check.what, check.found)?;
                 if check.status != Status::Ok {
                     if !check.needed.is_empty() {
-                        writeln!(f, "           needed: {}", check.needed)?;
+                        write!(f, "\n           needed: {}", check.needed)?;
                     }
                     if !check.fix.is_empty() {
-                        writeln!(f, "           fix:    {}", check.fix)?;
+                        write!(f, "\n           fix:    {}", check.fix)?;
                     }
                 }
             }
         }
-        write!(f, "\n{}", self.verdict)
+        Ok(())
     }
 }

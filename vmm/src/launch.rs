@@ -32,7 +32,7 @@ use snp::plan::LaunchPlan;
 use snp::plan::Record;
 use snp::policy::GuestPolicy;
 use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
-use update::Updater;
+pub(crate) use update::Updater;
 
 use crate::memory::GuestRam;
 use crate::platform::ATTRIBUTE_PRIVATE;

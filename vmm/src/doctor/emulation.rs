@@ -20,6 +20,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     let deciding = |finding| Check::deciding(Area::Emulation, finding);
     let caps = &kvm.capabilities;
     lines.push(deciding(Finding {
+        id: "kvm-msr-exits",
         what: "KVM_CAP_X86_USER_SPACE_MSR",
         found: format!("KVM answers {:#x}", caps.user_space_msr),
         needed: "not 0",
@@ -27,20 +28,17 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
         ok: caps.user_space_msr > 0,
     }));
     lines.push(deciding(Finding {
+        id: "kvm-msr-exits",
         what: "KVM_CAP_X86_MSR_FILTER",
         found: format!("KVM answers {:#x}", caps.msr_filter),
         needed: "not 0",
         fix: "Use Linux 5.10 or later on the host",
         ok: caps.msr_filter > 0,
     }));
+    lines.push(deciding(caps.irqchip_finding()));
+    lines.push(deciding(caps.pit_finding()));
     lines.push(deciding(Finding {
-        what: "KVM_CAP_IRQCHIP",
-        found: format!("KVM answers {:#x}", caps.irqchip),
-        needed: "not 0",
-        fix: "Use a KVM with in-kernel interrupt controllers",
-        ok: caps.irqchip > 0,
-    }));
-    lines.push(deciding(Finding {
+        id: "address-bits",
         what: "Physical address bits",
         found: kvm
             .address_bits
@@ -50,6 +48,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
         ok: kvm.address_bits.is_none_or(|bits| bits >= ADDRESS_BITS_MIN),
     }));
     lines.push(deciding(Finding {
+        id: "cpuid-table",
         what: "CPUID for an emulated guest",
         found: kvm.emulated_cpuid.as_ref().err().cloned().unwrap_or_else(|| "can be made".into()),
         needed: "long mode, RDRAND and what else Linux wants of an SNP guest's CPU",
@@ -65,6 +64,7 @@ pub fn kvm_line(area: Area, kvm: Result<(), &String>) -> Check {
     Check::deciding(
         area,
         Finding {
+            id: "kvm-open",
             what: "/dev/kvm",
             found: kvm.err().cloned().unwrap_or_else(|| "can be used".into()),
             needed: "open for reading and writing, API version 12",
@@ -83,6 +83,7 @@ fn trial(trial: &EmulationTrial) -> Vec<Check> {
     let mut lines = vec![Check::deciding(
         Area::Emulation,
         Finding {
+            id: "emulation-trial",
             what: "A guest of a few bytes",
             found,
             needed: "a VM with an MSR filter runs a loop and halts",
@@ -95,7 +96,7 @@ fn trial(trial: &EmulationTrial) -> Vec<Check> {
         let status = if rate < SLOW { Status::Warning } else { Status::Ok };
         lines.push(Check::new(
             Area::Emulation,
-            "Speed",
+            ("speed", "Speed"),
             status,
             format!("{millions:.1} million instructions each second"),
             "10 million for a Linux kernel that boots in reasonable time",

@@ -16,15 +16,18 @@ use serde::Deserialize;
 use serde::Serialize;
 use snp::pages::cpuid::CpuidTable;
 
+use super::log;
 use crate::cpuid;
 use crate::platform::Platform;
 use crate::platform::emulated;
 use crate::platform::emulated::EmulationTrial;
 use crate::platform::kvm::Access;
 use crate::platform::kvm::Capabilities;
+use crate::platform::kvm::CpuidRow;
 use crate::platform::kvm::KvmPlatform;
 use crate::platform::kvm::PlatformStatus;
 use crate::platform::kvm::Trial;
+use crate::platform::kvm::host_cpuid;
 use crate::platform::kvm::platform_status;
 use crate::platform::kvm::sev_leaf;
 
@@ -40,10 +43,6 @@ const PARAMETERS: [&str; 9] = [
     "kvm_amd/ciphertext_hiding_asids",
     "kvm/mmio_caching",
 ];
-/// What lines of the kernel log about SEV have in them.
-const LOG_WORDS: [&str; 5] = ["SEV-SNP:", "ccp ", "kvm_amd: SEV", "SEV-ES", "RMP"];
-/// Most lines that are kept.
-const LOG_LINES: usize = 40;
 /// Most bytes of the log that are read; the kernel's buffer is smaller.
 const LOG_BYTES: u64 = 64 << 20;
 /// Most bytes that are read of a file that holds a value.
@@ -60,6 +59,15 @@ pub struct KvmFacts {
     pub emulated_cpuid: Result<(), String>,
     /// The same for an SNP guest.
     pub snp_cpuid: Result<(), String>,
+}
+
+/// CPUID, from both sides.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuidFacts {
+    /// What the CPU itself answers.
+    pub host: Vec<CpuidRow>,
+    /// What KVM offers to guests (`KVM_GET_SUPPORTED_CPUID`).
+    pub kvm: Vec<CpuidRow>,
 }
 
 /// One cgroup's count of ASIDs for SEV-ES and SNP guests.
@@ -96,6 +104,9 @@ pub struct Facts {
     pub kvm: Result<KvmFacts, String>,
     /// How far an SNP launch came.
     pub snp_trial: Trial,
+    /// CPUID leaves; a record may lack them.
+    #[serde(default)]
+    pub cpuid: CpuidFacts,
     /// Whether a guest runs at all.
     pub emulation_trial: EmulationTrial,
 }
@@ -127,6 +138,7 @@ impl Facts {
             firmware: sev.as_ref().map(platform_status),
             asids: asids(root),
             kernel_log: kernel_log(&root.join("dev/kmsg")),
+            cpuid: CpuidFacts { host: host_cpuid(), kvm: kvm.as_ref().map(kvm_cpuid).unwrap_or_default() },
             kvm: kvm_facts,
             snp_trial,
             emulation_trial,
@@ -144,6 +156,11 @@ fn ask_kvm(kvm: &KvmPlatform) -> Result<KvmFacts, String> {
         emulated_cpuid: emulated::snp_cpuid(&supported).map_err(|e| e.to_string()).and_then(table),
         snp_cpuid: table(kvm.snp_cpuid()),
     })
+}
+
+fn kvm_cpuid(kvm: &KvmPlatform) -> Vec<CpuidRow> {
+    let offered = kvm.supported_cpuid().unwrap_or_default();
+    cpuid::from_kvm(&offered).iter().map(CpuidRow::from).collect()
 }
 
 /// A small file's text, without the white space around it.
@@ -220,9 +237,9 @@ pub fn kernel_log(path: &Path) -> Option<Vec<String>> {
         }
     }
     let text = String::from_utf8_lossy(&text);
-    let about_sev = |line: &&str| LOG_WORDS.iter().any(|word| line.contains(word));
-    let message = |line: &str| line.split_once(';').map_or(line, |(_, message)| message).to_owned();
-    Some(text.lines().filter(about_sev).map(message).take(LOG_LINES).collect())
+    let message = |line: &str| line.split_once(';').map(|(_, message)| message.to_owned());
+    let messages: Vec<String> = text.lines().filter_map(message).collect();
+    Some(log::about_sev(messages.iter().map(String::as_str)))
 }
 
 #[cfg(test)]

@@ -9,7 +9,10 @@ use super::Check;
 use super::Status;
 use super::facts::AsidGroup;
 use super::facts::Facts;
+use super::log;
 use crate::platform::kvm::Capabilities;
+use crate::platform::kvm::CpuidChange;
+use crate::platform::kvm::CpuidTrial;
 use crate::platform::kvm::Finding;
 use crate::platform::kvm::PlatformStatus;
 use crate::platform::kvm::Trial;
@@ -19,17 +22,22 @@ use crate::platform::kvm::cpu_finding;
 const API_MIN: (u8, u8) = (1, 51);
 
 /// Module parameters that `sev_hardware_setup` wants, and why.
-const PARAMETERS: [(&str, &str); 7] = [
-    ("kvm_amd/sev", "Load kvm_amd with sev=1; if that does not help, see the other lines"),
-    ("kvm_amd/sev_es", "Load kvm_amd with sev_es=1; it turns itself off without ASIDs, mmio_caching or lbrv"),
+const PARAMETERS: [(&str, &str, &str); 7] = [
+    ("param-sev", "kvm_amd/sev", "Load kvm_amd with sev=1; if that does not help, see the other lines"),
     (
+        "param-sev-es",
+        "kvm_amd/sev_es",
+        "Load kvm_amd with sev_es=1; it turns itself off without ASIDs, mmio_caching or lbrv",
+    ),
+    (
+        "param-sev-snp",
         "kvm_amd/sev_snp",
         "Load kvm_amd with sev_snp=1; it turns itself off if the host has no RMP or the firmware refused",
     ),
-    ("kvm_amd/npt", "Load kvm_amd with npt=1: SEV needs nested paging"),
-    ("kvm_amd/nrips", "Load kvm_amd with nrips=1: SEV needs it"),
-    ("kvm_amd/lbrv", "Load kvm_amd with lbrv=1: SEV-ES needs it"),
-    ("kvm/mmio_caching", "Load kvm with mmio_caching=1: SEV-ES needs it"),
+    ("param-npt", "kvm_amd/npt", "Load kvm_amd with npt=1: SEV needs nested paging"),
+    ("param-nrips", "kvm_amd/nrips", "Load kvm_amd with nrips=1: SEV needs it"),
+    ("param-lbrv", "kvm_amd/lbrv", "Load kvm_amd with lbrv=1: SEV-ES needs it"),
+    ("param-mmio-caching", "kvm/mmio_caching", "Load kvm with mmio_caching=1: SEV-ES needs it"),
 ];
 
 /// All lines, those that decide first.
@@ -39,6 +47,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
         Ok(kvm) => {
             lines.extend(kvm.capabilities.snp_findings().into_iter().map(deciding));
             lines.push(deciding(Finding {
+                id: "cpuid-table",
                 what: "CPUID for an SNP guest",
                 found: kvm.snp_cpuid.as_ref().err().cloned().unwrap_or_else(|| "can be made".into()),
                 needed: "a table that the firmware's CPUID page can hold, with RDRAND and a C-bit",
@@ -50,24 +59,26 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     }
     lines.push(deciding(facts.sev_device.finding()));
     lines.push(trial(&facts.snp_trial));
+    lines.extend(facts.snp_trial.cpuid().map(|cpuid| cpuid_page(cpuid, facts)));
 
-    lines.extend(asids_of_cpu(facts.sev_leaf));
+    lines.extend(asids_of_cpu(facts));
     lines.extend(parameters(facts));
-    lines.push(rmp(facts));
+    lines.push(log::rmp(facts));
+    lines.extend(log::iommu(facts));
     match &facts.firmware {
         Some(Ok(status)) => lines.extend(firmware(status)),
         Some(Err(why)) => lines.push(diagnosing(
-            "SNP firmware",
+            ("firmware", "SNP firmware"),
             false,
             why.clone(),
             "an answer",
-            "See the kernel log for lines of the ccp driver; if the PSP hangs, only a power cycle helps",
+            log::firmware_fix(facts),
         )),
-        None => {}
+        None => lines.extend(log::firmware(facts)),
     }
     lines.extend(facts.asids.iter().map(asids_of_group));
     if let Ok(kvm) = &facts.kvm {
-        lines.extend(attributes(&kvm.capabilities));
+        lines.extend(attributes(&kvm.capabilities, &facts.kernel));
     }
     lines
 }
@@ -77,25 +88,83 @@ fn deciding(finding: Finding) -> Check {
 }
 
 /// A line that explains, but does not decide.
-fn diagnosing(what: &str, ok: bool, found: impl Into<String>, needed: &str, fix: &str) -> Check {
-    Check::new(Area::Snp, what, if ok { Status::Ok } else { Status::Missing }, found, needed, fix)
+pub(super) fn diagnosing(
+    name: (&'static str, &str),
+    ok: bool,
+    found: impl Into<String>,
+    needed: &str,
+    fix: &str,
+) -> Check {
+    Check::new(Area::Snp, name, if ok { Status::Ok } else { Status::Missing }, found, needed, fix)
 }
 
 fn trial(trial: &Trial) -> Check {
     let (ok, found, fix) = match trial {
-        Trial::Passed => (true, "an SNP VM was initialised and its launch begun".to_owned(), ""),
+        Trial::Passed(_) => (true, "an SNP VM was initialised and took its first pages".to_owned(), ""),
         Trial::NotTried(why) => (false, format!("not tried: {why}"), "See the lines above"),
-        Trial::Failed { step, errno, firmware, error } => {
+        Trial::Failed { step, error, cpuid: Some(cpuid), .. } => {
+            let fix = match (cpuid.acceptable, &cpuid.again) {
+                (true, Some(Ok(()))) => {
+                    "Launch with --accept-cpuid: the firmware took the page with its own values, which only take features away"
+                }
+                _ => {
+                    "Update the host's kernel and its SEV firmware together, and send the output of `cvmm doctor --json` to this \
+                     project: the firmware refuses values that its monitor offers"
+                }
+            };
+            (false, format!("{step}: {error}; see the next line"), fix)
+        }
+        Trial::Failed { step, errno, firmware, error, cpuid: None } => {
             (false, format!("{step}: {error}"), trial_fix(step, *errno, *firmware))
         }
     };
     deciding(Finding {
+        id: "launch-trial",
         what: "A launch that is begun and given up",
         found,
-        needed: "KVM_CREATE_VM, KVM_SEV_INIT2, a guest_memfd and LAUNCH_START succeed",
+        needed: "KVM_CREATE_VM, KVM_SEV_INIT2, a guest_memfd, LAUNCH_START, and LAUNCH_UPDATE of a normal page and of the CPUID \
+                 page succeed",
         fix,
         ok,
     })
+}
+
+/// What the firmware made of each value that the launch offers, beside what the CPU itself says.
+fn cpuid_page(cpuid: &CpuidTrial, facts: &Facts) -> Check {
+    let host = |change: &CpuidChange| {
+        let row = facts.cpuid.host.iter().find(|r| (r.leaf, r.subleaf) == (change.leaf, change.subleaf))?;
+        let at = ["EAX", "EBX", "ECX", "EDX"].iter().position(|name| *name == change.register)?;
+        row.registers.get(at)
+    };
+    let mut said: Vec<String> = cpuid
+        .changes
+        .iter()
+        .map(|c| {
+            let own = host(c).map_or_else(String::new, |v| format!(", this CPU itself says {v:#010x}"));
+            format!(
+                "{:#x}.{} {}: offered {:#010x}, accepted {:#010x}{own}",
+                c.leaf, c.subleaf, c.register, c.offered, c.accepted
+            )
+        })
+        .collect();
+    if cpuid.structure {
+        said.push("the firmware also changed the page's count, leaves or reserved bytes".into());
+    }
+    if let Some(Err(why)) = &cpuid.again {
+        said.push(format!("and it refused its own values as well: {why}"));
+    }
+    let entries = cpuid.offered.len();
+    let found = match said.is_empty() {
+        true => format!("the firmware took all {entries} entries as they were offered"),
+        false => format!("of {entries} entries, {}", said.join("; ")),
+    };
+    diagnosing(
+        ("cpuid-page", "Values of the CPUID page"),
+        said.is_empty(),
+        found,
+        "every value is accepted as KVM offers it",
+        "Nothing, if the launch above succeeded: the guest does without these features",
+    )
 }
 
 /// What an errno most likely means at a step (`sev_guest_init`, `snp_launch_start` in Linux' `arch/x86/kvm/svm/sev.c`).
@@ -125,26 +194,39 @@ fn trial_fix(step: &str, errno: i32, firmware: u32) -> &'static str {
 }
 
 /// What CPUID says about address spaces, and about the C-bit.
-fn asids_of_cpu(leaf: Option<[u32; 4]>) -> Vec<Check> {
-    let Some([eax, ebx, ecx, edx]) = leaf.filter(|leaf| leaf[0] & 1 << 4 != 0) else { return Vec::new() };
-    let count = edx.saturating_sub(1).min(ecx);
+fn asids_of_cpu(facts: &Facts) -> Vec<Check> {
+    let Some([eax, ebx, ecx, edx]) = facts.sev_leaf.filter(|leaf| leaf[0] & 1 << 4 != 0) else {
+        return Vec::new();
+    };
+    // With EDX = ECX + 1 all of them are for SEV-ES and SNP, and none for plain SEV, which is no fault.
+    let shared = edx.saturating_sub(1).min(ecx);
+    // Ciphertext hiding: SNP guests have 1..N, SEV-ES the rest (Linux 7.3, `sev_hardware_setup`).
+    let hiding = facts.parameters.get("kvm_amd/ciphertext_hiding_asids").and_then(|n| n.parse().ok());
+    let (count, split) = match hiding.filter(|n| *n > 0) {
+        Some(n) => (shared.min(n), format!("; ciphertext hiding leaves SEV-ES {}", shared.saturating_sub(n))),
+        None => (shared, String::new()),
+    };
+    let plain = match edx <= ecx {
+        true => format!("the lowest one for plain SEV is {edx}"),
+        false => "plain SEV has none".to_owned(),
+    };
     vec![
         diagnosing(
-            "SEV and SEV-ES",
+            ("cpu-sev-es", "SEV and SEV-ES"),
             eax & 0b1010 == 0b1010,
             format!("CPUID 0x8000001F EAX is {eax:#x}"),
             "bits 1 and 3",
             "Enable SEV and SEV-ES in the BIOS",
         ),
         diagnosing(
-            "ASIDs for SEV-ES and SNP",
+            ("asids", "ASIDs for SEV-ES and SNP"),
             count > 0,
-            format!("{count} of {ecx} (the lowest one for plain SEV is {edx})"),
+            format!("{count} of {ecx} ({plain}{split})"),
             "at least 1",
             "Set the minimum SEV non-ES ASID in the BIOS to more than 1",
         ),
         diagnosing(
-            "C-bit",
+            ("c-bit", "C-bit"),
             (32..=51).contains(&(ebx & 0x3f)),
             format!("bit {}, {} physical address bits lost", ebx & 0x3f, ebx >> 6 & 0x3f),
             "a position from 32 to 51",
@@ -156,78 +238,39 @@ fn asids_of_cpu(leaf: Option<[u32; 4]>) -> Vec<Check> {
 fn parameters(facts: &Facts) -> Vec<Check> {
     if !facts.parameters.keys().any(|name| name.starts_with("kvm_amd/")) {
         return vec![diagnosing(
-            "Module kvm_amd",
+            ("module-kvm-amd", "Module kvm_amd"),
             false,
             "no parameters in /sys/module/kvm_amd",
             "loaded, or built in",
             "Run `modprobe kvm_amd` on an AMD host with SVM enabled in the BIOS",
         )];
     }
-    let line = |(name, fix): &(&str, &'static str)| {
+    let line = |(id, name, fix): &(&'static str, &str, &'static str)| {
         let value = facts.parameters.get(*name)?;
         // Some are booleans, some are numbers.
         let on = matches!(value.as_str(), "Y" | "y") || value.parse().is_ok_and(|n: i64| n != 0);
         let what = format!("Parameter {}", name.replace('/', "."));
-        Some(diagnosing(&what, on, value.clone(), "Y or 1", fix))
+        Some(diagnosing((id, &what), on, value.clone(), "Y or 1", fix))
     };
     PARAMETERS.iter().filter_map(line).collect()
 }
 
-/// The reverse map table: the firmware knows, and the kernel's log says why it is not there.
-fn rmp(facts: &Facts) -> Check {
-    const FIX: &str = "In the BIOS, enable SEV-SNP and the RMP table for all of the memory (SNP Memory Coverage), and the IOMMU; boot \
-                       without iommu=pt, iommu=off and amd_iommu=off";
-    const NEEDED: &str = "reserved by the BIOS for all RAM, and initialised";
-    let log = facts.kernel_log.as_deref();
-    let complaint = log.and_then(|lines| {
-        lines.iter().find(|l| l.contains("not been reserved") || l.contains("does not cover"))
-    });
-    let initialized = matches!(&facts.firmware, Some(Ok(status)) if status.rmp_initialized);
-    match (initialized, complaint, log) {
-        (true, ..) => diagnosing("RMP table", true, "initialised", NEEDED, FIX),
-        (false, Some(line), _) => {
-            diagnosing("RMP table", false, format!("the kernel logged: {line}"), NEEDED, FIX)
-        }
-        (false, None, Some([])) => {
-            diagnosing("RMP table", false, "the kernel logged nothing about SNP", NEEDED, FIX)
-        }
-        (false, None, Some(lines)) => {
-            let said = lines.iter().find(|l| l.contains("SEV-SNP:")).or(lines.first());
-            let said = said.map_or("", String::as_str);
-            diagnosing(
-                "RMP table",
-                false,
-                format!("not known to be there; the kernel logged: {said}"),
-                NEEDED,
-                FIX,
-            )
-        }
-        (false, None, None) => diagnosing(
-            "RMP table",
-            false,
-            "not known: the kernel log cannot be read",
-            NEEDED,
-            "Run as root to see the kernel log's lines about it",
-        ),
-    }
-}
-
 fn firmware(status: &PlatformStatus) -> Vec<Check> {
     let (major, minor) = status.api;
-    let warning = |what, masked, bad: &str, good: &str, fix: &str| {
+    let warning = |name, masked, bad: &str, good: &str, fix: &str| {
         let state = if masked { Status::Warning } else { Status::Ok };
-        Check::new(Area::Snp, what, state, if masked { bad } else { good }, "not masked", fix)
+        Check::new(Area::Snp, name, state, if masked { bad } else { good }, "not masked", fix)
     };
     vec![
         diagnosing(
-            "SNP firmware",
+            ("firmware", "SNP firmware"),
             status.api >= API_MIN,
             format!("ABI {major}.{minor}, build {}", status.build),
             "ABI 1.51 or later",
             "Update the BIOS, or put a newer SEV firmware file where the ccp driver looks for it",
         ),
         diagnosing(
-            "SNP firmware's state",
+            ("firmware-state", "SNP firmware's state"),
             status.state == 1,
             match status.state {
                 0 => "uninitialised".to_owned(),
@@ -244,14 +287,14 @@ fn firmware(status: &PlatformStatus) -> Vec<Check> {
             "See the kernel log for lines of the ccp driver",
         ),
         warning(
-            "Reports are signed",
+            ("reports-signed", "Reports are signed"),
             status.mask_chip_key,
             "no: MASK_CHIP_KEY is set, so no verifier can trust a report",
             "yes",
             "Clear MASK_CHIP_KEY by SNP_SET_CONFIG",
         ),
         warning(
-            "Reports name the chip",
+            ("reports-chip-id", "Reports name the chip"),
             status.mask_chip_id,
             "no: MASK_CHIP_ID is set, so a verifier must be told which VCEK to take",
             "yes",
@@ -268,7 +311,7 @@ fn asids_of_group(group: &AsidGroup) -> Check {
     };
     let show = |n: Option<u64>, none: &str| n.map_or_else(|| none.to_owned(), |n| n.to_string());
     diagnosing(
-        &format!("Free ASID in cgroup {}", group.cgroup),
+        ("asid-cgroup", &format!("Free ASID in cgroup {}", group.cgroup)),
         free,
         format!("{} in use, limit {}", show(group.current, "unknown"), show(group.max, "none")),
         "fewer in use than the limit",
@@ -277,7 +320,7 @@ fn asids_of_group(group: &AsidGroup) -> Check {
 }
 
 /// What KVM's SEV attributes say.
-fn attributes(caps: &Capabilities) -> Vec<Check> {
+fn attributes(caps: &Capabilities, kernel: &str) -> Vec<Check> {
     if caps.vm_types & 1 << kvm_bindings::KVM_X86_SNP_VM == 0 {
         return Vec::new();
     }
@@ -288,7 +331,7 @@ fn attributes(caps: &Capabilities) -> Vec<Check> {
         if caps.policy_bits.is_some() { "as KVM says" } else { "as in Linux 6.12; KVM does not say" };
     vec![
         diagnosing(
-            "KVM_SEV_INIT2",
+            ("kvm-sev-init2", "KVM_SEV_INIT2"),
             caps.vmsa_features.is_some(),
             caps.vmsa_features.map_or_else(
                 || "not known to KVM".to_owned(),
@@ -298,24 +341,24 @@ fn attributes(caps: &Capabilities) -> Vec<Check> {
             "Use Linux 6.11 or later on the host",
         ),
         diagnosing(
-            "Policy bits",
+            ("policy", "Policy bits"),
             policy.is_ok(),
             match &policy {
-                Ok(()) => format!("{allowed:#x} are allowed, {source}"),
+                Ok(()) => format!("{allowed:#x} are allowed, {source}; {}", demanded(kernel)),
                 Err(e) => e.to_string(),
             },
             "the default policy 0x30000 is allowed",
             "Use a kernel that allows it, or choose another --policy",
         ),
         diagnosing(
-            "KVM_CAP_MEMORY_FAULT_INFO",
+            ("kvm-memory-fault-info", "KVM_CAP_MEMORY_FAULT_INFO"),
             caps.memory_fault_info > 0,
             format!("KVM answers {:#x}", caps.memory_fault_info),
             "not 0, so that a guest's access to a page in the wrong state can be told",
-            "Use Linux 6.11 or later on the host",
+            "Use Linux 6.8 or later on the host",
         ),
         diagnosing(
-            "Certificates for guests",
+            ("guest-certs", "Certificates for guests"),
             true,
             match caps.req_certs {
                 Some(n) if n != 0 => "KVM can ask the monitor for them",
@@ -325,4 +368,16 @@ fn attributes(caps: &Capabilities) -> Vec<Check> {
             "",
         ),
     ]
+}
+
+/// Which bits a policy must have: `snp_launch_start` of Linux 6.12 demands SMT beside the reserved bit 17, of 6.17 and later bit 17
+/// alone.
+fn demanded(kernel: &str) -> &'static str {
+    let mut numbers = kernel.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) < (6, 17) => {
+            "bits 16 (SMT) and 17 must be 1: kernels before 6.17 refuse a policy that forbids SMT"
+        }
+        _ => "bit 17 must be 1, and bit 16 (SMT) where the CPU has SMT on",
+    }
 }

@@ -4,6 +4,7 @@
 mod ask;
 mod check;
 mod exit;
+mod host_cpuid;
 mod sev;
 mod vcpu;
 mod vm;
@@ -12,6 +13,8 @@ pub use ask::PlatformStatus;
 pub use ask::platform_status;
 pub use check::Access;
 pub use check::Capabilities;
+pub use check::CpuidChange;
+pub use check::CpuidTrial;
 pub use check::Finding;
 pub use check::LaunchFacts;
 pub use check::NoSnp;
@@ -21,6 +24,8 @@ pub use check::sev_leaf;
 pub use exit::MsrAccess;
 pub use exit::decode;
 pub use exit::msr_access;
+pub use host_cpuid::CpuidRow;
+pub use host_cpuid::host_cpuid;
 pub use vcpu::KvmVcpu;
 pub use vm::KvmVm;
 
