@@ -9,6 +9,7 @@ pub mod doctor;
 pub mod endings;
 pub mod firmware;
 pub mod given;
+pub mod hardware_kit;
 pub mod hotplug;
 pub mod intel;
 pub mod policy_guide;
@@ -28,6 +29,7 @@ pub fn all() -> Vec<Case> {
         endings::cases(),
         hotplug::cases(),
         firmware::cases(),
+        hardware_kit::cases(),
         policy_guide::cases(),
         strict::cases(),
         tamper::cases(),

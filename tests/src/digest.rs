@@ -11,6 +11,8 @@ use std::io::BufRead;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
+pub use guest_init::console::hex;
+pub use guest_init::console::unhex;
 use serde::Deserialize;
 use sha2::Digest;
 use sha2::Sha384;
@@ -70,20 +72,6 @@ fn extend(mut digest: [u8; 48], run: &Run, contents: &[u8]) -> Result<[u8; 48]> 
         digest = Sha384::digest(&info).into();
     }
     Ok(digest)
-}
-
-/// Lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Bytes of a hexadecimal string.
-pub fn unhex(text: &str) -> Result<Vec<u8>> {
-    ensure!(text.is_ascii() && text.len().is_multiple_of(2), "not an even number of hexadecimal digits");
-    (0..text.len())
-        .step_by(2)
-        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).context("not a hexadecimal digit"))
-        .collect()
 }
 
 #[cfg(test)]

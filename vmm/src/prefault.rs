@@ -77,6 +77,7 @@ pub fn private_part(validated: &[Range<u64>], shared: &[Range<u64>]) -> Vec<Rang
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of one range are meant")]
 mod tests {
     use super::*;
     use crate::platform::scripted::ScriptedVcpu;

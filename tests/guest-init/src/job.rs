@@ -87,6 +87,11 @@ pub struct Control {
 }
 
 impl Control {
+    /// Number of the job's first process; `None` if it could not be started.
+    pub fn id(&self) -> Option<u32> {
+        self.pid.map(|pid| pid.as_raw_nonzero().get().cast_unsigned())
+    }
+
     /// Sends `signal` to the job's process group; nothing happens once the job has ended.
     pub fn signal(&self, signal: i32) {
         let ended = lock(&self.ended);

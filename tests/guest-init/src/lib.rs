@@ -5,6 +5,7 @@
 //! there; `l2-init` is the whole user space of the guests that cvmm itself boots. [`job`] runs a command with a time limit
 //! and is the same code on the host and in L1; [`frame`] carries it over a byte stream.
 
+pub mod console;
 pub mod frame;
 pub mod job;
 pub mod pid1;

@@ -15,13 +15,22 @@ use cvmm_tests::workspace::Workspace;
 
 use crate::steps::show;
 
-/// Builds the programs of `tests/guest-init` as static executables, so that they need no file but themselves.
+/// Builds the programs of `tests/guest-init`.
+pub fn build_programs(workspace: &Workspace) -> Result<()> {
+    build_static(workspace, &["guest-init"])
+}
+
+/// Builds the programs of `packages` as static executables, so that they need no file but themselves.
 ///
 /// Naming the target keeps the flags away from procedural macros, which cannot be linked statically.
-pub fn build_programs(workspace: &Workspace) -> Result<()> {
+pub fn build_static(workspace: &Workspace, packages: &[&str]) -> Result<()> {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(["build", "--release", "--bins"]);
+    for package in packages {
+        command.args(["--package", package]);
+    }
     show(
-        Command::new(env!("CARGO"))
-            .args(["build", "--release", "--package", "guest-init", "--bins"])
+        command
             .args(["--target", "x86_64-unknown-linux-gnu", "--target-dir"])
             .arg(workspace.guest_target())
             .env("RUSTFLAGS", "-C target-feature=+crt-static -C relocation-model=static")

@@ -6,6 +6,7 @@ mod bench;
 mod build;
 mod demo;
 mod guest;
+mod hardware_kit;
 mod hardware_test;
 mod in_l1;
 mod oracles;
@@ -29,7 +30,9 @@ enum Chore {
     Test(test::Args),
     /// Measure beside a peer.
     Bench(bench::Args),
-    /// Accept an SNP host: launch, attest, tamper, convert, reboot, and write a report. Never run on hardware yet.
+    /// Make an archive that tests cvmm on an SNP host of any distribution, without installing anything there.
+    HardwareKit(hardware_kit::Args),
+    /// Make that kit and run it on this machine. Never run on hardware yet.
     HardwareTest(hardware_test::Args),
     /// Say whether guests run on this host's KVM or nested, and why.
     Probe,
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Chore::Demo => demo::run(),
         Chore::Test(args) => test::run(&args),
         Chore::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Chore::HardwareKit(args) => hardware_kit::run(&args).map(|()| ExitCode::SUCCESS),
         Chore::HardwareTest(args) => hardware_test::run(&args),
         Chore::Probe => cvmm_tests::probe::decide().map(|decision| {
             println!("{decision}");

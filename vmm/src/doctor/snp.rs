@@ -324,11 +324,14 @@ fn attributes(caps: &Capabilities, kernel: &str) -> Vec<Check> {
     if caps.vm_types & 1 << kvm_bindings::KVM_X86_SNP_VM == 0 {
         return Vec::new();
     }
-    let rules = caps.policy_bits.map_or(PolicyRules::LINUX_6_12, PolicyRules::told);
+    let rules = caps.policy_bits.map_or_else(|| PolicyRules::of_release(kernel), PolicyRules::told);
     let allowed = rules.allowed;
     let policy = GuestPolicy::DEFAULT.check_kvm(rules);
-    let source =
-        if caps.policy_bits.is_some() { "as KVM says" } else { "as in Linux 6.12; KVM does not say" };
+    let source = if caps.policy_bits.is_some() {
+        "as KVM says"
+    } else {
+        "as this kernel's release says; KVM does not"
+    };
     vec![
         diagnosing(
             ("kvm-sev-init2", "KVM_SEV_INIT2"),
@@ -344,7 +347,7 @@ fn attributes(caps: &Capabilities, kernel: &str) -> Vec<Check> {
             ("policy", "Policy bits"),
             policy.is_ok(),
             match &policy {
-                Ok(()) => format!("{allowed:#x} are allowed, {source}; {}", demanded(kernel)),
+                Ok(()) => format!("{allowed:#x} are allowed, {source}; {}", demanded(rules)),
                 Err(e) => e.to_string(),
             },
             "the default policy 0x30000 is allowed",
@@ -370,14 +373,11 @@ fn attributes(caps: &Capabilities, kernel: &str) -> Vec<Check> {
     ]
 }
 
-/// Which bits a policy must have: `snp_launch_start` of Linux 6.12 demands SMT beside the reserved bit 17, of 6.17 and later bit 17
-/// alone.
-fn demanded(kernel: &str) -> &'static str {
-    let mut numbers = kernel.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) if (major, minor) < (6, 17) => {
-            "bits 16 (SMT) and 17 must be 1: kernels before 6.17 refuse a policy that forbids SMT"
-        }
-        _ => "bit 17 must be 1, and bit 16 (SMT) where the CPU has SMT on",
+/// Which bits a policy must have.
+fn demanded(rules: PolicyRules) -> &'static str {
+    if GuestPolicy(rules.required).smt() {
+        "bits 16 (SMT) and 17 must be 1: kernels before 6.17 refuse a policy that forbids SMT"
+    } else {
+        "bit 17 must be 1, and bit 16 (SMT) where the CPU has SMT on"
     }
 }

@@ -136,7 +136,8 @@ impl<'a> Updater<'a> {
             // Refused, and nothing offered instead.
             _ => return Err(LaunchError::Sev { step: step(), source: error }),
         };
-        if !diff.is_made_up(self.host_cpuid) && !(self.accept_cpuid && diff.is_acceptable()) {
+        let accepted = diff.is_made_up(self.host_cpuid) || self.accept_cpuid && diff.is_acceptable();
+        if !accepted {
             return Err(LaunchError::Cpuid { name: record.name.to_string(), gpa, diff });
         }
         let mut args = kvm_sev_snp_launch_update {

@@ -110,13 +110,13 @@ impl Processor {
                     e.ecx &= !withheld(7, Register::Ecx);
                 }
                 (0xd, 0) => (e.eax, e.edx) = (e.eax & components, 0),
-                (0xd, 2..) if index >= 32 || components & 1 << index == 0 => {
-                    // Supervisor states are not in XCR0.
-                    if (e.eax, e.ebx) != (limit(Register::Eax), limit(Register::Ebx)) || e.ecx & 1 == 0 {
-                        return None;
-                    }
+                (0xd, 2..) if index < 32 && components & 1 << index != 0 => e.ecx &= limit(Register::Ecx),
+                // Supervisor states are not in XCR0.
+                (0xd, 2..)
+                    if (e.eax, e.ebx) != (limit(Register::Eax), limit(Register::Ebx)) || e.ecx & 1 == 0 =>
+                {
+                    return None;
                 }
-                (0xd, 2..) => e.ecx &= limit(Register::Ecx),
                 (0x8000_0008, _) => {
                     for shift in [0, 8] {
                         let field = (e.eax >> shift & 0xff).min(limit(Register::Eax) >> shift & 0xff);

@@ -13,6 +13,7 @@
 //! | `ext-report` | `ext_report HEX` and `certificates HEX`, trailing zeros cut |
 //! | `key` | `key HEX`: a derived key |
 //! | `cpu1-anew` | takes CPU 1 offline and online again, twice, and runs on it: `cpu1_offline` and `cpu1_online`, each with the online list |
+//! | `cpu-cycle` | `cpu_cycle LIST`: takes the last CPU offline and online again; the online list, or `one` if there is one CPU |
 //! | `memory` | `memory_checked MIB`: fills memory with a pattern and reads it back |
 //! | `reboot`, `poweroff`, `panic`, `sleep` | ends, or waits for the outside to end, the machine |
 
@@ -25,6 +26,7 @@ use std::time::Duration;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use anyhow::ensure;
 use guest_init::pid1;
 use guest_init::sev_guest;
 use guest_init::sev_guest::SevGuest;
@@ -88,6 +90,7 @@ fn act(action: &str, line: &str) -> Result<()> {
             Ok(())
         }
         "cpu1-anew" => cpu1_anew(),
+        "cpu-cycle" => cycle_cpu(),
         "memory" => check_memory(),
         "reboot" => Err(pid1::end(RebootCommand::Restart)),
         "poweroff" => Err(pid1::end(RebootCommand::PowerOff)),
@@ -166,6 +169,29 @@ fn check_memory() -> Result<()> {
         bail!("word {index} of {words} changed to {:#x}", memory[index]);
     }
     println!("cvmm-guest: memory_checked {}", (words * 8) >> 20);
+    Ok(())
+}
+
+/// The last CPU goes and comes back: an SNP guest gives it a new save area for that.
+fn cycle_cpu() -> Result<()> {
+    const ONLINE: &str = "/sys/devices/system/cpu/online";
+    let online = || fs::read_to_string(ONLINE).context(ONLINE);
+    let before = online()?;
+    let Some((_, last)) = before.trim().rsplit_once(['-', ',']) else {
+        println!("cvmm-guest: cpu_cycle one");
+        return Ok(());
+    };
+    let switch = format!("/sys/devices/system/cpu/cpu{last}/online");
+    for (state, name) in [("0", "offline"), ("1", "online")] {
+        fs::write(&switch, state).with_context(|| format!("taking CPU {last} {name}"))?;
+        let now = online()?;
+        ensure!(
+            (now == before) == (state == "1"),
+            "CPU {last} was taken {name}, and {} are online",
+            now.trim()
+        );
+    }
+    println!("cvmm-guest: cpu_cycle {}", before.trim());
     Ok(())
 }
 

@@ -21,6 +21,7 @@ use snp::pages::cpuid::CpuidTable;
 use snp::pages::cpuid::decode_page;
 use snp::pages::cpuid_diff::CpuidDiff;
 use snp::pages::cpuid_diff::Difference;
+use snp::pages::cpuid_raw::RawCpuid;
 use snp::plan::LaunchPlan;
 use snp::plan::PAGE_SIZE;
 use snp::plan::PageType;
@@ -396,8 +397,9 @@ const TRIAL_LEN: u64 = 2 * PAGE_SIZE;
 
 /// Does on `vm` what a launch does up to its CPUID page, by the launch's own functions: `KVM_SEV_INIT2`, memory with a private
 /// side, `LAUNCH_START` with the default policy, `LAUNCH_UPDATE` of a normal page and of `table`. No vCPU is needed for any
-/// of it (Linux 7.3, `sev.c:snp_launch_update`).
-pub(crate) fn try_pages(vm: &dyn Vm, table: &CpuidTable) -> Trial {
+/// of it (Linux 7.3, `sev.c:snp_launch_update`). `host` is the processors' own CPUID: as in a launch, losses of what it lacks are
+/// accepted.
+pub(crate) fn try_pages(vm: &dyn Vm, table: &CpuidTable, host: Option<&RawCpuid>) -> Trial {
     let page = match table.page() {
         Ok(page) => page,
         Err(e) => return Trial::failed("making the CPUID page", 0, 0, e),
@@ -427,12 +429,12 @@ pub(crate) fn try_pages(vm: &dyn Vm, table: &CpuidTable) -> Trial {
     }
     // A page of HLT, though it never runs.
     let code = Record::new(TRIAL_GPA, PageType::Normal, vec![0xf4; PAGE_SIZE as usize], "a normal page");
-    if let Err(e) = Updater::new(vm, false).add(&code) {
+    if let Err(e) = Updater::new(vm, false, host).add(&code) {
         return Trial::refused("adding a normal page", e);
     }
     let record = Record::new(TRIAL_GPA + PAGE_SIZE, PageType::Cpuid, page.to_vec(), "the CPUID page");
     let offered = decode_page(&page).unwrap_or_default().iter().map(CpuidRow::from).collect();
-    let mut updater = Updater::new(vm, false);
+    let mut updater = Updater::new(vm, false, host);
     match updater.add(&record) {
         Ok(()) => Trial::Passed(match &updater.accepted {
             None => CpuidTrial { offered, ..CpuidTrial::default() },
@@ -442,7 +444,7 @@ pub(crate) fn try_pages(vm: &dyn Vm, table: &CpuidTable) -> Trial {
             let mut cpuid = CpuidTrial::of(offered, &diff);
             // Firmware can refuse even its own version (that of Genoa keeps wrong bits of 0x8000001F EBX).
             if cpuid.acceptable {
-                cpuid.again = Some(Updater::new(vm, true).add(&record).map_err(|e| e.to_string()));
+                cpuid.again = Some(Updater::new(vm, true, host).add(&record).map_err(|e| e.to_string()));
             }
             Trial::Failed {
                 step: "adding the CPUID page".into(),
@@ -526,7 +528,7 @@ impl KvmPlatform {
                 return Trial::failed("asking the VM what it can do", 0, 0, error);
             }
         }
-        try_pages(&vm, &table)
+        try_pages(&vm, &table, self.raw_cpuid().as_ref())
     }
 }
 

@@ -154,7 +154,7 @@ fn table() -> CpuidTable {
 #[test]
 fn the_trial_makes_the_calls_of_a_launch_up_to_the_cpuid_page() {
     let host = Host::new(Firmware::Takes);
-    let trial = try_pages(&host, &table());
+    let trial = try_pages(&host, &table(), None);
     let Trial::Passed(cpuid) = trial else { panic!("{trial:?}") };
     assert_eq!(
         *host.calls.lock().unwrap(),
@@ -170,7 +170,7 @@ fn the_trial_makes_the_calls_of_a_launch_up_to_the_cpuid_page() {
 #[test]
 fn a_refusal_shows_offered_and_accepted_and_offers_the_firmwares_page_again() {
     for firmware in [Firmware::Clears(1, 2, 1 << 12), Firmware::Stubborn(1, 2, 1 << 12)] {
-        let trial = try_pages(&Host::new(firmware), &table());
+        let trial = try_pages(&Host::new(firmware), &table(), None);
         let Trial::Failed { step, firmware: status, cpuid: Some(cpuid), .. } = trial else {
             panic!("{trial:?}")
         };
@@ -195,6 +195,6 @@ fn a_refusal_shows_offered_and_accepted_and_offers_the_firmwares_page_again() {
 #[test]
 fn a_kernel_that_wants_page_aligned_sources_takes_ours() {
     let host = Host { page_aligned: true, ..Host::new(Firmware::Takes) };
-    let trial = try_pages(&host, &table());
+    let trial = try_pages(&host, &table(), None);
     assert!(matches!(trial, Trial::Passed(_)), "{trial:?}");
 }
