@@ -5,6 +5,8 @@
 //! real hosts made, and a dump of Bergamo; each file names its source. Where nothing was recorded, KVM's offer is derived from a
 //! chip's dump.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its data does not fit")]
+
 use snp::model::firmware::cpuid_page;
 use snp::model::firmware::product::Processor;
 use snp::model::firmware::product::Product;

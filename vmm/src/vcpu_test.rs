@@ -187,6 +187,7 @@ fn a_vcpu_that_kvm_puts_off_for_ever_ends_the_run_and_one_that_it_puts_off_now_a
     assert_eq!((result, runs), (Ok(Some(Outcome::Crashed { vcpu: 0 })), 10_001));
 }
 
+/// N3: Linux 7.3.4, `svm.c:svm_vcpu_run` and `sev.c:pre_sev_run`: the same exit for a save area that the guest named wrongly.
 #[test]
 fn a_refused_entry_is_the_monitor_s_fault_at_first_and_the_guest_s_afterwards() {
     let fail = || Scripted::FailEntry(u64::MAX);

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_bindings::KVM_MP_STATE_INIT_RECEIVED;
+use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use kvm_bindings::kvm_memory_attributes;
 use kvm_bindings::kvm_mp_state;
 use kvm_bindings::kvm_sev_init;
@@ -80,7 +81,7 @@ fn update(vm: &EmulatedVm, gpa: u64, source: &mut [u8]) -> Result<(), SevError> 
     vm.snp_launch_update(&mut args, source)
 }
 
-/// Finding 1: the scratch buffer was a vector of the C library, which begins 16 bytes into a page.
+/// M1, Linux 7.2.13 and 7.3.4, `sev.c:snp_launch_update`. The scratch buffer was a vector of the C library, which begins 16 bytes into a page.
 #[test]
 fn a_source_that_is_not_page_aligned_launches_nothing() {
     let Some(vm) = launching() else { return };
@@ -121,7 +122,8 @@ fn vcpu_asked_for(id: u32, mp_state: Option<u32>) -> Option<(EmulatedVm, Box<dyn
     Some((vm, ap))
 }
 
-/// Finding 2: nobody set the state of the second vCPU, which KVM creates waiting for an INIT. It must neither start nor go unnoticed.
+/// M2, Linux 6.12.117, 7.2.13 and 7.3.4, `x86.c:kvm_arch_vcpu_create` and `kvm_arch_vcpu_ioctl_run`. Nobody set the state of the second
+/// vCPU, which KVM creates waiting for an INIT. It must neither start nor go unnoticed.
 #[test]
 fn an_ap_that_waits_for_an_init_is_not_started_by_ap_creation_and_ends_the_run() {
     let Some((vm, mut ap)) = vcpu_asked_for(1, None) else { return };
@@ -170,4 +172,15 @@ fn an_ap_that_waits_for_a_sipi_stays_where_it_is() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     assert_eq!(ran.lock().unwrap().as_deref(), Some("Interrupted"));
+}
+
+/// M11: Linux 6.12.117 and 7.3.4 create a vCPU after LAUNCH_FINISH. Its save area was never given to the firmware, so VMRUN refuses it
+/// (`svm.c:svm_vcpu_run` hands that on as FAIL_ENTRY) until the guest has named one of its own.
+#[test]
+fn a_vcpu_that_is_created_after_the_launch_runs_only_from_the_guest_s_own_save_area() {
+    let Some((vm, _first)) = vcpu_asked_for(0, None) else { return };
+    let mut late = vm.create_vcpu(7).unwrap();
+    late.get_regs().unwrap();
+    late.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
+    assert!(matches!(late.run().unwrap(), Exit::FailEntry { reason: u64::MAX }));
 }
