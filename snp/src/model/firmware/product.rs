@@ -123,6 +123,9 @@ impl Processor {
                         e.eax = e.eax & !(0xff << shift) | field << shift;
                     }
                 }
+                // No chip says of its caches more than that they are write-back invalidated and inclusive; a CPU that is itself
+                // emulated may (QEMU's EPYC models: complex indexing), and the firmware would refuse that.
+                (0x8000_001d, 0..=3) => e.edx &= CACHE_PROPERTIES,
                 (0x8000_0022, _) => {
                     for (shift, mask) in [(0, 0xf), (4, 0x3f)] {
                         let field = (e.ebx >> shift & mask).min(limit(Register::Ebx) >> shift & mask);
@@ -157,6 +160,8 @@ impl Processor {
 
 /// Highest extended leaf of the published rules.
 const HIGHEST_EXTENDED: u32 = 0x8000_0028;
+/// Leaf 0x8000001D, EDX (APM volume 3, E.4.15).
+const CACHE_PROPERTIES: u32 = 0x3;
 /// Components 5, 6 and 7.
 const AVX512_COMPONENTS: u32 = 0xe0;
 /// Features of leaf 7 that need a component of XCR0: its number, leaf, register, bits.

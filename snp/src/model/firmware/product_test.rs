@@ -112,3 +112,11 @@ fn a_products_own_table_is_offered_as_it_is() {
         assert_eq!(processor.offer(&own, &processor.raw), own, "{product}");
     }
 }
+
+/// QEMU's EPYC-Rome has 6 there; NVIDIA's nvtrust issue 91 has the same value from a guest's model, and the firmware's answer.
+#[test]
+fn an_emulated_cpu_s_cache_properties_are_not_taken_for_a_chip_s() {
+    let genoa = Product::Genoa.processor().unwrap();
+    let got = genoa.offer(&[leaf(0x8000_001d, 3, [0x1_4163, 0x3c0_003f, 0x7fff, 6])], &RawCpuid::default());
+    assert_eq!(got[0].edx, 2);
+}
