@@ -32,21 +32,20 @@ impl PreFault {
     /// Asks for the memory that the guest begins with. To be called by the first vCPU before it runs.
     pub fn begin(&self, vcpu: &mut dyn Vcpu, stop: &AtomicBool) {
         for range in &self.first {
-            let mut at = range.start;
-            while at < range.end && !stop.load(Ordering::Acquire) && !self.refused.load(Ordering::Relaxed) {
-                let len = (range.end - at).min(PIECE);
-                self.ask(vcpu, at, len);
-                at += len;
-            }
+            self.ask(vcpu, range.start, range.end.saturating_sub(range.start), stop);
         }
     }
 
-    /// Asks for a range that has just become private.
-    pub fn ask(&self, vcpu: &mut dyn Vcpu, gpa: u64, len: u64) {
+    /// Asks for a range that has just become private; ends early once `stop` is set.
+    pub fn ask(&self, vcpu: &mut dyn Vcpu, gpa: u64, len: u64, stop: &AtomicBool) {
         let end = gpa.saturating_add(len);
         let (mut at, mut tries) = (gpa, 0);
-        while at < end && tries < TRIES && !self.refused.load(Ordering::Relaxed) {
-            match vcpu.pre_fault(at, end - at) {
+        while at < end
+            && tries < TRIES
+            && !stop.load(Ordering::Acquire)
+            && !self.refused.load(Ordering::Relaxed)
+        {
+            match vcpu.pre_fault(at, (end - at).min(PIECE)) {
                 Ok(done) => {
                     at = at.saturating_add(done);
                     tries = if done == 0 { tries + 1 } else { 0 };
@@ -87,7 +86,7 @@ mod tests {
         let mut vcpu = ScriptedVcpu::new([]);
         vcpu.pre_faults = [Ok(4096), Ok(PIECE - 4096), Err(libc::EINTR), Ok(PIECE)].into();
         PreFault::new(vec![0..2 * PIECE]).begin(&mut vcpu, &AtomicBool::new(false));
-        let asked = [(0, PIECE), (4096, PIECE - 4096), (PIECE, PIECE), (PIECE, PIECE)];
+        let asked = [(0, PIECE), (4096, PIECE), (PIECE, PIECE), (PIECE, PIECE)];
         assert_eq!(vcpu.pre_faulted, asked);
     }
 
@@ -99,7 +98,7 @@ mod tests {
             vcpu.pre_faults = [Err(errno)].into();
             let pre_fault = PreFault::new(vec![0..2 * PIECE]);
             pre_fault.begin(&mut vcpu, &AtomicBool::new(false));
-            pre_fault.ask(&mut vcpu, 0, 4096);
+            pre_fault.ask(&mut vcpu, 0, 4096, &AtomicBool::new(false));
             assert_eq!(vcpu.pre_faulted.len(), 1, "{errno}");
         }
     }

@@ -133,7 +133,7 @@ pub enum RunError {
     /// KVM does not run the vCPU.
     #[error(
         "vCPU {vcpu}: KVM does not run it and asks to try again ({AGAIN_MAX} times in a row): it waits for an INIT, and the guest \
-         starts it in another way"
+         sent it something else, such as an AP creation"
     )]
     PutOff {
         /// Which one.
@@ -237,11 +237,13 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
                 put_off += 1;
                 continue;
             }
+            Exit::Interrupted => {}
             _ => put_off = 0,
         }
         if let Exit::FailEntry { reason } = exit {
-            // Only the first vCPU starts from the registers that were measured, and only once.
-            return Err(match id == 0 && !entered {
+            // A kernel starts the other vCPUs from save areas of its own; firmware lets them run from the measured ones.
+            let measured = !entered && (id == 0 || shared.implicit.is_some());
+            return Err(match measured {
                 true => RunError::FailEntry { vcpu: id, reason },
                 false => RunError::SaveArea { vcpu: id, reason },
             });
@@ -252,7 +254,7 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
             Step::Ignore => {}
             Step::Private { gpa, len } => {
                 if let Some(pre_fault) = &shared.pre_fault {
-                    pre_fault.ask(vcpu, gpa, len);
+                    pre_fault.ask(vcpu, gpa, len, &shared.stop);
                 }
                 retries = 0;
             }

@@ -181,13 +181,17 @@ fn a_vcpu_that_kvm_puts_off_for_ever_ends_the_run_and_one_that_it_puts_off_now_a
     let (result, runs) = run_script(std::iter::repeat_n(Scripted::Again, 5000));
     assert!(result.as_ref().is_err_and(|e| e.contains("it waits for an INIT")), "{result:?}");
     assert_eq!(runs, 1001);
+    // A signal is nothing else that happened to it.
+    let signals = (0..5000).flat_map(|_| [Scripted::Again, Scripted::Interrupted]);
+    let (result, _) = run_script(signals);
+    assert!(result.as_ref().is_err_and(|e| e.contains("it waits for an INIT")), "{result:?}");
     // Once for each INIT, with something else in between.
-    let now_and_then = (0..5000).flat_map(|_| [Scripted::Again, Scripted::Interrupted]);
+    let now_and_then = (0..5000).flat_map(|_| [Scripted::Again, Scripted::Out(0x80, 0)]);
     let (result, runs) = run_script(now_and_then.chain([Scripted::Shutdown]));
     assert_eq!((result, runs), (Ok(Some(Outcome::Crashed { vcpu: 0 })), 10_001));
 }
 
-/// N3: Linux 7.3.4, `svm.c:svm_vcpu_run` and `sev.c:pre_sev_run`: the same exit for a save area that the guest named wrongly.
+/// Linux 7.3.4, `svm.c:svm_vcpu_run` and `sev.c:pre_sev_run`: the same exit for a save area that the guest named wrongly.
 #[test]
 fn a_refused_entry_is_the_monitor_s_fault_at_first_and_the_guest_s_afterwards() {
     let fail = || Scripted::FailEntry(u64::MAX);

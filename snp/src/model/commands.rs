@@ -200,7 +200,7 @@ impl VmModel {
             || args.flags != 0
             || args.vmsa_features & !self.supported_vmsa_features() != 0
             || args.ghcb_version > GHCB_VERSION_MAX
-            // Version 1 has no SNP: refused by `__sev_guest_init` of Linux 7.3, taken by that of 6.12.
+            // Version 1 has no SNP: refused by `__sev_guest_init` of Linux 7.2 and 7.3, taken by that of 6.12.
             || args.ghcb_version == 1;
         if refused {
             return Err(CommandError::kvm(Errno::EINVAL));

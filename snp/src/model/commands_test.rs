@@ -137,7 +137,7 @@ fn update_refuses_bad_arguments() {
     }
 }
 
-/// M1: Linux 7.2.13 and 7.3.4, `sev.c:snp_launch_update`: a source that does not begin at a page, no source, and nothing to add
+/// Linux 7.2.13 and 7.3.4, `sev.c:snp_launch_update`: a source that does not begin at a page, no source, and nothing to add
 /// are EINVAL before any page is looked at. Linux 6.12.117 takes all three.
 #[test]
 fn a_source_that_is_not_page_aligned_and_an_empty_range_are_refused() {
@@ -164,7 +164,7 @@ fn a_source_that_is_not_page_aligned_and_an_empty_range_are_refused() {
     vm.launch_update(&mut Update { uaddr: 0x7010, ..zero }, &mut [], &mem).unwrap();
 }
 
-/// M11: Linux 6.12.117 and 7.3.4, `kvm_main.c:kvm_vm_ioctl_create_vcpu` asks nothing of the launch.
+/// Linux 6.12.117 and 7.3.4, `kvm_main.c:kvm_vm_ioctl_create_vcpu` asks nothing of the launch.
 #[test]
 fn a_vcpu_can_be_created_after_the_launch_and_is_not_measured() {
     let (vm, _) = started();

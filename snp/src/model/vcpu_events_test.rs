@@ -54,7 +54,7 @@ fn a_vmsa_with_other_features_cannot_be_loaded() {
     assert!(s.vm.load_vmsa(&s.mem, VMSA).unwrap_err().to_string().contains("0x21"));
 }
 
-/// M3 and M4: Linux 6.12.117 and 7.3.4, `sev.c:sev_snp_ap_creation`: on error the target is not touched; 7.3.4 wants the guest's
+/// Linux 6.12.117 and 7.3.4, `sev.c:sev_snp_ap_creation`: on error the target is not touched; 7.3.4 wants the guest's
 /// features exactly.
 #[test]
 fn a_wrong_ap_creation_is_an_invalid_input_and_leaves_the_target_alone() {
@@ -141,7 +141,7 @@ fn string_input_lands_in_the_scratch_area() {
     assert_eq!(s.mem.bytes::<3>(BUFFER + 1998, View::Shared), [7, 8, 0]);
 }
 
-/// M6: Linux 6.12.117 and 7.3.4, `sev.c:setup_vmgexit_scratch`: with GHCB version 2 nothing outside of the page's shared buffer.
+/// Linux 6.12.117 and 7.3.4, `sev.c:setup_vmgexit_scratch`: with GHCB version 2 nothing outside of the page's shared buffer.
 #[test]
 fn a_scratch_area_must_lie_in_the_shared_buffer_of_the_ghcb() {
     let cases =
@@ -156,7 +156,7 @@ fn a_scratch_area_must_lie_in_the_shared_buffer_of_the_ghcb() {
     }
 }
 
-/// M7: Linux 6.12.117 and 7.3.4, `sev.c:sev_handle_vmgexit` and `sev_es_string_io`.
+/// Linux 6.12.117 and 7.3.4, `sev.c:sev_handle_vmgexit` and `sev_es_string_io`.
 #[test]
 fn an_access_of_no_bytes_is_resumed_and_too_long_a_string_fails_the_run() {
     let mut s = Setup::new();
@@ -232,7 +232,7 @@ fn an_unknown_hypercall_gets_minus_kvm_enosys() {
 
 // --- Guest requests: the envelope. Messages are tested with the firmware.
 
-/// M9: Linux 7.3.4, `sev.c:sev_handle_vmgexit`; 6.12 says "missing input".
+/// Linux 7.3.4, `sev.c:sev_handle_vmgexit`; 6.12 says "missing input".
 #[test]
 fn request_pages_must_be_aligned_and_different() {
     for (request, response) in [(0x8001, 0x9000), (0x8000, 0x9001), (0x8000, 0x8000)] {

@@ -200,7 +200,7 @@ fn a_held_vcpu_resumes_with_a_result_only_by_sipi() {
 
 // --- Envelope of the GHCB page
 
-/// M8: Linux 6.12.117, `sev.c:sev_handle_vmgexit`; from 7.1 on the guest is told NOT_REGISTERED.
+/// Linux 6.12.117, `sev.c:sev_handle_vmgexit`; from 7.1 on the guest is told NOT_REGISTERED.
 #[test]
 fn an_unregistered_ghcb_is_not_answered_but_fails_the_run() {
     let mut s = Setup::new();
@@ -356,7 +356,7 @@ fn a_refused_range_is_an_error_and_earlier_progress_stays_visible() {
     assert_eq!(s.psc_state(2), (1, vec![1, 0]));
 }
 
-/// M5: Linux 7.2.13 and 7.3.4, `sev.c:snp_complete_psc_msr` and `snp_complete_one_psc`, `x86.h:kvm_is_valid_map_gpa_range_ret`;
+/// Linux 7.2.13 and 7.3.4, `sev.c:snp_complete_psc_msr` and `snp_complete_one_psc`, `x86.h:kvm_is_valid_map_gpa_range_ret`;
 /// up to 7.1 any other value than 0 is a refusal.
 #[test]
 fn an_answer_to_a_conversion_is_0_einval_or_eagain_and_anything_else_fails_the_run() {

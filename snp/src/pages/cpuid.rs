@@ -45,6 +45,10 @@ const TSA_NO: u32 = 1 << 1 | 1 << 2;
 const HIGHEST_BASIC: u32 = 0x10;
 const HIGHEST_FEATURES: u32 = 1;
 
+/// Components of XCR0 whose sub-leaves are among [`SNP_LEAVES`]: x87, SSE, AVX, AVX-512, protection keys. A guest that finds a
+/// component without its sub-leaf ends itself (Linux, `snp_cpuid_calc_xsave_size`).
+const XCR0_COMPONENTS: u32 = 0x2e7;
+
 /// Leaves that an SNP guest gets, if the platform offers them: leaf, first and last sub-leaf. The firmware demands that any
 /// other leaf of the basic and the extended range is zero (AMD-ASPFW, `cpuid_lookup.c:sanitize_cpuid_entry`); one that is not
 /// there reads as zero. In its list, but useless to a guest, are 0x8000000A (see [`CpuidTable::snp`]), 0x8000001B,
@@ -221,7 +225,8 @@ impl CpuidTable {
                     e.edx &= 1 << 4 | 1 << 8;
                 }
                 // The guest adds up the size of its own XSAVE area; this is the legacy area and the header.
-                (0xd, 0 | 1) => e.ebx = 0x240,
+                (0xd, 0) => (e.eax, e.ebx, e.edx) = (e.eax & XCR0_COMPONENTS, 0x240, 0),
+                (0xd, 1) => e.ebx = 0x240,
                 (0x8000_0000, _) => e.eax = e.eax.max(SEV_LEAF),
                 (0x8000_0001, _) => e.ecx &= !SVM,
                 (0x8000_0008, _) => {

@@ -280,7 +280,7 @@ impl CpuidDiff {
             .map(|d| format!("leaf {:#x}.{:#x} {}: {}", d.leaf, d.subleaf, d.register, d.lost_bits()))
             .collect();
         format!(
-            "note: the firmware does not know CPUID bits that KVM offers beyond the processor's own, and took them away: {}",
+            "note: the firmware does not know these CPUID bits and took them away; the guest runs without them: {}",
             lost.join("; ")
         )
     }

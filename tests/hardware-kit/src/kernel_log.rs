@@ -2,6 +2,7 @@
 //! What the host's kernel logged while the kit ran.
 
 use std::fs::File;
+use std::io;
 use std::io::Read;
 use std::io::Seek;
 use std::io::SeekFrom;
@@ -33,17 +34,22 @@ impl KernelLog {
         let mut lines = Vec::new();
         let mut record = [0; 8192];
         // Each read gives one record, "priority,sequence,time,flags;text"; at the end the read would block.
-        while let Ok(length @ 1..) = log.read(&mut record) {
+        loop {
+            let length = match log.read(&mut record) {
+                Ok(length @ 1..) => length,
+                // Records were overwritten before they were read; the next read gives the oldest that is left.
+                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => continue,
+                _ => break,
+            };
             let text = String::from_utf8_lossy(record.get(..length).unwrap_or_default());
             let message =
                 text.split_once(';').map_or("", |(_, message)| message).lines().next().unwrap_or_default();
             if WORDS.iter().any(|word| message.contains(word)) {
                 lines.push(message.to_owned());
             }
-            if lines.len() >= LINES {
-                break;
-            }
         }
+        // The cause of an end is in the last ones.
+        lines.drain(..lines.len().saturating_sub(LINES));
         Some(lines)
     }
 }

@@ -97,14 +97,14 @@ pub fn run(args: &Args) -> Result<u8> {
         keys: args.emulated_keys.clone(),
     };
     let (gate, diagnosis) = gate::ask(&kit.cvmm, args.rehearse)?;
-    let mut report = report::Report::new(&kit, diagnosis);
+    let mut report = report::Report::new(&kit, diagnosis, args.output.clone());
     let accept_cpuid = match gate {
         Gate::Open { accept_cpuid } => accept_cpuid,
         Gate::Closed(why) => {
             eprintln!("The hardware test refuses to run: {why}");
             eprintln!("`{} doctor` shows each line, and what can be done.", kit.cvmm.path().display());
             report.refused(&why);
-            match report.write(&args.output) {
+            match report.ends() {
                 Ok(()) => {
                     eprintln!("{} has what was found; it is worth sending back, too.", args.output.display())
                 }
@@ -114,8 +114,10 @@ pub fn run(args: &Args) -> Result<u8> {
         }
     };
     let work = WorkFolder::beside(&args.output)?;
+    // A place that cannot be written shows now.
+    report.write()?;
     kit.all(&work.0, accept_cpuid, &mut report)?;
-    report.write(&args.output)?;
+    report.ends()?;
     println!("\n{report}\nSend back {}", args.output.display());
     Ok(if report.failed() { FAILED } else { 0 })
 }

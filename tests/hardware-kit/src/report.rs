@@ -3,7 +3,9 @@
 
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use anyhow::Result;
@@ -30,8 +32,13 @@ struct Step {
     seconds: f64,
 }
 
-/// The report of one run.
+/// The report of one run. It is in its file from the beginning, and up to date before and after each step: a host on which this runs
+/// for the first time may go down.
 pub struct Report {
+    file: PathBuf,
+    /// The step that is being done.
+    current: Option<String>,
+    complete: bool,
     rehearsal: bool,
     refused: Option<String>,
     cvmm: Option<String>,
@@ -44,9 +51,12 @@ pub struct Report {
 }
 
 impl Report {
-    /// A report of nothing yet.
-    pub fn new(kit: &Kit, diagnosis: Value) -> Self {
+    /// A report of nothing yet, which will be in `file`.
+    pub fn new(kit: &Kit, diagnosis: Value, file: PathBuf) -> Self {
         Report {
+            file,
+            current: None,
+            complete: false,
             rehearsal: kit.rehearsal,
             refused: None,
             cvmm: kit.version(),
@@ -83,9 +93,29 @@ impl Report {
         self.kernel_log = lines;
     }
 
+    /// Notes that a step begins.
+    pub fn begins(&mut self, name: &str) {
+        self.current = Some(name.to_owned());
+        self.save();
+    }
+
     /// Notes how a step ended.
     pub fn step(&mut self, name: &str, seconds: f64, verdict: Result<Found>) {
+        self.current = None;
         self.steps.push(Step { name: name.to_owned(), verdict, seconds });
+        self.save();
+    }
+
+    /// Notes that nothing more will come, and writes the file for the last time.
+    pub fn ends(&mut self) -> Result<()> {
+        self.complete = true;
+        self.write()
+    }
+
+    fn save(&self) {
+        if let Err(error) = self.write() {
+            eprintln!("warning: {error:#}");
+        }
     }
 
     /// Whether a step failed.
@@ -108,6 +138,8 @@ impl Report {
             "rehearsal": self.rehearsal,
             "refused": self.refused,
             "failed": self.failed(),
+            "complete": self.complete,
+            "in_progress": self.current,
             "notes": self.notes,
             "steps": steps,
             "kernel_log": self.kernel_log,
@@ -116,10 +148,18 @@ impl Report {
         })
     }
 
-    /// Writes the file.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(&self.json())?;
-        fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+    /// Writes the file anew, whole or not at all.
+    pub fn write(&self) -> Result<()> {
+        let mut part = self.file.clone().into_os_string();
+        part.push(".part");
+        let text = serde_json::to_string_pretty(&self.json())? + "\n";
+        let save = || {
+            let mut file = File::create(&part)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&part, &self.file)
+        };
+        save().with_context(|| format!("cannot write {}", self.file.display()))
     }
 }
 

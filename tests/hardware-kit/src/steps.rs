@@ -396,6 +396,7 @@ fn keep(report: &mut Report, name: &str, output: &Output) {
 
 fn step(report: &mut Report, name: &str, work: impl FnOnce(&mut Report) -> Result<Found>) {
     println!("{name} ...");
+    report.begins(name);
     let started = Instant::now();
     let verdict = work(report);
     report.step(name, started.elapsed().as_secs_f64(), verdict);

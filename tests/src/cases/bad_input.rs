@@ -110,6 +110,11 @@ pub fn cases() -> Vec<Case> {
                 &["policy 0x230000", "bit 21 (CXL_ALLOW)"],
             )
         }),
+        with_kernel(
+            "bad-input/secure-tsc-of-a-plain-guest",
+            &["--secure-tsc"],
+            &["--secure-tsc needs --snp"],
+        ),
         Case::new("bad-input/secure-tsc-on-the-emulated-platform", |context| {
             let keys = context.keys()?.display().to_string();
             let kernel = debian_kernel(context)?;

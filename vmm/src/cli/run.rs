@@ -152,8 +152,8 @@ pub struct Args {
     #[arg(long, value_name = "FILE", requires = "id_block", help_heading = SNP)]
     reference: Option<PathBuf>,
     /// Where the firmware refuses CPUID values, launch with its own, if all changes are on a short list (features that only
-    /// disappear, cache descriptions); they are printed. Bits that the processor's own CPUID lacks may go without this option.
-    /// The CPUID page is not measured
+    /// disappear, cache descriptions); they are printed. Bits that KVM makes up, or that newer microcode
+    /// announces, may go without this option. The CPUID page is not measured
     #[arg(long, requires = "snp", help_heading = SNP)]
     accept_cpuid: bool,
     #[command(flatten)]
@@ -207,6 +207,9 @@ impl ImageArgs {
 pub fn main(args: &Args) -> Result<u8, Failure> {
     args.emulated.check()?;
     args.vtpm.check()?;
+    if args.image.secure_tsc && !args.snp {
+        return Err(Failure::Usage("--secure-tsc needs --snp: the host keeps a plain guest's clock".into()));
+    }
     if let Some(option) = args.file.option() {
         if !args.snp {
             return Err(Failure::Usage(format!("{option} needs --snp: a plain guest boots a --kernel")));

@@ -91,10 +91,6 @@ impl Processor {
     /// makes up itself (offered, but not in the host's own CPUID) stays, for the firmware to judge.
     pub fn offer(&self, offered: &[CpuidEntry], host: &RawCpuid) -> Vec<CpuidEntry> {
         let components = self.common_components(offered);
-        let withheld = |leaf, register| {
-            let lost = COMPONENT_FEATURES.iter().filter(|(c, ..)| components & 1 << c == 0);
-            lost.filter(|(_, l, r, _)| (*l, *r) == (leaf, register)).fold(0, |bits, (.., b)| bits | b)
-        };
         let entries = offered.iter().copied().filter_map(|mut e| {
             let (leaf, index) = (e.function, e.index);
             let limit = |register| self.limits.register(leaf, index, register);
@@ -102,13 +98,14 @@ impl Processor {
                 let made_up = !host.register(*l, *i, *register);
                 *e.register_mut(*register) &= limit(*register) | made_up;
             }
+            for (component, l, i, register, bits) in COMPONENT_FEATURES {
+                if (*l, *i) == (leaf, index) && components & 1 << component == 0 {
+                    *e.register_mut(*register) &= !bits;
+                }
+            }
             match (leaf, index) {
                 (0 | 0x8000_0000, _) => e.eax = e.eax.min(limit(Register::Eax)),
-                (7, 0) => {
-                    e.eax = e.eax.min(limit(Register::Eax));
-                    e.ebx &= !withheld(7, Register::Ebx);
-                    e.ecx &= !withheld(7, Register::Ecx);
-                }
+                (7, 0) => e.eax = e.eax.min(limit(Register::Eax)),
                 (0xd, 0) => (e.eax, e.edx) = (e.eax & components, 0),
                 (0xd, 2..) if index < 32 && components & 1 << index != 0 => e.ecx &= limit(Register::Ecx),
                 // Supervisor states are not in XCR0.
@@ -164,9 +161,15 @@ const HIGHEST_EXTENDED: u32 = 0x8000_0028;
 const CACHE_PROPERTIES: u32 = 0x3;
 /// Components 5, 6 and 7.
 const AVX512_COMPONENTS: u32 = 0xe0;
-/// Features of leaf 7 that need a component of XCR0: its number, leaf, register, bits.
-const COMPONENT_FEATURES: &[(u32, u32, Register, u32)] =
-    &[(5, 7, Register::Ebx, 0xdc23_0000), (5, 7, Register::Ecx, 0x5842), (9, 7, Register::Ecx, 0x18)];
+/// Features that need a component of XCR0: its number, leaf, sub-leaf, register, bits. AVX-512 with BF16 and VP2INTERSECT, and
+/// protection keys.
+const COMPONENT_FEATURES: &[(u32, u32, u32, Register, u32)] = &[
+    (5, 7, 0, Register::Ebx, 0xdc23_0000),
+    (5, 7, 0, Register::Ecx, 0x5842),
+    (5, 7, 0, Register::Edx, 1 << 8),
+    (5, 7, 1, Register::Eax, 1 << 5),
+    (9, 7, 0, Register::Ecx, 0x18),
+];
 /// Registers in which each bit is a feature.
 const FEATURES: &[(u32, u32, Register)] = &[
     (1, 0, Register::Ecx),

@@ -84,7 +84,8 @@ fn a_component_at_another_place_goes_with_its_features() {
     let genoa = Product::Genoa.processor().unwrap();
     let host = RawCpuid::parse("7 0 0 ffffffff ffffffff 0\n").unwrap();
     let offered = [
-        leaf(7, 0, [0, u32::MAX, u32::MAX, 0]),
+        leaf(7, 0, [1, u32::MAX, u32::MAX, 0]),
+        leaf(7, 1, [0x20, 0, 0, 0]),
         leaf(0xd, 0, [0x2e7, 0x240, 0xa88, 0]),
         leaf(0xd, 1, [0x1f, 0x240, 0x1900, 0]),
         leaf(0xd, 2, [0x100, 0x240, 0, 0]),
@@ -97,11 +98,12 @@ fn a_component_at_another_place_goes_with_its_features() {
     ];
     let got = genoa.offer(&offered, &host);
     let kept: Vec<(u32, u32)> = got.iter().map(|e| (e.function, e.index)).collect();
-    assert_eq!(kept, [(7, 0), (0xd, 0), (0xd, 1), (0xd, 2), (0xd, 11)]);
+    assert_eq!(kept, [(7, 0), (7, 1), (0xd, 0), (0xd, 1), (0xd, 2), (0xd, 11)]);
+    assert_eq!(got[1].eax, 0, "no AVX512_BF16");
     assert_eq!(got[0].ebx & 1 << 16, 0, "no AVX512F");
     assert_eq!(got[0].ecx & 0x18, 0, "no PKU");
     assert_eq!(got[0].ebx & 1 << 5, 1 << 5, "AVX2 stays");
-    assert_eq!(got[1].eax, 7);
+    assert_eq!(got[2].eax, 7);
 }
 
 #[test]

@@ -27,15 +27,17 @@ const ERROR_STATUS: usize = 0x280;
 const INTERRUPT_COMMAND: [usize; 2] = [0x300, 0x310];
 const INITIAL_COUNT: usize = 0x380;
 const DIVIDE: usize = 0x3e0;
-/// KVM's own MSRs of a vCPU: system time, asynchronous page faults, stolen time, end of interrupt.
-const PARAVIRTUAL_MSRS: [u32; 5] = [0x12, 0x4b56_4d01, 0x4b56_4d02, 0x4b56_4d03, 0x4b56_4d04];
+/// KVM's own MSRs of a vCPU: system time, asynchronous page faults, stolen time, end of interrupt, and the interrupt of the second.
+const PARAVIRTUAL_MSRS: [u32; 6] = [0x12, 0x4b56_4d01, 0x4b56_4d02, 0x4b56_4d03, 0x4b56_4d04, 0x4b56_4d06];
+/// LINT0 of the first vCPU after any reset (`KVM_X86_QUIRK_LINT0_REENABLED`): ExtINT.
+const LINT0: (usize, u32) = (0x350, 0x700);
 
 impl EmulatedVcpu {
     /// Resets local APIC and paravirtual MSRs.
     pub(super) fn reset_by_init(&mut self) -> Result<(), CallError> {
         let x2apic = self.kvm.get_sregs()?.apic_base & X2APIC_MODE != 0;
         let mut lapic = self.kvm.fd.get_lapic().map_err(CallError::of("KVM_GET_LAPIC"))?;
-        reset(&mut lapic, x2apic);
+        reset(&mut lapic, x2apic, self.id == 0);
         self.kvm.fd.set_lapic(&lapic).map_err(CallError::of("KVM_SET_LAPIC"))?;
         for msr in PARAVIRTUAL_MSRS {
             // One that the vCPU does not have is off already.
@@ -45,8 +47,8 @@ impl EmulatedVcpu {
     }
 }
 
-/// `kvm_lapic_reset` of a vCPU that is not the first.
-fn reset(lapic: &mut kvm_lapic_state, x2apic: bool) {
+/// `kvm_lapic_reset`.
+fn reset(lapic: &mut kvm_lapic_state, x2apic: bool, first: bool) {
     let mut set = |register: usize, value: u32| {
         for (cell, byte) in lapic.regs.iter_mut().skip(register).zip(value.to_le_bytes()) {
             *cell = byte as std::ffi::c_char;
@@ -54,6 +56,9 @@ fn reset(lapic: &mut kvm_lapic_state, x2apic: bool) {
     };
     for pin in LVT {
         set(pin, LVT_MASKED);
+    }
+    if first {
+        set(LINT0.0, LINT0.1);
     }
     set(DESTINATION_FORMAT, u32::MAX);
     set(SPURIOUS_VECTOR, 0xff);
@@ -73,12 +78,12 @@ fn reset(lapic: &mut kvm_lapic_state, x2apic: bool) {
 mod tests {
     use super::*;
 
-    /// M10: a monitor that sets an AP's pins (`KVM_SET_LAPIC`) finds them masked after the AP creation.
+    /// A monitor that sets an AP's pins (`KVM_SET_LAPIC`) finds them masked after the AP creation.
     #[test]
     fn pins_pending_interrupts_and_the_timer_are_gone_and_the_id_stays() {
         for x2apic in [false, true] {
             let mut lapic = kvm_lapic_state { regs: [0x55; 1024] };
-            reset(&mut lapic, x2apic);
+            reset(&mut lapic, x2apic, false);
             let get = |register: usize| {
                 let bytes: Vec<u8> = lapic.regs[register..register + 4].iter().map(|b| *b as u8).collect();
                 u32::from_le_bytes(bytes.try_into().unwrap())
