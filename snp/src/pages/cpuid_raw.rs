@@ -27,10 +27,31 @@ const INDEXED: &[u32] = &[
     0x8000_0024,
     0x8000_0026,
 ];
-/// Sub-leaves that are looked at.
-const SUBLEAVES: u32 = 32;
-/// Leaves of one range that are looked at, whatever the processor says.
-const LEAVES: u32 = 0x80;
+/// Most sub-leaves of a leaf that are asked for: XSAVE has one for each of 64 state components.
+const SUBLEAVES: u32 = 64;
+/// Most leaves of a range; real processors have about 40.
+const LEAVES: u32 = 0x100;
+/// Where the ranges begin: the processor's own leaves, a hypervisor's, AMD's.
+const RANGES: [u32; 3] = [0, HYPERVISOR_RANGE, 0x8000_0000];
+const HYPERVISOR_RANGE: u32 = 0x4000_0000;
+/// Leaf 1, ECX: there is a hypervisor, and so its range of leaves.
+const HYPERVISOR: u32 = 1 << 31;
+
+/// Whether no further sub-leaf is worth asking for (AMD APM volume 3, appendix E; Intel SDM, CPUID).
+fn is_last(leaf: u32, subleaf: u32, [eax, _, ecx, _]: [u32; 4]) -> bool {
+    match leaf {
+        // A cache of type 0 is none.
+        4 | 0x8000_001d => eax & 0x1f == 0,
+        // A level of type 0 is none.
+        0xb | 0x1f | 0x8000_0026 => ecx >> 8 & 0xff == 0,
+        7 => subleaf >= 2,
+        // State components, and holes between them.
+        0xd => false,
+        // No processor has more of these that matter to a guest.
+        leaf if INDEXED.contains(&leaf) => subleaf >= 3,
+        _ => true,
+    }
+}
 
 /// Why a dump cannot be read.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -51,17 +72,30 @@ pub struct RawCpuid {
 }
 
 impl RawCpuid {
-    /// Asks for every leaf of the basic and the extended range; `cpuid` takes leaf and sub-leaf, and gives EAX to EDX.
+    /// Asks for every leaf that the processor says it has; `cpuid` takes leaf and sub-leaf, and gives EAX to EDX. Answers that are
+    /// zero throughout are left out.
     pub fn read(cpuid: impl Fn(u32, u32) -> [u32; 4]) -> Self {
         let mut entries = Vec::new();
-        for base in [0, 0x8000_0000u32] {
-            let [highest, ..] = cpuid(base, 0);
-            for function in base..=highest.clamp(base, base + LEAVES) {
+        for first in RANGES {
+            let [.., features, _] = cpuid(1, 0);
+            if first == HYPERVISOR_RANGE && features & HYPERVISOR == 0 {
+                continue;
+            }
+            let [last, ..] = cpuid(first, 0);
+            // A range that is not there answers with something else's values.
+            if last < first || last - first >= LEAVES {
+                continue;
+            }
+            for function in first..=last {
                 let indexed = INDEXED.contains(&function);
-                for index in 0..if indexed { SUBLEAVES } else { 1 } {
-                    let [eax, ebx, ecx, edx] = cpuid(function, index);
-                    if eax | ebx | ecx | edx != 0 {
+                for index in 0..SUBLEAVES {
+                    let registers = cpuid(function, index);
+                    if registers != [0; 4] {
+                        let [eax, ebx, ecx, edx] = registers;
                         entries.push(CpuidEntry { function, index, indexed, eax, ebx, ecx, edx });
+                    }
+                    if is_last(function, index, registers) {
+                        break;
                     }
                 }
             }
@@ -141,8 +175,33 @@ mod tests {
         assert_eq!(raw.entries().len(), 5, "{:x?}", raw.entries());
         assert_eq!(raw.get(7, 1), [0x20, 0, 0, 0]);
         assert_eq!(raw.get(0x8000_0021, 0), [0; 4]);
-        // A processor that claims endless leaves does not keep us.
-        assert!(RawCpuid::read(|_, _| [u32::MAX; 4]).entries().len() < 10_000);
+        // A processor that claims every leaf is not believed.
+        assert_eq!(RawCpuid::read(|_, _| [u32::MAX; 4]), RawCpuid::default());
+    }
+
+    /// Sub-leaves as an EPYC 7713 has them (a public dump of its raw CPUID): XSAVE components 2, 9, 11 and 12 with holes
+    /// between, cache levels that end with type 0.
+    #[test]
+    fn sub_leaves_are_found_behind_holes_and_end_where_the_processor_says() {
+        let answers = [
+            ((0u32, 0u32), [0xd, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
+            ((1, 0), [0xa0_0f11, 0x80_0800, 0x7eda_320b, 0x178b_fbff]),
+            ((0xb, 0), [1, 2, 0x100, 0]),
+            ((0xb, 1), [7, 0x80, 0x201, 0]),
+            ((0xd, 0), [0x207, 0x340, 0x988, 0]),
+            ((0xd, 2), [0x100, 0x240, 0, 0]),
+            ((0xd, 12), [0x18, 0, 1, 0]),
+            ((0x8000_0000, 0), [0x8000_001f, 0x6874_7541, 0x444d_4163, 0x6974_6e65]),
+            ((0x8000_001d, 0), [0x4121, 0x1c0_003f, 0x3f, 0]),
+            ((0x8000_001d, 1), [0x4122, 0x1c0_003f, 0x3f, 0]),
+            ((0x8000_001f, 0), [0x101_fd3f, 0x4173, 0x1fd, 1]),
+        ];
+        let raw = RawCpuid::read(|leaf, subleaf| {
+            let found = answers.iter().find(|(key, _)| *key == (leaf, subleaf));
+            found.map_or([0; 4], |(_, registers)| *registers)
+        });
+        let found: Vec<_> = raw.entries().iter().map(|e| (e.function, e.index)).collect();
+        assert_eq!(found, answers.map(|(key, _)| key));
     }
 
     #[test]

@@ -138,7 +138,10 @@ impl Facts {
             firmware: sev.as_ref().map(platform_status),
             asids: asids(root),
             kernel_log: kernel_log(&root.join("dev/kmsg")),
-            cpuid: CpuidFacts { host: host_cpuid(), kvm: kvm.as_ref().map(kvm_cpuid).unwrap_or_default() },
+            cpuid: CpuidFacts {
+                host: host_cpuid().entries().iter().map(CpuidRow::from).collect(),
+                kvm: kvm.as_ref().map(kvm_cpuid).unwrap_or_default(),
+            },
             kvm: kvm_facts,
             snp_trial,
             emulation_trial,

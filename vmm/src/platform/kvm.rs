@@ -133,10 +133,7 @@ impl Platform for KvmPlatform {
     }
 
     fn raw_cpuid(&self) -> Option<RawCpuid> {
-        Some(RawCpuid::read(|leaf, subleaf| {
-            let r = std::arch::x86_64::__cpuid_count(leaf, subleaf);
-            [r.eax, r.ebx, r.ecx, r.edx]
-        }))
+        Some(host_cpuid())
     }
 
     fn policy_rules(&self) -> PolicyRules {
