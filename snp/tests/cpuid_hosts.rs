@@ -7,9 +7,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its data does not fit")]
 
+use snp::attest::tcb::Product;
 use snp::model::firmware::cpuid_page;
 use snp::model::firmware::product::Processor;
-use snp::model::firmware::product::Product;
 use snp::pages::cpuid::CpuidEntry;
 use snp::pages::cpuid::CpuidTable;
 use snp::pages::cpuid::PageEntry;
@@ -80,7 +80,7 @@ fn of_recorded_tables_only_verw_clear_is_refused() {
             loss(0x1800_0167, 0x1800_0147),
         ),
     ] {
-        let processor = product.processor().unwrap();
+        let processor = Processor::of_product(product).unwrap();
         assert_eq!(launch(&recorded(text), &processor), [expected], "{product}, Linux {name}");
     }
 }
@@ -149,9 +149,9 @@ const TSA: u32 = 1 << 5;
 
 #[test]
 fn of_derived_tables_only_what_microcode_announces_is_refused() {
-    let milan = Product::Milan.processor().unwrap();
-    let genoa = Product::Genoa.processor().unwrap();
-    let turin = Product::Turin.processor().unwrap();
+    let milan = Processor::of_product(Product::Milan).unwrap();
+    let genoa = Processor::of_product(Product::Genoa).unwrap();
+    let turin = Processor::of_product(Product::Turin).unwrap();
     let (old, new) = (LINUX_6_12, LINUX_7_3);
     for (processor, kernel, forced, expected) in [
         (&milan, old, 0, None),
@@ -174,7 +174,7 @@ fn of_derived_tables_only_what_microcode_announces_is_refused() {
 /// Bergamo has Genoa's rules, and a signature above: its own.
 #[test]
 fn bergamo_has_the_masks_of_genoa() {
-    let genoa = Product::Genoa.processor().unwrap();
+    let genoa = Processor::of_product(Product::Genoa).unwrap();
     let raw = RawCpuid::parse(include_str!("data/cpuid/bergamo.txt")).unwrap();
     let bergamo = Processor { signature: raw.register(1, 0, Register::Eax), raw: raw.clone(), ..genoa };
     for kernel in [LINUX_6_12, LINUX_7_3] {
@@ -186,7 +186,7 @@ fn bergamo_has_the_masks_of_genoa() {
 /// Linux forces VERW_CLEAR on Zen 3 and 4 alone (`amd.c:tsa_init`); on Zen 5 it can come from microcode, with older firmware.
 #[test]
 fn turin_with_newer_microcode_than_firmware_loses_verw_clear() {
-    let turin = Product::Turin.processor().unwrap();
+    let turin = Processor::of_product(Product::Turin).unwrap();
     let mut patched = turin.clone();
     patched.raw.add(0x8000_0021, 0, Register::Eax, TSA);
     let found = launch(&derived(&patched.raw, LINUX_7_3, SRSO | TSA), &patched);
@@ -199,7 +199,7 @@ fn turin_with_newer_microcode_than_firmware_loses_verw_clear() {
 fn bits_that_kvm_emulates_are_refused_on_milan_and_accepted_on_genoa() {
     let register = |product: Product, eax| {
         let entry = PageEntry { eax_in: 0x8000_0021, eax, ..PageEntry::default() };
-        refused(encode_page(&[entry]).unwrap(), &product.processor().unwrap())
+        refused(encode_page(&[entry]).unwrap(), &Processor::of_product(product).unwrap())
     };
     assert_eq!(register(Product::Milan, 0x1802_0045), [loss(0x1802_0045, 0x1800_0045)]);
     assert_eq!(register(Product::Milan, 0x1802_0265), [loss(0x1802_0265, 0x1800_0045)]);
@@ -210,7 +210,7 @@ fn bits_that_kvm_emulates_are_refused_on_milan_and_accepted_on_genoa() {
 /// Corrections that the firmware of real hosts made. Which value the other registers had is not known; zero is accepted.
 #[test]
 fn refusals_of_real_hosts_come_out_bit_for_bit() {
-    let milan = Product::Milan.processor().unwrap();
+    let milan = Processor::of_product(Product::Milan).unwrap();
     let mut seen = 0;
     for line in include_str!("data/cpuid/refusals_seen.txt").lines().filter(|line| !line.starts_with('#')) {
         let fields: Vec<&str> = line.split('|').next().unwrap().split_whitespace().collect();
@@ -249,7 +249,7 @@ fn refusals_of_real_hosts_come_out_bit_for_bit() {
 /// A host with COHERENCY_SFW_NO and firmware that does not know the bit; no such processor is known.
 #[test]
 fn the_coherency_bit_is_lost_and_the_c_bit_stays() {
-    let genoa = Product::Genoa.processor().unwrap();
+    let genoa = Processor::of_product(Product::Genoa).unwrap();
     let sev = SnpCpuid { coherency_sfw_no: true, ..SEV };
     let table = CpuidTable::snp(&derived(&genoa.raw, LINUX_7_3, SRSO), 2, &sev).unwrap();
     let mut page = table.page().unwrap();

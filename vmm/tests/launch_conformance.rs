@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 use std::sync::PoisonError;
 
 use p384::ecdsa::SigningKey;
+use snp::attest::tcb::Product;
 use snp::digest::launch_digest;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
@@ -22,7 +23,6 @@ use snp::model::commands::Step;
 use snp::model::errno::Errno;
 use snp::model::faults::Faults;
 use snp::model::faults::Trigger;
-use snp::model::firmware::product::Product;
 use snp::model::firmware::status::FwStatus;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;

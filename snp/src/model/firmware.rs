@@ -46,7 +46,7 @@ pub(crate) mod testing {
         static PLATFORM: OnceLock<Arc<Platform>> = OnceLock::new();
         let make = || {
             let chain = Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
-            let processor = product::Product::Genoa.processor().unwrap();
+            let processor = product::Processor::of_product(crate::attest::tcb::Product::Genoa).unwrap();
             Arc::new(Platform { chain, c_bit: 39, processor })
         };
         Arc::clone(PLATFORM.get_or_init(make))

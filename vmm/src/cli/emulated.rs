@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use snp::model::firmware::product::Product;
+use snp::attest::tcb::Product;
 use snp::model::rmp::TwoMib;
 
 use super::Failure;

@@ -28,12 +28,12 @@ pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
 use snp::attest::cert_table;
 use snp::attest::cert_table::Kind;
+use snp::attest::tcb::Product;
 use snp::image::sites::Annotations;
 use snp::image::sites::ShimSites;
 use snp::model::faults::Faults;
 use snp::model::firmware::Platform as Firmware;
 use snp::model::firmware::product::Processor;
-use snp::model::firmware::product::Product;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::DumpError;
@@ -154,7 +154,7 @@ impl EmulatedPlatform {
         let sev = snp_cpuid(&offered)?;
         let host = kvm.raw_cpuid().unwrap_or_default();
         let mut processor = match options.product {
-            Some(product) => product.processor()?,
+            Some(product) => Processor::of_product(product)?,
             None => Processor::of_host(host.clone())?,
         };
         // A guest picks errata and model-specific registers by the signature, and what it finds there is this host's.

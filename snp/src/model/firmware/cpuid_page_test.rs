@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::firmware::product::Product;
+use crate::attest::tcb::Product;
 
 fn page(entries: &[Entry]) -> [u8; PAGE] {
     let mut page = [0; PAGE];
@@ -19,7 +19,7 @@ fn entry(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Entry {
 }
 
 fn genoa() -> Processor {
-    Product::Genoa.processor().unwrap()
+    Processor::of_product(Product::Genoa).unwrap()
 }
 
 /// What comes back for one entry on `processor`; `None` if it is accepted.
@@ -99,7 +99,7 @@ fn a_leaf_that_is_not_in_the_list_must_be_zero() {
         assert_eq!(answer(leaf, 0, [9; 4]), None);
     }
     // Milan has nothing above 0x80000023.
-    let milan = Product::Milan.processor().unwrap();
+    let milan = Processor::of_product(Product::Milan).unwrap();
     assert_eq!(answer_on(&milan, entry(0x8000_0026, 0, [9; 4])), Some([0; 4]));
 }
 
@@ -146,7 +146,7 @@ fn leaf_7_edx_with_any_other_bit_is_answered_with_nothing() {
 #[test]
 fn leaf_7_1_has_features_in_eax_alone() {
     assert_eq!(answer(7, 1, [0x30, 1, 2, 4]), Some([0x20, 0, 0, 0]));
-    let turin = Product::Turin.processor().unwrap();
+    let turin = Processor::of_product(Product::Turin).unwrap();
     assert_eq!(answer_on(&turin, entry(7, 1, [0x30, 0, 0, 0])), None);
 }
 
@@ -264,7 +264,8 @@ fn the_sev_leaf_has_the_platforms_c_bit_and_keeps_wrong_bits() {
 #[test]
 fn what_kvm_makes_up_in_80000021_is_refused_where_the_chip_lacks_it() {
     let eax = |product: Product, eax| {
-        let answer = answer_on(&product.processor().unwrap(), entry(0x8000_0021, 0, [eax, 0, 0, 0]));
+        let answer =
+            answer_on(&Processor::of_product(product).unwrap(), entry(0x8000_0021, 0, [eax, 0, 0, 0]));
         answer.map_or(eax, |[eax, ..]| eax)
     };
     // VERW_CLEAR (5), SRSO_NO (29): Genoa refuses them and takes 9, 17, 27, 28.
@@ -302,7 +303,7 @@ proptest! {
     fn what_comes_back_is_accepted(
         entries in proptest::collection::vec(any_entry(), 0..64), product in 0usize..3,
     ) {
-        let processor = Product::ALL[product].processor().unwrap();
+        let processor = Processor::of_product(Product::ALL[product]).unwrap();
         let mut p = page(&entries);
         let seen = |e: &Entry| RANGES.iter().any(|range| range.contains(&e.function));
         let stuck = entries.iter().any(|e| {

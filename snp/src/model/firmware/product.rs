@@ -7,52 +7,19 @@
 //! Policy Enforcement"). So a product is a dump of one of its chips, with the surplus as `allow` lines: what is published for
 //! Genoa, derived for Milan and Turin. Never the table that a KVM offers, in which bits are made up.
 
-use std::fmt;
-
+use crate::attest::tcb::Product;
 use crate::pages::cpuid::CpuidEntry;
 use crate::pages::cpuid_diff::Register;
 use crate::pages::cpuid_raw;
 use crate::pages::cpuid_raw::DumpError;
 use crate::pages::cpuid_raw::RawCpuid;
 
-/// Which processor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Product {
-    /// EPYC 7003.
-    Milan,
-    /// EPYC 9004: the one whose rules are published.
-    Genoa,
-    /// EPYC 9005.
-    Turin,
-}
-
-impl Product {
-    /// All of them.
-    pub const ALL: [Product; 3] = [Product::Milan, Product::Genoa, Product::Turin];
-
-    fn data(self) -> &'static str {
-        match self {
-            Product::Milan => include_str!("products/milan.txt"),
-            Product::Genoa => include_str!("products/genoa.txt"),
-            Product::Turin => include_str!("products/turin.txt"),
-        }
-    }
-
-    /// The processor of the dump.
-    pub fn processor(self) -> Result<Processor, DumpError> {
-        let raw = RawCpuid::parse(self.data())?;
-        let signature = raw.register(1, 0, Register::Eax);
-        Ok(Processor { limits: with_allowed(raw.clone(), self.data())?, raw, signature, coherent: false })
-    }
-}
-
-impl fmt::Display for Product {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Product::Milan => "Milan",
-            Product::Genoa => "Genoa",
-            Product::Turin => "Turin",
-        })
+/// The dump of a product's processor, and what its firmware accepts beyond it.
+fn data(product: Product) -> &'static str {
+    match product {
+        Product::Milan => include_str!("products/milan.txt"),
+        Product::Genoa => include_str!("products/genoa.txt"),
+        Product::Turin => include_str!("products/turin.txt"),
     }
 }
 
@@ -71,6 +38,14 @@ pub struct Processor {
 }
 
 impl Processor {
+    /// The processor of a product's dump.
+    pub fn of_product(product: Product) -> Result<Self, DumpError> {
+        let data = data(product);
+        let raw = RawCpuid::parse(data)?;
+        let signature = raw.register(1, 0, Register::Eax);
+        Ok(Processor { limits: with_allowed(raw.clone(), data)?, raw, signature, coherent: false })
+    }
+
     /// The processor of a host that need not be one with SNP.
     pub fn of_host(raw: RawCpuid) -> Result<Self, DumpError> {
         let data = include_str!("products/host.txt");

@@ -8,7 +8,7 @@ use super::*;
 /// because an operating system ran, is outside of the mask there and never looked at.
 #[test]
 fn genoas_dump_and_its_allow_lines_are_the_published_masks() {
-    let genoa = Product::Genoa.processor().unwrap();
+    let genoa = Processor::of_product(Product::Genoa).unwrap();
     for (leaf, subleaf, register, mask) in [
         (1, 0, Ecx, 0x76fa_320b | 1 << 27),
         (1, 0, Edx, 0x178b_fbff),
@@ -44,7 +44,7 @@ fn genoas_dump_and_its_allow_lines_are_the_published_masks() {
 
 #[test]
 fn every_product_has_its_signature_and_bad_allow_lines_are_named() {
-    let signatures = Product::ALL.map(|p| p.processor().unwrap().signature);
+    let signatures = Product::ALL.map(|p| Processor::of_product(p).unwrap().signature);
     assert_eq!(signatures, [0xa0_0f11, 0xa1_0f11, 0xb0_0f21]);
     for line in ["allow 1 0 rax 1", "allow 1 0 eax", "allow 1 eax 1"] {
         let error = with_allowed(RawCpuid::default(), &format!("# x\n{line}")).unwrap_err();
@@ -60,7 +60,7 @@ fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidEntry
 /// Features of the host that Genoa lacks go; a bit that the host's own CPUID lacks is KVM's and stays.
 #[test]
 fn an_offer_has_no_feature_that_the_product_lacks_but_what_kvm_made_up() {
-    let genoa = Product::Genoa.processor().unwrap();
+    let genoa = Processor::of_product(Product::Genoa).unwrap();
     // An Intel host: HLE (7.0 EBX 4) and MOVDIRI (7.0 ECX 27) are not Genoa's; TSC_ADJUST is its own, X2APIC KVM's.
     let host = RawCpuid::parse("1 0 306c3 0 0 0\n7 0 0 13 8000004 0\n").unwrap();
     let offered = [
@@ -81,7 +81,7 @@ fn an_offer_has_no_feature_that_the_product_lacks_but_what_kvm_made_up() {
 /// Intel SDM volume 1, 13.5.6 and 13.5.7, has AVX-512 state at 0x440, 0x480, 0x680, and PKRU at 0xA80.
 #[test]
 fn a_component_at_another_place_goes_with_its_features() {
-    let genoa = Product::Genoa.processor().unwrap();
+    let genoa = Processor::of_product(Product::Genoa).unwrap();
     let host = RawCpuid::parse("7 0 0 ffffffff ffffffff 0\n").unwrap();
     let offered = [
         leaf(7, 0, [1, u32::MAX, u32::MAX, 0]),
@@ -109,7 +109,7 @@ fn a_component_at_another_place_goes_with_its_features() {
 #[test]
 fn a_products_own_table_is_offered_as_it_is() {
     for product in Product::ALL {
-        let processor = product.processor().unwrap();
+        let processor = Processor::of_product(product).unwrap();
         let own = processor.raw.entries().to_vec();
         assert_eq!(processor.offer(&own, &processor.raw), own, "{product}");
     }
@@ -118,7 +118,7 @@ fn a_products_own_table_is_offered_as_it_is() {
 /// QEMU's EPYC-Rome has 6 there; NVIDIA's nvtrust issue 91 has the same value from a guest's model, and the firmware's answer.
 #[test]
 fn an_emulated_cpu_s_cache_properties_are_not_taken_for_a_chip_s() {
-    let genoa = Product::Genoa.processor().unwrap();
+    let genoa = Processor::of_product(Product::Genoa).unwrap();
     let got = genoa.offer(&[leaf(0x8000_001d, 3, [0x1_4163, 0x3c0_003f, 0x7fff, 6])], &RawCpuid::default());
     assert_eq!(got[0].edx, 2);
 }
