@@ -32,7 +32,8 @@ size=$(wc -c < "$(after --initrd "$@")")
 # A digest of what is launched: 48 bytes.
 digest=$(printf '%090x%04x%02x' 0 "$size" "$cpus")
 case "$*" in
-measure*) echo "{\"launch_digest\": \"$digest\", \"launch_pages\": 10}"; exit 0;;
+measure*) echo "{\"format\": \"cvmm-measurement-1\", \"inputs\": {\"launch pages\": \"$((9 + cpus))\"},
+    \"digests\": [{\"vcpus\": $cpus, \"launch_digest\": \"$digest\"}]}"; exit 0;;
 esac
 line=$(after --cmdline "$@")
 nonce=${line##*cvmm.report_data=}
