@@ -41,7 +41,8 @@ pub fn cases() -> Vec<Case> {
             }
             refuses(context).map(|()| Verdict::Passed)
         }),
-        Case::new("hardware-kit/rehearsal", rehearsal),
+        Case::new("hardware-kit/rehearsal", rehearsal)
+            .long("boots a guest for each step of the kit: five minutes"),
     ]
 }
 
