@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+//! The check of CPUID pages, rule by rule of AMD's published firmware (AMD-ASPFW, `cpuid_lookup.c` and `cpuid_lookup.h`).
 
 use proptest::prelude::*;
 

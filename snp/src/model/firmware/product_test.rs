@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+//! Products against the published masks, and what is offered to a guest of one product on another host.
 
 use Register::*;
 
