@@ -64,9 +64,10 @@ const PERIODIC_TIMER: &str = "highres=off nohz=off";
 ///
 /// AVX and what needs it are taken away too. QEMU 7.2 runs an L2 guest's XSETBV without an exit to L1, so L1's KVM answers
 /// CPUID 0xd for an XCR0 without AVX, and the guest finds that its XSAVE area has another size. Linux before 6.16 warns and goes
-/// on; later ones crash (`fpu__init_system_xstate` in arch/x86/kernel/fpu/xstate.c). Without AVX the sizes are the same.
-/// `CVMM_L1_CPU` adds to this, such as `-xsave`.
-const CPU: &str = "EPYC-Rome,+svm,+npt,+nrip-save,-xsaves,-cx16,-avx,-avx2,-fma,-f16c";
+/// on; later ones crash (`fpu__init_system_xstate` in arch/x86/kernel/fpu/xstate.c). Without AVX the sizes are the same,
+/// but programs with signal handlers then died in L2 (busybox's shell as init, three times of three), so XSAVE goes as well: guests
+/// save their state by FXSAVE. `CVMM_L1_CPU` adds to this.
+const CPU: &str = "EPYC-Rome,+svm,+npt,+nrip-save,-xsaves,-cx16,-avx,-avx2,-fma,-f16c,-xsave";
 
 /// Software emulation boots L1 in about 10 s; a busy machine takes longer.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
