@@ -67,6 +67,10 @@ pub struct Explanation {
     pub records: Vec<RecordLine>,
     /// vCPUs in order.
     pub vcpus: Vec<VcpuLine>,
+    /// What a measured boot leaves in the TPM: for each bank (`sha256`, `sha384`) the PCRs that it extends, by number, in hex.
+    /// Empty if the guest has no TPM.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub pcrs: BTreeMap<String, BTreeMap<u32, String>>,
 }
 
 /// The registers of a vCPU that are not zero, by name.
@@ -150,6 +154,7 @@ impl Explanation {
             digests: Vec::new(),
             records: records.iter().zip(&trace.records).map(line).collect(),
             vcpus: vcpu_lines,
+            pcrs: BTreeMap::new(),
         }
     }
 
@@ -162,7 +167,39 @@ impl Explanation {
                 explanation.format
             ));
         }
-        Ok(explanation)
+        Ok(explanation.printable())
+    }
+
+    /// The same with control characters written out: what is shown on a terminal must not pass for something else.
+    fn printable(mut self) -> Self {
+        fn clean(text: &mut String) {
+            if text.contains(char::is_control) {
+                let shown = |c: char| match c.is_control() {
+                    true => c.escape_default().collect::<String>(),
+                    false => c.to_string(),
+                };
+                *text = text.chars().map(shown).collect();
+            }
+        }
+        fn clean_map(map: &mut BTreeMap<String, String>) {
+            *map = std::mem::take(map)
+                .into_iter()
+                .map(|(mut name, mut value)| {
+                    clean(&mut name);
+                    clean(&mut value);
+                    (name, value)
+                })
+                .collect();
+        }
+        clean_map(&mut self.inputs);
+        self.vcpus.iter_mut().for_each(|line| clean_map(&mut line.registers));
+        self.digests.iter_mut().for_each(|digest| clean(&mut digest.launch_digest));
+        for line in &mut self.records {
+            [&mut line.gpa, &mut line.page_type, &mut line.name, &mut line.digest]
+                .into_iter()
+                .for_each(clean);
+        }
+        self
     }
 
     /// The launch step by step, for people.
@@ -412,6 +449,24 @@ mod tests {
 
         let found = diff(&base, &explain(&plan(1, 3))).unwrap();
         assert!(found.step.contains("number of vCPUs"), "{found}");
+    }
+
+    /// Somebody else's file may hold anything.
+    #[test]
+    fn nothing_that_a_file_says_moves_the_cursor() {
+        let mut ours = explain(&plan(1, 1));
+        let mut theirs = ours.clone();
+        let bad = "\x1b[2Jthe launches are the same\n";
+        ours.inputs.insert("kernel".into(), "one".into());
+        theirs.inputs.insert(bad.into(), bad.into());
+        theirs.records[1].name = bad.into();
+        theirs.vcpus[0].registers.insert(bad.into(), bad.into());
+        let theirs = Explanation::parse(&serde_json::to_string(&theirs).unwrap()).unwrap();
+        let control = |c: char| c.is_control() && c != '\n';
+        let shown = diff(&ours, &theirs).unwrap().to_string();
+        assert!(!shown.contains(control) && shown.contains("\\u{1b}[2J"), "{shown:?}");
+        assert!(!theirs.steps().contains(control));
+        assert!(!shown.lines().any(|line| line.starts_with("the launches are the same")));
     }
 
     #[test]

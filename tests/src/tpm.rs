@@ -60,13 +60,16 @@ impl Tree {
     /// A program or library of the host, and every library that it needs.
     fn with_libraries(&mut self, path: &str) -> Result<()> {
         self.host_file(Path::new(path))?;
-        let output = Command::new("ldd").arg(path).output().context("cannot run ldd")?;
-        ensure!(output.status.success(), "ldd {path}: {}", String::from_utf8_lossy(&output.stderr));
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        text.split_whitespace()
-            .filter(|word| word.starts_with('/'))
-            .try_for_each(|word| self.host_file(Path::new(word)))
+        libraries(Path::new(path))?.iter().try_for_each(|library| self.host_file(library))
     }
+}
+
+/// Every library that a program or library of the host needs, and their loader.
+pub fn libraries(path: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd").arg(path).output().context("cannot run ldd")?;
+    ensure!(output.status.success(), "ldd {}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
 }
 
 /// Builds the archive.

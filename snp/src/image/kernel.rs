@@ -170,6 +170,14 @@ impl Kernel {
         }
     }
 
+    /// The whole file.
+    pub fn file(&self) -> &Arc<Vec<u8>> {
+        match self {
+            Kernel::BzImage(kernel) => &kernel.file,
+            Kernel::Elf(kernel) => &kernel.file,
+        }
+    }
+
     /// Address range that the kernel occupies before it has set up its own memory management.
     pub fn memory(&self) -> Range<u64> {
         match self {

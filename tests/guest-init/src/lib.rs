@@ -10,3 +10,4 @@ pub mod frame;
 pub mod job;
 pub mod pid1;
 pub mod sev_guest;
+pub mod tpm;

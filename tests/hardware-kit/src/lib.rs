@@ -11,6 +11,7 @@ mod idle;
 mod kernel_log;
 mod program;
 mod report;
+pub mod service;
 mod steps;
 
 use std::path::Path;

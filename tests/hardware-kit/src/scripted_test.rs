@@ -33,7 +33,8 @@ size=$(wc -c < "$(after --initrd "$@")")
 digest=$(printf '%090x%04x%02x' 0 "$size" "$cpus")
 case "$*" in
 measure*) echo "{\"format\": \"cvmm-measurement-1\", \"inputs\": {\"launch pages\": \"$((9 + cpus))\"},
-    \"digests\": [{\"vcpus\": $cpus, \"launch_digest\": \"$digest\"}]}"; exit 0;;
+    \"digests\": [{\"vcpus\": $cpus, \"launch_digest\": \"$digest\"}],
+    \"pcrs\": {\"sha256\": {\"4\": \"$(repeat 32 c4)\"}}}"; exit 0;;
 esac
 line=$(after --cmdline "$@")
 nonce=${line##*cvmm.report_data=}
@@ -47,6 +48,12 @@ echo 'cvmm-guest: log Memory Encryption Features active: AMD SEV SEV-ES SEV-SNP'
 case "$line" in
 *sleep*) exec @SLEEPER@ ;;
 *ext-report*) echo 'cvmm-guest: certificates 636572746966696361746573';;
+*tpm,*) pcr=c4; [ "$FAULT" = pcr ] && pcr=00
+    echo 'cvmm-guest: tpm_version 2'
+    echo "cvmm-guest: tpm_pcr 4 $(repeat 32 $pcr)"
+    echo 'cvmm-guest: tpm_log 01'
+    echo 'cvmm-guest: tpm_random 01'
+    report 01;;
 *) echo 'cvmm-guest: cpu_cycle one'; report 01;;
 esac
 case "$*" in *restart*) report 02;; esac
@@ -164,6 +171,7 @@ fn a_good_host_passes_every_step_and_leaves_one_file() {
         "tampered initrd",
         "reboot",
         "certificates",
+        "tpm",
         "idle guest",
     ];
     assert_eq!(states(&report), expected.map(|name| (name, "passed")), "{report:#}");
@@ -171,7 +179,7 @@ fn a_good_host_passes_every_step_and_leaves_one_file() {
     assert_eq!((&report["rehearsal"], &report["refused"]), (&Value::Bool(false), &Value::Null));
     assert_eq!(report["doctor"]["facts"]["cpu_model"], "AMD EPYC 7443P");
     assert!(report["evidence"]["launch-8 report"].as_str().unwrap().len() >= 2 * 0x160);
-    assert_eq!(report["steps"][10]["detail"]["vcpu_busy_share"].as_array().unwrap().len(), 8);
+    assert_eq!(report["steps"][11]["detail"]["vcpu_busy_share"].as_array().unwrap().len(), 8);
     assert_eq!(host.leftovers(), [] as [&str; 0]);
 }
 
@@ -189,6 +197,7 @@ fn what_goes_wrong_fails_its_step_and_no_other() {
     for (fault, cpus, step, words) in [
         ("aps", "1,2", "launch 2 vCPU", "not every vCPU was started"),
         ("digest", "1", "launch 1 vCPU", "predicted was"),
+        ("pcr", "1", "tpm", "PCR 4 is"),
         ("spin", "2", "idle guest", "vcpu1 is busy"),
     ] {
         let (code, report) = Host::snp(fault).run(&["--cpus", cpus]);

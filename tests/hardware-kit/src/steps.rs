@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The steps, in order. Each is a run of cvmm and what must be true afterwards.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::path::PathBuf;
@@ -120,6 +121,7 @@ impl Kit {
             step(report, "tampered initrd", |report| test.tampered(*cpus, digest, report));
             step(report, "reboot", |report| test.restarted(*cpus, digest, report).map(Found::Passed));
             step(report, "certificates", |report| test.certificates(*cpus, certificates, report));
+            step(report, "tpm", |report| test.tpm(*cpus, report).map(Found::Passed));
         }
         if let Some(cpus) = self.cpus.last() {
             step(report, "idle guest", |_| test.idle(*cpus).map(Found::Passed));
@@ -271,6 +273,48 @@ impl Test<'_> {
         ensure!(given.starts_with(&got), "the guest got other certificates than the file's");
         ensure!(given.iter().skip(got.len()).all(|b| *b == 0), "the guest got a part of the certificates");
         Ok(Found::Passed(json!({ "bytes": given.len() })))
+    }
+
+    /// A guest with a TPM: its digest is the predicted one, its PCRs hold what `cvmm measure` says, and the TPM answers.
+    fn tpm(&self, cpus: u32, report: &mut Report) -> Result<Value> {
+        const ACTIONS: &str = "tpm,report,reboot";
+        let mut measure = vec!["measure".to_owned(), "--json".into(), "--vtpm".into()];
+        measure.extend(self.image_options(&self.kit.initrd, cpus, ACTIONS));
+        let output = self.kit.cvmm.run(&measure, LIMIT);
+        output.expect_code("cvmm measure --vtpm", 0)?;
+        let value: Value = serde_json::from_slice(&output.stdout).context("JSON of cvmm measure")?;
+        let digest = value["digests"][0]["launch_digest"].as_str().context("no digest")?.to_owned();
+        let predicted = value["pcrs"]["sha256"].as_object().context("no predicted PCRs")?;
+
+        let mut arguments = self.launch_options(&self.kit.initrd, cpus, ACTIONS);
+        arguments.push("--vtpm".into());
+        let output = self.kit.cvmm.run(&arguments, self.limit());
+        keep(report, "tpm", &output);
+        output.expect_code("cvmm", REBOOTED)?;
+        let console = Console::parse(&output.text());
+        ensure!(console.all("error").is_empty(), "the guest complains: {:?}", console.all("error"));
+        let bytes = console.bytes("report")?;
+        let measurement = hex(Attestation(&bytes).measurement().context("the report is too short")?);
+        ensure!(measurement == digest, "the report's measurement is {measurement}, predicted was {digest}");
+        ensure!(
+            console.get("tpm_version")? == "2",
+            "the guest's TPM is of version {}",
+            console.get("tpm_version")?
+        );
+        let pcrs: BTreeMap<&str, &str> =
+            console.all("tpm_pcr").into_iter().filter_map(|line| line.split_once(' ')).collect();
+        for (pcr, value) in predicted {
+            let found = pcrs.get(pcr.as_str());
+            ensure!(
+                found.is_some_and(|found| value == found),
+                "PCR {pcr} is {}, predicted was {value}",
+                found.unwrap_or(&"absent")
+            );
+        }
+        let log = console.bytes("tpm_log")?.len();
+        ensure!(log > 0, "the event log is empty");
+        ensure!(console.bytes("tpm_random")?.iter().any(|b| *b != 0), "the TPM's random bytes are zero");
+        Ok(json!({ "measurement": measurement, "pcrs": pcrs, "log_bytes": log, "seconds": output.seconds }))
     }
 
     fn verify(&self, digest: &str) -> Result<Found> {

@@ -25,6 +25,7 @@ const FOLDER: &str = "cvmm-hardware-kit";
 const REFUSED: i32 = 3;
 /// Runs the kit in the root `$1`: devices and processes are the host's, everything else is what was unpacked.
 const IN_ROOT: &str = "mkdir -p \"$1/dev\" \"$1/proc\" && mount --rbind /dev \"$1/dev\" && mount --rbind /proc \"$1/proc\" && \
+                       chroot \"$1\" /cvmm-hardware-kit/vtpm-svc --version && \
                        exec chroot \"$1\" /cvmm-hardware-kit/run --output /report.json";
 
 /// The cases of this file.
@@ -96,6 +97,7 @@ fn refuses(context: &Context) -> Result<()> {
     ] {
         ensure!(output.errors().contains(part), "it does not say {part:?}");
     }
+    ensure!(output.text().starts_with("vtpm-svc "), "the TPM service found no libraries: {}", output.text());
     let report: Value =
         serde_json::from_str(&fs::read_to_string(root.join("report.json")).context("its report")?)?;
     ensure!(report["refused"].is_string(), "its report has no refusal");

@@ -14,6 +14,7 @@ use anyhow::Context as _;
 use anyhow::Result;
 use anyhow::ensure;
 use guest_init::job::Ending;
+use serde_json::Value;
 use sha2::Digest as _;
 use sha2::Sha256;
 
@@ -106,9 +107,14 @@ fn log_and_tools(context: &Context, role: Role, mode: Mode) -> Result<()> {
         Mode::Single | Mode::SplitStrict => {
             let mut job = guest.measure_job(&context.cvmm);
             let without = context.run_on_host(&job).text();
-            job.argv.push("--vtpm".into());
-            let with = context.run_on_host(&job).text().trim().to_owned();
-            ensure!(with.len() == 96 && with != without.trim(), "with a TPM: {with}, without: {without}");
+            job.argv.extend(["--vtpm".into(), "--json".into()]);
+            let with: Value =
+                serde_json::from_slice(&context.run_on_host(&job).stdout).context("measure --json")?;
+            let digest = with["digests"][0]["launch_digest"].as_str().context("no digest")?;
+            ensure!(
+                digest.len() == 96 && digest != without.trim(),
+                "with a TPM: {digest}, without: {without}"
+            );
             Some(with)
         }
     };
@@ -117,8 +123,10 @@ fn log_and_tools(context: &Context, role: Role, mode: Mode) -> Result<()> {
     if let Some(predicted) = predicted {
         let log = console.get("log")?;
         ensure!(log.contains(boot::SNP_LOG_LINE), "the guest's log says {log:?}");
-        let announced = format!("launch digest {predicted}");
+        let digest = predicted["digests"][0]["launch_digest"].as_str().unwrap_or_default();
+        let announced = format!("launch digest {digest}");
         ensure!(output.errors().contains(&announced), "cvmm did not announce {announced}");
+        pcrs_are_as_predicted(&console, &predicted["pcrs"])?;
     }
     log_holds(context, &guest, &console)?;
     let steps = console.all("step");
@@ -143,15 +151,7 @@ fn log_holds(context: &Context, guest: &Guest, console: &Console) -> Result<()> 
     let replayed = replayed(&text);
     // 0 to 7, 9 and 12.
     ensure!(replayed.len() == 2 * 10, "banks and PCRs in the replay: {:?}", replayed.keys());
-    let found: BTreeMap<(String, String), String> = console
-        .all("pcr")
-        .iter()
-        .filter_map(|line| {
-            let mut words = line.split_whitespace();
-            let (bank, pcr, value) = (words.next()?, words.next()?, words.next()?);
-            Some(((bank.to_owned(), pcr.to_owned()), value.to_lowercase()))
-        })
-        .collect();
+    let found = shown_pcrs(console);
     ensure!(found.len() == 2 * 16, "PCRs that the guest read: {:?}", found.keys());
     for (name, value) in found.iter().filter(|((_, pcr), _)| pcr != IMA) {
         // What the log does not extend is as it was at power-on.
@@ -162,6 +162,32 @@ fn log_holds(context: &Context, guest: &Guest, console: &Console) -> Result<()> 
     let initrd = fs::read(&guest.initrd).context("initrd")?;
     let digest: [u8; 32] = Sha256::digest(&initrd).into();
     ensure!(text.contains(&hex(&digest)), "the initrd's digest is not in the log");
+    Ok(())
+}
+
+/// The PCRs that `tpm2_pcrread` showed in the guest, by bank and number.
+fn shown_pcrs(console: &Console) -> BTreeMap<(String, String), String> {
+    let line = |line: &str| {
+        let mut words = line.split_whitespace();
+        let (bank, pcr, value) = (words.next()?, words.next()?, words.next()?);
+        Some(((bank.to_owned(), pcr.to_owned()), value.to_lowercase()))
+    };
+    console.all("pcr").into_iter().filter_map(line).collect()
+}
+
+/// What `cvmm measure` said about the PCRs before there was a guest.
+fn pcrs_are_as_predicted(console: &Console, predicted: &Value) -> Result<()> {
+    let shown = shown_pcrs(console);
+    for bank in ["sha256", "sha384"] {
+        let pcrs = predicted[bank].as_object().with_context(|| format!("no {bank} among the PCRs"))?;
+        // 0 to 7, 9 and 12.
+        ensure!(pcrs.len() == 10, "{} PCRs of {bank} are predicted", pcrs.len());
+        for (pcr, value) in pcrs {
+            let found = shown.get(&(bank.to_owned(), pcr.clone())).map(String::as_str);
+            let value = format!("0x{}", value.as_str().unwrap_or_default());
+            ensure!(found == Some(value.as_str()), "PCR {pcr} of {bank} is {found:?}, predicted was {value}");
+        }
+    }
     Ok(())
 }
 

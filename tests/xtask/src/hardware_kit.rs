@@ -5,8 +5,8 @@
 //! there may be no network. So the programs are static, and the archive holds the guest as well: cvmm, `run` (the package
 //! `tests/hardware-kit`), a kernel, an initial ramdisk, and a page that says what to do.
 //!
-//! The TPM service is not in it. It loads libtpms when it starts, which a static program cannot do, and what the TPM adds on
-//! hardware beside the rest is one more kind of emulated access.
+//! The TPM service cannot be static: it loads libtpms when it starts. So it goes with its libraries and their loader in a folder of its
+//! own, and `run` starts it there by the name `vtpm-svc` (`tests/hardware-kit/src/service.rs`).
 
 use std::fs;
 use std::path::Path;
@@ -17,8 +17,11 @@ use anyhow::Context as _;
 use anyhow::Result;
 use cvmm_tests::kernels::Kernel;
 use cvmm_tests::kernels::Role;
+use cvmm_tests::tpm;
 use cvmm_tests::workspace::Workspace;
+use hardware_kit::service;
 
+use crate::build;
 use crate::guest;
 use crate::setup;
 use crate::steps::Steps;
@@ -40,6 +43,9 @@ It writes one file, cvmm-hardware-report.json: please send it back, in the refus
 firmware versions, and has attestation reports, which carry the chip's id unless the host masks it: look before you send.
 With the certificates of this host's key (--certs vcek.der) the reports' signatures are checked as well.
 ";
+
+/// What the service loads by itself.
+const LIBTPMS: &str = "/usr/lib/x86_64-linux-gnu/libtpms.so.0";
 
 /// `cargo xtask hardware-kit`
 #[derive(clap::Args)]
@@ -72,6 +78,7 @@ pub fn unpacked(workspace: &Workspace, steps: &mut Steps) -> Result<PathBuf> {
     steps.step("build cvmm and the kit's program (static)", || {
         guest::build_static(workspace, &["vmm", "hardware-kit"])
     })?;
+    steps.step("build the TPM service", || build::release(workspace, &["vtpm-svc"]))?;
     steps.step("gather the kit", || {
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let role = Role::BackportsCloud;
@@ -85,9 +92,36 @@ pub fn unpacked(workspace: &Workspace, steps: &mut Steps) -> Result<PathBuf> {
         ] {
             copy(&from, &folder.join(name))?;
         }
+        add_service(workspace, &folder)?;
         fs::write(folder.join("README"), README).context("cannot write README")
     })?;
     Ok(folder)
+}
+
+/// The TPM service with all that it loads, and its name beside cvmm.
+fn add_service(workspace: &Workspace, folder: &Path) -> Result<()> {
+    let own = folder.join(service::FOLDER);
+    if own.exists() {
+        fs::remove_dir_all(&own).with_context(|| format!("cannot remove {}", own.display()))?;
+    }
+    fs::create_dir_all(&own).with_context(|| format!("cannot create {}", own.display()))?;
+    let program = workspace.cargo_output(build::PROFILE).join(service::NAME);
+    let mut files = vec![program.clone(), LIBTPMS.into()];
+    for file in [&program, Path::new(LIBTPMS)] {
+        files.extend(tpm::libraries(file)?);
+    }
+    for file in files {
+        let name = file.file_name().with_context(|| format!("{} has no name", file.display()))?;
+        copy(&file, &own.join(name))?;
+    }
+    let name = folder.join(service::NAME);
+    match fs::remove_file(&name) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| format!("cannot replace {}", name.display()));
+        }
+        _ => {}
+    }
+    std::os::unix::fs::symlink("run", &name).with_context(|| format!("cannot make {}", name.display()))
 }
 
 /// A new file in place of an old one, which may be running.
@@ -102,10 +136,11 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Packs the folder's five files and nothing else that may lie there.
+/// Packs the folder's files and nothing else that may lie there.
 fn pack(folder: &Path, output: &Path) -> Result<()> {
     let parent = folder.parent().context("the kit's folder")?;
-    let files = ["README", "cvmm", "initrd", "run", "vmlinuz"].map(|name| format!("{FOLDER}/{name}"));
+    let files = ["README", "cvmm", "initrd", "run", "vmlinuz", service::NAME, service::FOLDER]
+        .map(|name| format!("{FOLDER}/{name}"));
     show(
         Command::new("tar")
             .args(["--create", "--gzip", "--owner=root:0", "--group=root:0", "--mtime=@0", "--file"])

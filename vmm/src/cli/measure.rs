@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cvmm measure`: launch digests without a VM, and why they are what they are.
 
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -17,6 +19,8 @@ use snp::explain::Explanation;
 use snp::explain::diff;
 use snp::image::direct::Guest;
 use snp::image::direct::Snp;
+use snp::image::direct::Validation;
+use snp::image::kernel::Kernel;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::ovmf::Svsm;
@@ -26,6 +30,10 @@ use snp::plan::PageType;
 use snp::vcpu_model;
 use snp::vmm_type::VcpuSetup;
 use snp::vmm_type::VmmType;
+use vtpm_svc::measured::BANKS;
+use vtpm_svc::measured::Event;
+use vtpm_svc::measured::replay;
+use vtpm_svc::tpm2::alg;
 
 use super::Failure;
 use super::firmware::FirmwareArgs;
@@ -150,6 +158,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
             [only] => out.push_str(&format!("{}\n", only.launch_digest)),
             many => many.iter().for_each(|d| out.push_str(&format!("{:4}  {}\n", d.vcpus, d.launch_digest))),
         }
+        out.push_str(&pcr_list(&explanation.pcrs));
     }
     for note in &measured.notes {
         eprintln!("cvmm: {note}");
@@ -214,6 +223,7 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
     let files = args.image.read().map_err(Failure::usage)?;
     let mut digests = Vec::new();
     let mut last = None;
+    let mut events = Vec::new();
     for vcpus in counts(args) {
         let snp = Snp {
             c_bit: args.c_bit,
@@ -223,7 +233,7 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
         };
         let image_args = ImageArgs { cpus: vcpus, ..args.image.clone() };
         let mut boot = image_args.boot(&files, Guest::Snp(snp));
-        args.vtpm.announce(&mut boot)?;
+        events = args.vtpm.announce(&mut boot)?;
         let image = boot.image().map_err(Failure::usage)?;
         let trace = trace(&image.plan).map_err(Failure::usage)?;
         digests.push(count_digest(vcpus, trace.launch_digest()));
@@ -232,14 +242,59 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
     let (plan, shim, trace) = last.ok_or_else(|| Failure::Usage("no number of vCPUs".into()))?;
     let inputs = vec![
         ("image", "direct boot".into()),
+        ("cvmm", env!("CARGO_PKG_VERSION").into()),
+        ("stage0 sha256", args.fingerprint(snp::stage0::BUILT.image)),
         ("launch pages", plan.launch_pages().to_string()),
         ("memory", format!("{:#x}", args.image.memory)),
+        ("cpus", counts(args).iter().map(u32::to_string).collect::<Vec<_>>().join(",")),
+        ("accept", accepts(&args.image, &files.kernel).into()),
+        ("secure tsc", args.image.secure_tsc.to_string()),
         ("cmdline", args.image.cmdline.clone()),
+        ("kernel sha256", args.fingerprint(files.kernel.file())),
         ("vtpm", args.vtpm.wanted().to_string()),
         ("initrd sha256", files.initrd.as_deref().map_or("none".into(), |initrd| args.fingerprint(initrd))),
     ];
     let bound = shim.as_ref().map_or_else(String::new, Shim::explain);
-    Ok(Measured { bound, ..explain(plan, &trace, digests, inputs, Vec::new()) })
+    let mut measured = Measured { bound, ..explain(plan, &trace, digests, inputs, Vec::new()) };
+    measured.explanation.pcrs = pcrs(&events);
+    Ok(measured)
+}
+
+/// Who validates the guest's memory, as the options and the kernel decide it together.
+fn accepts(image: &ImageArgs, kernel: &Kernel) -> &'static str {
+    match image.validation() {
+        Validation::AllByLaunch => "launch",
+        Validation::Stage0(acceptance) => match acceptance.resolve(kernel, image.memory) {
+            Some(true) => "lazy",
+            _ => "eager",
+        },
+    }
+}
+
+/// A bank's name among the tools that use TPMs.
+fn bank_name(bank: u16) -> &'static str {
+    if bank == alg::SHA384 { "sha384" } else { "sha256" }
+}
+
+/// What a run extends the TPM's PCRs to, by bank.
+fn pcrs(events: &[Event]) -> BTreeMap<String, BTreeMap<u32, String>> {
+    let replayed = BANKS.map(|(bank, _)| (bank_name(bank).to_owned(), replay(events, bank)));
+    let banks = replayed.into_iter().filter(|(_, pcrs)| !pcrs.is_empty());
+    banks
+        .map(|(bank, pcrs)| (bank, pcrs.into_iter().map(|(pcr, value)| (pcr, hex::encode(value))).collect()))
+        .collect()
+}
+
+/// The PCRs in the form of `tpm2_pcrread`, so that the two can be compared.
+fn pcr_list(pcrs: &BTreeMap<String, BTreeMap<u32, String>>) -> String {
+    let mut out = String::new();
+    for (bank, values) in pcrs {
+        let _ = writeln!(out, "  {bank}:");
+        for (pcr, value) in values {
+            let _ = writeln!(out, "    {pcr:<2}: 0x{}", value.to_uppercase());
+        }
+    }
+    out
 }
 
 fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use snp::image::direct::DirectBoot;
+use vtpm_svc::measured::Event;
 
 use super::Failure;
 use crate::monitor::Companion;
@@ -58,12 +59,9 @@ pub struct MeasureArgs {
 }
 
 impl MeasureArgs {
-    /// Announces the TPM, if there is one.
-    pub fn announce(&self, boot: &mut DirectBoot<'_>) -> Result<(), Failure> {
-        if self.wanted() {
-            measured::announce(boot).map_err(Failure::usage)?;
-        }
-        Ok(())
+    /// Announces the TPM, if there is one; what a run will extend its PCRs with.
+    pub fn announce(&self, boot: &mut DirectBoot<'_>) -> Result<Vec<Event>, Failure> {
+        if self.wanted() { measured::announce(boot).map_err(Failure::usage) } else { Ok(Vec::new()) }
     }
 
     /// Whether there is one.

@@ -12,7 +12,6 @@ use snp::image::direct::DirectBoot;
 use snp::image::direct::Guest;
 use snp::image::direct::ImageError;
 use snp::image::direct::Validation;
-use snp::image::kernel::Kernel;
 use snp::stage0;
 use vtpm_svc::measured::Boot;
 use vtpm_svc::measured::Event;
@@ -40,10 +39,6 @@ const MONITOR: &str = concat!("cvmm ", env!("CARGO_PKG_VERSION"));
 
 /// Announces the TPM to the guest of `boot`, event log included, and returns the events for its PCRs.
 pub fn announce(boot: &mut DirectBoot<'_>) -> Result<Vec<Event>, MeasuredError> {
-    let kernel = match boot.kernel {
-        Kernel::BzImage(kernel) => &kernel.file,
-        Kernel::Elf(kernel) => &kernel.file,
-    };
     let shim = match &boot.guest {
         Guest::Snp(snp) if matches!(snp.validation, Validation::Stage0(_)) => {
             Some((stage0::layout::IMAGE, stage0::BUILT.image))
@@ -54,7 +49,7 @@ pub fn announce(boot: &mut DirectBoot<'_>) -> Result<Vec<Event>, MeasuredError> 
     let events = Boot {
         monitor: MONITOR,
         stage0: shim,
-        kernel,
+        kernel: boot.kernel.file(),
         kernel_address: boot.kernel.memory().start,
         initrd: boot.initrd.as_deref().map(Vec::as_slice),
         cmdline: &cmdline,

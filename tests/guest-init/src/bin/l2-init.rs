@@ -14,6 +14,7 @@
 //! | `key` | `key HEX`: a derived key |
 //! | `cpu1-anew` | takes CPU 1 offline and online again, twice, and runs on it: `cpu1_offline` and `cpu1_online`, each with the online list |
 //! | `cpu-cycle` | `cpu_cycle LIST`: takes the last CPU offline and online again; the online list, or `one` if there is one CPU |
+//! | `tpm` | `tpm_version`, `tpm_pcr INDEX HEX` of the boot's PCRs, `tpm_log HEX`, `tpm_random HEX`: what the TPM holds and answers |
 //! | `memory` | `memory_checked MIB`: fills memory with a pattern and reads it back |
 //! | `reboot`, `poweroff`, `panic`, `sleep` | ends, or waits for the outside to end, the machine |
 
@@ -30,6 +31,7 @@ use anyhow::ensure;
 use guest_init::pid1;
 use guest_init::sev_guest;
 use guest_init::sev_guest::SevGuest;
+use guest_init::tpm;
 use rustix::system::RebootCommand;
 use rustix::thread::CpuSet;
 use rustix::thread::sched_getaffinity;
@@ -89,6 +91,7 @@ fn act(action: &str, line: &str) -> Result<()> {
             println!("cvmm-guest: key {}", hex(&SevGuest::open()?.derived_key()?));
             Ok(())
         }
+        "tpm" => tpm::show(),
         "cpu1-anew" => cpu1_anew(),
         "cpu-cycle" => cycle_cpu(),
         "memory" => check_memory(),
