@@ -4,6 +4,8 @@
 pub mod cert;
 pub mod cert_table;
 pub mod chain;
+pub mod evidence;
+pub mod named;
 pub mod policy;
 pub mod report;
 pub mod tcb;

@@ -30,8 +30,23 @@ const BITS: [(u32, &str); 10] = [
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PolicyError {
     /// Not a number.
-    #[error("policy '{0}' is not a number: give up to 64 bits, such as 0x30000")]
+    #[error("policy '{0}' is not a number of up to 64 bits in hexadecimal, such as 0x30000")]
     NotANumber(String),
+    /// Digits that could be meant in hexadecimal.
+    #[error("policy '{0}' has no 0x in front: policies are written in hexadecimal; did you mean 0x{0}?")]
+    NoPrefix(String),
+    /// A policy that no firmware accepts.
+    #[error("policy {policy:#x}: bit {bit} ({name}) must be {must}; no firmware accepts it otherwise")]
+    Reserved {
+        /// The policy asked for.
+        policy: u64,
+        /// The first offending bit.
+        bit: u32,
+        /// Its name.
+        name: &'static str,
+        /// What it has to be.
+        must: u8,
+    },
     /// A bit that this host's KVM refuses.
     #[error(
         "policy {policy:#x}: bit {bit} ({name}) is not allowed by this host's KVM (it allows {allowed:#x})"
@@ -117,6 +132,21 @@ impl GuestPolicy {
         self.0 & 1 << 16 != 0
     }
 
+    /// Checks what every firmware does, whatever the kernel lets through (SEV-SNP Firmware ABI 1.58, section 4.3: bit 17 must be one, bits
+    /// 26 to 63 zero).
+    pub fn check_firmware(self) -> Result<(), PolicyError> {
+        let policy = self.0;
+        let unknown = policy >> 26;
+        let wrong = match (policy >> 17 & 1, unknown) {
+            (0, _) => Some((17, 1)),
+            (_, 0) => None,
+            (_, bits) => Some((26 + bits.trailing_zeros(), 0)),
+        };
+        wrong.map_or(Ok(()), |(bit, must)| {
+            Err(PolicyError::Reserved { policy, bit, name: bit_name(bit), must })
+        })
+    }
+
     /// Checks the policy as `KVM_SEV_SNP_LAUNCH_START` will.
     pub fn check_kvm(self, rules: PolicyRules) -> Result<(), PolicyError> {
         let policy = self.0;
@@ -148,8 +178,10 @@ impl FromStr for GuestPolicy {
     fn from_str(s: &str) -> Result<Self, PolicyError> {
         let parsed = match s.strip_prefix("0x").or_else(|| s.strip_prefix("0X")) {
             Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16),
-            Some(_) => return Err(PolicyError::NotANumber(s.to_owned())),
-            None => s.parse(),
+            None if !s.is_empty() && s.bytes().all(|b| b.is_ascii_hexdigit()) => {
+                return Err(PolicyError::NoPrefix(s.to_owned()));
+            }
+            _ => return Err(PolicyError::NotANumber(s.to_owned())),
         };
         parsed.map(GuestPolicy).map_err(|_| PolicyError::NotANumber(s.to_owned()))
     }
@@ -204,12 +236,31 @@ mod tests {
         assert!(GuestPolicy(0x7_0000).check_kvm(told).is_err(), "MIGRATE_MA");
     }
 
+    /// `30000` could be meant either way; one of the two would be signed without a word.
     #[test]
-    fn text_is_parsed_as_hex_or_decimal() {
+    fn policies_are_written_in_hexadecimal() {
         assert_eq!("0x30000".parse(), Ok(GuestPolicy(0x30000)));
-        assert_eq!("196608".parse(), Ok(GuestPolicy(0x30000)));
-        for bad in ["", "0x", "0x+1", "policy", "0x10000000000000000"] {
-            assert!(bad.parse::<GuestPolicy>().is_err(), "{bad}");
+        for bad in ["30000", "196608", "0", "b0000"] {
+            let error = bad.parse::<GuestPolicy>().unwrap_err();
+            assert!(error.to_string().contains(&format!("did you mean 0x{bad}?")), "{error}");
+        }
+        for bad in ["", "0x", "0x+1", "policy", "0x10000000000000000", "+5"] {
+            assert_eq!(bad.parse::<GuestPolicy>(), Err(PolicyError::NotANumber(bad.to_owned())));
+        }
+    }
+
+    /// SEV-SNP Firmware ABI 1.58, section 4.3.
+    #[test]
+    fn reserved_bits_are_as_firmware_wants_them() {
+        assert_eq!(GuestPolicy::DEFAULT.check_firmware(), Ok(()));
+        assert_eq!(GuestPolicy(0x3ff_ffff).check_firmware(), Ok(()));
+        for (policy, bit, must) in
+            [(0, 17, 1), (0x1_0000, 17, 1), (1 << 26 | 1 << 17, 26, 0), (1 << 63 | 1 << 17, 63, 0)]
+        {
+            let error = GuestPolicy(policy).check_firmware().unwrap_err();
+            let found =
+                matches!(error, PolicyError::Reserved { bit: b, must: m, .. } if (b, m) == (bit, must));
+            assert!(found, "{policy:#x}: {error}");
         }
     }
 }

@@ -14,7 +14,9 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 use snp::attest::cert::Cert;
 use snp::attest::cert::Crl;
+use snp::attest::cert_table;
 use snp::attest::chain::Trust;
+use snp::attest::evidence;
 use snp::attest::policy::Policy;
 use snp::attest::report::Report;
 use snp::attest::report::ReportBuilder;
@@ -103,7 +105,7 @@ fn any_software() -> Policy {
 }
 
 fn judge(report: &Report, certificates: &[Cert], policy: &Policy, now: u64) -> Verdict {
-    let evidence = Evidence { report, certificates, crl: None };
+    let evidence = Evidence { report, certificates, crl: None, runtime_data: None };
     verify(&evidence, &Demands { policy, nonce: None, trust: &Trust::default(), now })
 }
 
@@ -197,7 +199,8 @@ fn certificates_count_only_within_their_dates_and_with_their_issuer() {
         }
         // A stranger's root, even one of the right name, is not AMD's.
         let trust = Trust { other_root: Some(Authority::new().root) };
-        let evidence = Evidence { report: &report, certificates: &real.certificates, crl: None };
+        let evidence =
+            Evidence { report: &report, certificates: &real.certificates, crl: None, runtime_data: None };
         let policy = any_software();
         let demands = Demands { policy: &policy, nonce: None, trust: &trust, now: NOW };
         assert!(verify(&evidence, &demands).failed().contains(&"certificate-chain"), "{}", real.name);
@@ -223,9 +226,14 @@ fn built_in_roots_have_the_published_fingerprints() {
 fn builder() -> ReportBuilder {
     ReportBuilder::new(3)
         .set(field::POLICY, &0x3_0000u64.to_le_bytes())
+        .set(field::KEY_INFO, &[1])
+        .set(field::REPORT_ID_MA, &[0xff; 32])
+        .set(field::CURRENT_TCB, &[3, 0, 0, 0, 0, 0, 8, 0xd2])
         .set(field::REPORTED_TCB, &[3, 0, 0, 0, 0, 0, 8, 0xd2])
         .set(field::COMMITTED_TCB, &[3, 0, 0, 0, 0, 0, 8, 0xd2])
         .set(field::LAUNCH_TCB, &[3, 0, 0, 0, 0, 0, 8, 0xd2])
+        .set(field::COMMITTED_VERSION, &[22, 55, 1])
+        .set(field::PLATFORM_INFO, &[0x24])
         .set(field::CPUID_FMS, &[0x19, 1, 1])
         .set(field::CHIP_ID, &[0x77; 64])
         .set(field::MEASUREMENT, &[0xaa; 48])
@@ -241,7 +249,7 @@ fn builder() -> ReportBuilder {
 fn failures(authority: &Authority, report: &Report, endorsement: Cert, policy: &str) -> Vec<&'static str> {
     let certificates = [endorsement, authority.intermediate.clone()];
     let trust = Trust { other_root: Some(authority.root.clone()) };
-    let evidence = Evidence { report, certificates: &certificates, crl: None };
+    let evidence = Evidence { report, certificates: &certificates, crl: None, runtime_data: None };
     let policy = Policy::parse(policy).unwrap();
     let demands = Demands { policy: &policy, nonce: Some([0x11; 64]), trust: &trust, now: NOW };
     verify(&evidence, &demands).failed()
@@ -261,14 +269,32 @@ fn each_mismatch_fails_for_its_own_reason() {
     for (offset, value) in [(0, 4u8), (1, 1), (6, 7), (7, 0xd3)] {
         let mut tcb = [3, 0, 0, 0, 0, 0, 8, 0xd2];
         tcb[offset] = value;
-        let report = builder().set(field::REPORTED_TCB, &tcb);
+        let newer = [9, 9, 0, 0, 0, 0, 9, 0xd9];
+        let committed = builder().set(field::COMMITTED_TCB, &newer).set(field::CURRENT_TCB, &newer);
+        assert_eq!(fails(committed.clone(), milan(), any), [] as [&str; 0]);
+        let report = committed.set(field::REPORTED_TCB, &tcb);
         assert_eq!(fails(report, milan(), any), ["certificate-tcb"], "TCB byte {offset}");
+        // Committed to less than is reported, or running less than it has committed itself to.
+        let mut older = [3u8, 0, 0, 0, 0, 0, 8, 0xd2];
+        older[offset] = older[offset].wrapping_sub(1);
+        if older[offset] != 0xff {
+            assert_eq!(fails(builder().set(field::CURRENT_TCB, &older), milan(), any), ["tcb-order"]);
+            let uncommitted = builder().set(field::COMMITTED_TCB, &older);
+            assert_eq!(fails(uncommitted, milan(), any), ["tcb-order"]);
+        }
     }
+    assert_eq!(fails(builder().set(field::KEY_INFO, &[0]), milan(), any), ["author-key-field"]);
+    let anonymous = builder().set(field::AUTHOR_KEY_DIGEST, &[]);
+    assert_eq!(fails(anonymous.clone(), milan(), any), ["author-key-field"]);
+    assert_eq!(fails(anonymous.set(field::KEY_INFO, &[0]), milan(), any), [] as [&str; 0]);
+    let agent = builder().set(field::REPORT_ID_MA, &[1; 32]);
+    assert_eq!(fails(agent.clone(), milan(), any), ["migration-agent"]);
+    assert_eq!(fails(agent, milan(), &format!("{any}\nallow_migration = true")), [] as [&str; 0]);
     assert_eq!(fails(builder().set(field::CHIP_ID, &[0x78; 64]), milan(), any), ["certificate-chip"]);
     assert_eq!(fails(builder().set(field::CHIP_ID, &[0; 64]), milan(), any), ["certificate-chip"]);
     assert_eq!(fails(builder().set(field::CPUID_FMS, &[0x19, 0x11, 1]), milan(), any), ["product"]);
-    assert_eq!(fails(builder().set(field::KEY_INFO, &[1 << 2]), milan(), any), ["signer"]);
-    assert_eq!(fails(builder().set(field::KEY_INFO, &[2]), milan(), any), ["chip-key"]);
+    assert_eq!(fails(builder().set(field::KEY_INFO, &[1 << 2 | 1]), milan(), any), ["signer"]);
+    assert_eq!(fails(builder().set(field::KEY_INFO, &[2 | 1]), milan(), any), ["chip-key"]);
     assert_eq!(fails(builder().set(field::SIG_ALGO, &[2]), milan(), any), ["signature-algorithm"]);
     let without_tcb = authority.endorsement("Milan-B0", &[("1.3.6.1.4.1.3704.1.3.8", vec![])]);
     assert_eq!(fails(builder(), without_tcb, any), ["certificate-tcb"]);
@@ -319,6 +345,28 @@ fn each_mismatch_fails_for_its_own_reason() {
         ("allowed-signer", "signers = ['vcek']".into(), "signers = ['vlek']".into()),
         ("certificate-chip", format!("chips = ['{}']", hex("77", 64)), String::new()),
         ("chip", String::new(), format!("chips = ['{}']", hex("78", 64))),
+        ("products", "products = ['turin', 'milan']".into(), "products = ['genoa']".into()),
+        ("report-version", "minimum_report_version = 3".into(), "minimum_report_version = 4".into()),
+        ("guest-abi", "minimum_abi = '0.0'".into(), "minimum_abi = '1.51'".into()),
+        (
+            "guest-policy",
+            "guest_policy.forbid = ['single_socket', 'cxl_allow']".into(),
+            "guest_policy.require = ['page_swap_disable']".into(),
+        ),
+        (
+            "platform-info",
+            "platform_info = { require = ['alias_check', 'ecc'], forbid = ['smt'] }".into(),
+            "platform_info.require = ['ciphertext_hiding']".into(),
+        ),
+        ("platform-info", String::new(), "platform_info.forbid = ['tio', 'ecc']".into()),
+        (
+            "minimum-firmware",
+            "[minimum_firmware]\nmilan = '1.55.22'".into(),
+            "[minimum_firmware]\nmilan = '1.55.23'".into(),
+        ),
+        ("minimum-firmware", String::new(), "[minimum_firmware]\nturin = '1.0'".into()),
+        ("minimum-mitigations", String::new(), "[minimum_mitigations.milan]\nlaunch = 0".into()),
+        ("revocation", String::new(), "require_revocation_list = true".into()),
         ("provider", String::new(), "providers = ['CN=example']".into()),
         (
             "minimum-tcb",
@@ -346,6 +394,110 @@ fn each_mismatch_fails_for_its_own_reason() {
 }
 
 #[test]
+fn mitigations_are_compared_bit_by_bit() {
+    let authority = Authority::new();
+    let report = |launch: u8, now: u8| {
+        let mut bytes = *authority.report(builder()).as_bytes();
+        bytes[0] = 5;
+        let text = ReportBuilder::from(&Report::parse(&bytes).unwrap());
+        authority.report(text.set(field::LAUNCH_MIT_VECTOR, &[launch]).set(field::CURRENT_MIT_VECTOR, &[now]))
+    };
+    let policy = "any_measurement = true\n[minimum_mitigations.milan]\nlaunch = 0b001\ncurrent = 0b101";
+    for (launch, now, good) in
+        [(1, 5, true), (3, 7, true), (2, 5, false), (1, 4, false), (1, 3, false), (0, 5, false)]
+    {
+        let failed =
+            failures(&authority, &report(launch, now), authority.endorsement("Milan-B0", &[]), policy);
+        let expected: &[&str] = if good { &[] } else { &["minimum-mitigations"] };
+        assert_eq!(failed, expected, "{launch} {now}");
+    }
+}
+
+/// The signature does not cover them, so anybody can change them, and copies of one report would look like two.
+#[test]
+fn bytes_behind_the_signature_must_be_zero() {
+    for real in real_reports() {
+        for at in [0x330, 0x400, 0x49f] {
+            let mut bytes = real.report.clone();
+            bytes[at] = 1;
+            let report = Report::parse(&bytes).unwrap();
+            let failed = judge(&report, &real.certificates, &any_software(), NOVEMBER_2025).failed();
+            assert_eq!(failed, ["signature-padding"], "{} {at:#x}", real.name);
+        }
+    }
+}
+
+/// n of P-384 (FIPS 186-4, D.1.2.4), little-endian as reports have numbers.
+fn minus(s: &[u8]) -> Vec<u8> {
+    let n = hex::decode(
+        "ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973",
+    )
+    .unwrap();
+    let mut borrow = 0i16;
+    let difference = n.iter().rev().zip(s).map(|(n, s)| {
+        let byte = i16::from(*n) - i16::from(*s) - borrow;
+        borrow = i16::from(byte < 0);
+        byte.rem_euclid(256) as u8
+    });
+    difference.collect()
+}
+
+/// ECDSA has two signatures for one key and text, and AMD's firmware gives either: a report is its signed bytes.
+#[test]
+fn the_other_signature_is_of_the_same_report() {
+    for real in real_reports() {
+        let first = Report::parse(&real.report).unwrap();
+        let mut bytes = real.report.clone();
+        let other = minus(&bytes[0x2e8..0x2e8 + 48]);
+        bytes[0x2e8..0x2e8 + 48].copy_from_slice(&other);
+        let second = Report::parse(&bytes).unwrap();
+        assert_ne!(first, second);
+        let verdict = judge(&second, &real.certificates, &any_software(), NOVEMBER_2025);
+        assert!(verdict.verified, "{}: {:?}", real.name, verdict.failed());
+        assert_eq!(verdict.report, hex::encode(first.identity()));
+    }
+}
+
+#[test]
+fn what_no_rule_looked_at_is_said() {
+    let authority = Authority::new();
+    let report = authority.report(builder());
+    let certificates = [authority.endorsement("Milan-B0", &[]), authority.intermediate.clone()];
+    let trust = Trust { other_root: Some(authority.root.clone()) };
+    let list = Crl::read(&authority.crl(&[], NOW - 5, NOW + 5)).unwrap();
+    let unchecked = |policy: &str, nonce, crl: Option<&Crl>| {
+        let policy = Policy::parse(policy).unwrap();
+        let evidence = Evidence { report: &report, certificates: &certificates, crl, runtime_data: None };
+        let verdict = verify(&evidence, &Demands { policy: &policy, nonce, trust: &trust, now: NOW });
+        assert!(verdict.verified, "{:?}", verdict.failed());
+        verdict.unchecked.iter().map(|unchecked| unchecked.what).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        unchecked("any_measurement = true", None, None),
+        ["software", "freshness", "revocation", "minimum-tcb", "chip"]
+    );
+    let full = format!(
+        "measurements = ['{}']\nchips = ['{}']\n[minimum_tcb.milan]\nsnp = 8",
+        "aa".repeat(48),
+        "77".repeat(64)
+    );
+    assert_eq!(unchecked(&full, Some([0x11; 64]), Some(&list)), [] as [&str; 0]);
+}
+
+/// A policy whose digest sets nobody read does not allow any software.
+#[test]
+fn digest_sets_that_were_not_read_allow_nothing() {
+    let authority = Authority::new();
+    let failed = failures(
+        &authority,
+        &authority.report(builder()),
+        authority.endorsement("Milan-B0", &[]),
+        "measurement_sets = ['guest.json']",
+    );
+    assert_eq!(failed, ["measurement"]);
+}
+
+#[test]
 fn turin_has_an_fmc_and_a_short_chip_id() {
     let authority = Authority::new();
     let turin = |fmc: Vec<u8>| {
@@ -359,6 +511,8 @@ fn turin_has_an_fmc_and_a_short_chip_id() {
             .set(field::CPUID_FMS, &[0x1a, 0x02, 1])
             .set(field::CHIP_ID, chip)
             .set(field::REPORTED_TCB, &[1, 3, 0, 8, 0, 0, 0, 0xd2])
+            .set(field::COMMITTED_TCB, &[1, 3, 0, 8, 0, 0, 0, 0xd2])
+            .set(field::CURRENT_TCB, &[1, 3, 0, 8, 0, 0, 0, 0xd2])
     };
     let fails = |builder: ReportBuilder, cert: Cert| {
         failures(&authority, &authority.report(builder), cert, "any_measurement = true")
@@ -380,7 +534,8 @@ fn a_vlek_has_a_provider_and_no_chip() {
     let csp = [&[0x16, name.len() as u8], &name[..]].concat();
     let changes = [("1.3.6.1.4.1.3704.1.4", vec![]), ("1.3.6.1.4.1.3704.1.5", csp)];
     let vlek = || authority.endorsement("Milan", &changes);
-    let report = authority.report(builder().set(field::KEY_INFO, &[1 << 2]).set(field::CHIP_ID, &[0; 64]));
+    let report =
+        authority.report(builder().set(field::KEY_INFO, &[1 << 2 | 1]).set(field::CHIP_ID, &[0; 64]));
     let fails = |policy: &str| failures(&authority, &report, vlek(), policy);
     assert_eq!(fails("any_measurement = true"), [] as [&str; 0]);
     assert_eq!(
@@ -398,7 +553,8 @@ fn revocation_lists_are_checked_before_they_are_believed() {
     let report = authority.report(builder());
     let found = |list: Vec<u8>| {
         let list = Crl::read(&list).unwrap();
-        let evidence = Evidence { report: &report, certificates: &certificates, crl: Some(&list) };
+        let evidence =
+            Evidence { report: &report, certificates: &certificates, crl: Some(&list), runtime_data: None };
         let policy = Policy::parse("any_measurement = true").unwrap();
         let verdict = verify(&evidence, &Demands { policy: &policy, nonce: None, trust: &trust, now: NOW });
         let check = verdict.checks.iter().find(|check| check.rule == "revocation").unwrap().clone();
@@ -417,10 +573,15 @@ fn revocation_lists_are_checked_before_they_are_believed() {
     let (pass, text) = found(authority.list(&[], NOW - 5, None, None));
     assert!(!pass && text.contains("when the next one is due"), "{text}");
     // 2.5.29.27 makes a list one of changes, 2.5.29.28 one of some certificates only (RFC 5280, 5.2.4 and 5.2.5).
-    for partial in ["2.5.29.27", "2.5.29.28"] {
-        let error = Crl::read(&authority.list(&[], NOW - 5, Some(NOW + 5), Some(partial))).unwrap_err();
+    for (partial, critical) in [("2.5.29.27", true), ("2.5.29.28", true), ("2.5.29.27", false)] {
+        let list = authority.list(&[], NOW - 5, Some(NOW + 5), Some((partial, critical)));
+        let error = Crl::read(&list).unwrap_err();
         assert!(error.to_string().contains(partial), "{error}");
     }
+    // The intermediate's list says nothing about the intermediate.
+    let ask = Authority { root_key: authority.intermediate_key.clone(), ..authority.clone() };
+    let (pass, text) = found(ask.list_by("SEV-Test", &[], NOW - 5, Some(NOW + 5), None));
+    assert!(!pass && text.contains("expected the root's"), "{text}");
 }
 
 #[test]
@@ -450,6 +611,41 @@ fn an_issuer_must_be_allowed_to_issue_and_what_is_critical_must_be_known() {
 }
 
 #[test]
+fn a_chain_has_three_different_links() {
+    let authority = Authority::new();
+    let report = authority.report(builder());
+    let any = "any_measurement = true";
+    // The chip's certificate by the root itself.
+    let chip = ("SEV-VCEK", &authority.chip_key);
+    let extensions = [
+        ("1.3.6.1.4.1.3704.1.2", [&[0x16, 8], &b"Milan-B0"[..]].concat()),
+        ("1.3.6.1.4.1.3704.1.3.1", integer(3)),
+        ("1.3.6.1.4.1.3704.1.3.2", integer(0)),
+        ("1.3.6.1.4.1.3704.1.3.3", integer(8)),
+        ("1.3.6.1.4.1.3704.1.3.8", integer(0xd2)),
+        ("1.3.6.1.4.1.3704.1.4", vec![0x77; 64]),
+    ];
+    let issuer = ("ARK-Test", &authority.root_key);
+    let direct = support::chain::certificate(chip, issuer, 0, &extensions);
+    let short = Authority { intermediate: authority.root.clone(), ..authority.clone() };
+    assert_eq!(failures(&short, &report, direct, any), ["certificate-chain"]);
+    // A root that allows none below an issuer (pathLenConstraint 0, RFC 5280, 4.2.1.9).
+    let none_below = [("2.5.29.19", vec![0x30, 6, 1, 1, 0xff, 2, 1, 0])];
+    let root = support::chain::certificate(issuer, issuer, 1, &none_below);
+    let strict = Authority { root, ..authority.clone() };
+    assert_eq!(
+        failures(&strict, &report, authority.endorsement("Milan-B0", &[]), any),
+        ["certificate-chain"]
+    );
+    // One extension twice: which one counts?
+    let mut twice = extensions.to_vec();
+    twice.push(("1.3.6.1.4.1.3704.1.4", vec![0x78; 64]));
+    let issuer = ("SEV-Test", &authority.intermediate_key);
+    let der = support::chain::der(chip, issuer, 0, &twice);
+    assert!(Cert::from_der(&der).unwrap_err().to_string().contains("1.3.6.1.4.1.3704.1.4 is there twice"));
+}
+
+#[test]
 fn names_in_certificates_cannot_paint_a_verdict() {
     let authority = Authority::new();
     let painted = format!("SEV-VCEK\u{1b}[2J\u{202e}\rVERIFIED{}", '\u{9b}');
@@ -460,7 +656,8 @@ fn names_in_certificates_cannot_paint_a_verdict() {
     let policy = Policy::parse("any_measurement = true\nproviders = ['CN=cloud']").unwrap();
     let trust = Trust { other_root: Some(authority.root.clone()) };
     for certificates in [vec![cert], vec![evil, authority.intermediate.clone()]] {
-        let evidence = Evidence { report: &report, certificates: &certificates, crl: None };
+        let evidence =
+            Evidence { report: &report, certificates: &certificates, crl: None, runtime_data: None };
         let verdict = verify(&evidence, &Demands { policy: &policy, nonce: None, trust: &trust, now: NOW });
         assert!(!verdict.verified);
         for check in verdict.checks {
@@ -470,6 +667,135 @@ fn names_in_certificates_cannot_paint_a_verdict() {
         }
         assert!(certificates[0].name().starts_with("SEV-VCEK"));
     }
+}
+
+/// A peer makes the table, as hosts and guests' drivers have it.
+fn table_of(certificates: &[Cert]) -> Vec<u8> {
+    use sev::firmware::host::CertTableEntry;
+    use sev::firmware::host::CertType;
+    let kind = |cert: &Cert| match (cert.is_ca(), cert.is_issued_in_the_name_of(cert)) {
+        (true, true) => CertType::ARK,
+        (true, false) => CertType::ASK,
+        (false, _) if cert.has_hwid() => CertType::VCEK,
+        (false, _) => CertType::VLEK,
+    };
+    let entries: Vec<CertTableEntry> = certificates
+        .iter()
+        .map(|cert| CertTableEntry { cert_type: kind(cert), data: cert.der().to_vec() })
+        .collect();
+    CertTableEntry::cert_table_to_vec_bytes(&entries).unwrap()
+}
+
+#[test]
+fn a_table_holds_certificates_that_belong_together() {
+    let reports = real_reports();
+    for real in &reports {
+        let Some(folder) = std::env::var_os("CVMM_REPORT_FIXTURES").map(PathBuf::from) else { continue };
+        let product = real.product.to_string().to_lowercase();
+        // AMD's file of authorities: for VCEKs, the root, for VLEKs.
+        let authorities = std::fs::read(folder.join(format!("{product}_ask_ark_asvk.pem"))).unwrap();
+        let authorities = Cert::read_all(&authorities).unwrap();
+        let key = real.certificates[0].clone();
+        let all = [std::slice::from_ref(&key), &authorities].concat();
+        let table = cert_table::of_certificates(&all, None).unwrap();
+        let found: Vec<String> =
+            evidence::read_certificates(&table).unwrap().iter().map(Cert::name).collect();
+        assert_eq!(found[1], key.issuer_name(), "{}", real.name);
+        assert_eq!((found.len(), &found[2]), (3, &format!("ARK-{}", real.product)));
+        // Of another product, or of another kind only.
+        for other in reports.iter().filter(|other| other.product != real.product) {
+            let mixed = [std::slice::from_ref(&other.certificates[0]), &authorities].concat();
+            let error = cert_table::of_certificates(&mixed, None).unwrap_err();
+            assert!(error.contains("is issued by"), "{error}");
+        }
+        let without: Vec<Cert> =
+            all.iter().filter(|cert| cert.name() != key.issuer_name()).cloned().collect();
+        assert!(cert_table::of_certificates(&without, None).is_err(), "{}", real.name);
+        let twice = [std::slice::from_ref(&key), &all].concat();
+        assert!(cert_table::of_certificates(&twice, None).unwrap_err().contains("one key"));
+    }
+}
+
+#[test]
+fn evidence_is_read_in_the_forms_that_people_have() {
+    for real in real_reports() {
+        // The file of issuers has an intermediate for each kind of key, a table has one.
+        let mut certificates = real.certificates.clone();
+        certificates.retain(|cert| !cert.is_ca() || certificates_issuer(&real, cert));
+        let table = table_of(&certificates);
+        let verified = |collected: evidence::Collected, more: &[Cert]| {
+            let mut certificates = collected.certificates;
+            certificates.extend(more.iter().cloned());
+            judge(&collected.report, &certificates, &any_software(), NOVEMBER_2025).verified
+        };
+        let read = |bytes: &[u8]| evidence::read(bytes).unwrap();
+        assert!(verified(read(&[&real.report[..], &table].concat()), &[]), "{}", real.name);
+        assert!(verified(read(&real.report), &evidence::read_certificates(&table).unwrap()), "{}", real.name);
+        let digits = hex::encode(&real.report);
+        let lines =
+            digits.as_bytes().chunks(64).map(|line| [line, b"\n"].concat()).collect::<Vec<_>>().concat();
+        assert!(verified(read(&lines), &real.certificates), "{}", real.name);
+        // Cut, each is an error that says where.
+        let both = [&real.report[..], &table].concat();
+        for len in [0, 1183, 1185, 1184 + 23, both.len() - 1] {
+            assert!(evidence::read(&both[..len]).is_err(), "{} cut at {len:#x}", real.name);
+        }
+    }
+}
+
+/// Whether this authority issued the report's key.
+fn certificates_issuer(real: &Real, authority: &Cert) -> bool {
+    real.certificates[0].is_issued_in_the_name_of(authority)
+}
+
+/// The header as Microsoft's paravisor writes it (`HCLA`, version, size of the rest, kind of request, status, three reserved words),
+/// the report, and the runtime data (size, version, kind of report, kind of hash, size of the JSON text).
+fn envelope(report: &[u8], hash_kind: u32, data: &[u8]) -> Vec<u8> {
+    let word = |value: u32| value.to_le_bytes();
+    let header =
+        [word(u32::from_le_bytes(*b"HCLA")), word(1), word(0x92a), word(2), [0; 4], [0; 4], [0; 4], [0; 4]];
+    let length = data.len() as u32;
+    let claims = [word(length + 20), word(1), word(2), word(hash_kind), word(length)];
+    [&header.concat()[..], report, &claims.concat(), data].concat()
+}
+
+#[test]
+fn a_paravisors_envelope_is_opened_and_its_data_compared() {
+    use sha2::Digest as _;
+    let authority = Authority::new();
+    let claims = br#"{"keys":[],"user-data":"00"}"#;
+    let signed = |hash: &[u8]| authority.report(builder().set(field::REPORT_DATA, hash)).as_bytes().to_vec();
+    let failed = |file: &[u8]| {
+        let collected = evidence::read(file).unwrap();
+        let certificates = [authority.endorsement("Milan-B0", &[]), authority.intermediate.clone()];
+        let trust = Trust { other_root: Some(authority.root.clone()) };
+        let evidence = Evidence {
+            report: &collected.report,
+            certificates: &certificates,
+            crl: None,
+            runtime_data: collected.runtime_data.as_ref(),
+        };
+        let policy = Policy::parse("any_measurement = true").unwrap();
+        verify(&evidence, &Demands { policy: &policy, nonce: None, trust: &trust, now: NOW }).failed()
+    };
+    for (kind, hash) in [
+        (1, sha2::Sha256::digest(claims).to_vec()),
+        (2, sha2::Sha384::digest(claims).to_vec()),
+        (3, sha2::Sha512::digest(claims).to_vec()),
+    ] {
+        assert_eq!(failed(&envelope(&signed(&hash), kind, claims)), [] as [&str; 0]);
+        assert_eq!(failed(&envelope(&signed(&hash), kind, b"{}")), ["runtime-data"]);
+        assert_eq!(failed(&envelope(&signed(&hash), 9, claims)), ["runtime-data"]);
+        // Without data nothing is bound by report_data.
+        assert_eq!(failed(&envelope(&signed(&hash), 0, b"")), [] as [&str; 0]);
+    }
+    let whole = envelope(&signed(&[0; 32]), 1, claims);
+    for len in [4, 15, 16, 0x20, 0x4bf, 0x4d3, whole.len() - 1] {
+        assert!(evidence::read(&whole[..len]).is_err(), "cut at {len:#x}");
+    }
+    let mut other = whole.clone();
+    other[0x0c] = 4;
+    assert!(evidence::read(&other).unwrap_err().to_string().contains("an SNP report"));
 }
 
 proptest! {
@@ -504,6 +830,10 @@ proptest! {
         let _ = Crl::read(&noise);
         let _ = Cert::read_all(&noise);
         let _ = Report::parse(&noise);
+        let _ = evidence::read(&noise);
+        let _ = evidence::read(&[&b"HCLA"[..], &noise].concat());
+        let _ = evidence::read(&[&damaged(report)[..], &noise].concat());
+        let _ = evidence::read_certificates(&noise);
         if let Ok(report) = Report::parse(&damaged(report)) {
             let verdict = judge(&report, &certificates, &any_software(), NOVEMBER_2025);
             prop_assert!(!verdict.verified || &damaged(cert) == cert);

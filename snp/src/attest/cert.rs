@@ -24,6 +24,7 @@ use x509_cert::der::SliceReader;
 use x509_cert::der::asn1::BitString;
 use x509_cert::der::oid::ObjectIdentifier;
 use x509_cert::der::referenced::OwnedToRef as _;
+use x509_cert::ext::Extension;
 use x509_cert::ext::pkix::BasicConstraints;
 use x509_cert::ext::pkix::KeyUsage;
 use x509_cert::spki::AlgorithmIdentifierOwned;
@@ -37,6 +38,8 @@ const MAX_LEN: usize = 1 << 20;
 
 const RSASSA_PSS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.10");
 const ECDSA_SHA384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.3");
+const RSA_ENCRYPTION: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
+const DELTA_LIST: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.27");
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 const BASIC_CONSTRAINTS: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.19");
 const KEY_USAGE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.15");
@@ -116,6 +119,14 @@ impl Cert {
         }
         let parsed = x509_cert::Certificate::from_der(der).map_err(|e| error(e.to_string()))?;
         let signed = signed_range(der).ok_or_else(|| error("no signed part".into()))?;
+        // RFC 5280, 4.2: an extension stands once. Of two, another reader may believe the other one.
+        let extensions = parsed.tbs_certificate.extensions.as_deref().unwrap_or_default();
+        let twice = (0..).zip(extensions).find(|(at, extension)| {
+            extensions.iter().take(*at).any(|other| other.extn_id == extension.extn_id)
+        });
+        if let Some((_, extension)) = twice {
+            return Err(error(format!("extension {} is there twice", extension.extn_id)));
+        }
         Ok(Cert { der: der.to_vec(), signed, parsed })
     }
 
@@ -162,6 +173,22 @@ impl Cert {
         let signs = |value| KeyUsage::from_der(value).is_ok_and(|usage| usage.key_cert_sign());
         constraints.is_some_and(|value| value.is_ok_and(|value| value.ca))
             && self.extension(KEY_USAGE).is_none_or(signs)
+    }
+
+    /// How many certificates may stand between this one and the last of a chain, if it says so.
+    pub fn path_length(&self) -> Option<u8> {
+        BasicConstraints::from_der(self.extension(BASIC_CONSTRAINTS)?).ok()?.path_len_constraint
+    }
+
+    /// Whether it may sign revocation lists: by the uses of its key, if it says any.
+    pub fn may_sign_lists(&self) -> bool {
+        let signs = |value| KeyUsage::from_der(value).is_ok_and(|usage| usage.crl_sign());
+        self.extension(KEY_USAGE).is_none_or(signs)
+    }
+
+    /// Whether its key is an RSA key, as those of all authorities of AMD are.
+    pub fn has_rsa_key(&self) -> bool {
+        self.parsed.tbs_certificate.subject_public_key_info.algorithm.oid == RSA_ENCRYPTION
     }
 
     /// A critical extension that is not understood here: who does not know it must not use the certificate (RFC 5280, 4.2).
@@ -333,11 +360,10 @@ impl Crl {
         let list = &parsed.tbs_cert_list;
         let of_entries = list.revoked_certificates.iter().flatten().map(|entry| &entry.crl_entry_extensions);
         let extensions = of_entries.chain([&list.crl_extensions]).flatten().flatten();
-        if let Some(unknown) = extensions.into_iter().find(|extension| extension.critical) {
-            return Err(error(format!(
-                "critical extension {}, expected a plain, complete list",
-                unknown.extn_id
-            )));
+        // One of changes (5.2.4) is none for us, whether it says critical or not.
+        let not_plain = |extension: &&Extension| extension.critical || extension.extn_id == DELTA_LIST;
+        if let Some(unknown) = extensions.into_iter().find(not_plain) {
+            return Err(error(format!("extension {}, expected a plain, complete list", unknown.extn_id)));
         }
         Ok(Crl { der: der.clone(), signed, parsed })
     }
@@ -365,6 +391,8 @@ impl Crl {
             Err(format!("it is issued by '{}'", self.issuer_name()))
         } else if self.parsed.tbs_cert_list.signature != self.parsed.signature_algorithm {
             Err("it names two signature algorithms".to_owned())
+        } else if !issuer.may_sign_lists() {
+            Err("its key may not sign revocation lists".to_owned())
         } else {
             issuer.check_signature(&signed)
         };

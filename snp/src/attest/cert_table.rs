@@ -157,20 +157,63 @@ pub fn parse(table: &[u8]) -> Result<Vec<(Kind, &[u8])>, TableError> {
     Ok(entries)
 }
 
-/// Makes a table of certificates as files hold them, and a revocation list; `Err` names a certificate that is of no known kind,
-/// or the second one of its kind.
+/// Makes a table of certificates as files hold them, and a revocation list. What is in it belongs together: one endorsement key, the
+/// intermediate that issued it (files of AMD's have those of both kinds of keys; the other one stays out), and that one's root. `Err`
+/// names what does not fit.
 pub fn of_certificates(certificates: &[Cert], crl: Option<&Crl>) -> Result<Vec<u8>, String> {
-    let mut entries: Vec<(Kind, &[u8])> = Vec::new();
-    for cert in certificates {
-        let kind = Kind::of(cert)
-            .ok_or_else(|| format!("'{}' is neither a VCEK or VLEK nor one of their issuers", cert.name()))?;
-        if entries.iter().any(|(known, _)| *known == kind) {
-            return Err(format!("'{}' is a second {kind}; a table holds one of each", cert.name()));
-        }
-        entries.push((kind, cert.der()));
+    let of_kind = |wanted: Kind| certificates.iter().filter(move |cert| Kind::of(cert) == Some(wanted));
+    if let Some(cert) = certificates.iter().find(|cert| Kind::of(cert).is_none()) {
+        return Err(format!("'{}' is neither a VCEK or VLEK nor one of their issuers", cert.name()));
     }
+    let mut endorsements = of_kind(Kind::VCEK).chain(of_kind(Kind::VLEK));
+    let endorsement = endorsements.next().ok_or("no VCEK or VLEK among the certificates")?;
+    if let Some(second) = endorsements.next() {
+        return Err(format!(
+            "'{}' and '{}': a table holds the certificate of one key",
+            endorsement.name(),
+            second.name()
+        ));
+    }
+    let issuer = issuer_of(endorsement, of_kind(Kind::ASK))?;
+    let root = match issuer {
+        Some(issuer) => issuer_of(issuer, of_kind(Kind::ARK))?,
+        None => None,
+    };
+    if let (None, Some(root)) = (issuer, of_kind(Kind::ARK).next()) {
+        return Err(format!(
+            "the ASK or ASVK between '{}' and '{}' is missing",
+            endorsement.name(),
+            root.name()
+        ));
+    }
+    let chain = [Some(endorsement), issuer, root].into_iter().flatten();
+    let mut entries: Vec<(Kind, &[u8])> =
+        chain.filter_map(|cert| Some((Kind::of(cert)?, cert.der()))).collect();
     entries.extend(crl.map(|list| (Kind::CRL, list.der())));
     Ok(encode(&entries))
+}
+
+/// Which of `authorities` issued `cert`; `None` if there are none at all.
+fn issuer_of<'a>(
+    cert: &Cert,
+    authorities: impl Iterator<Item = &'a Cert>,
+) -> Result<Option<&'a Cert>, String> {
+    let mut last = None;
+    for authority in authorities {
+        match cert.is_issued_in_the_name_of(authority).then(|| cert.check_signed_by(authority)) {
+            Some(Ok(())) => return Ok(Some(authority)),
+            Some(Err(error)) => last = Some(error.to_string()),
+            None => {
+                last.get_or_insert(format!(
+                    "'{}' is issued by '{}', not by '{}'",
+                    cert.name(),
+                    cert.issuer_name(),
+                    authority.name()
+                ));
+            }
+        }
+    }
+    last.map_or(Ok(None), Err)
 }
 
 #[cfg(test)]

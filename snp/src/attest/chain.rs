@@ -13,6 +13,9 @@ use super::cert::Crl;
 use super::report::Signer;
 use super::tcb::Product;
 
+/// How the name of an authority for VLEKs begins (ASVK), as in `SEV-VLEK-Milan`; that for VCEKs is `SEV-Milan`.
+const VLEK_AUTHORITY: &str = "SEV-VLEK-";
+
 /// AMD's certificates: root and VCEK intermediate of each product.
 static AMD: LazyLock<Vec<(Product, Vec<Cert>)>> = LazyLock::new(|| {
     [
@@ -59,6 +62,8 @@ pub struct Chain<'a> {
     pub signs: bool,
     /// Whether the intermediate signed the endorsement certificate.
     issued: Result<(), CertError>,
+    /// Whether the root is AMD's own.
+    amds: bool,
 }
 
 /// Which kind of key an endorsement certificate is for.
@@ -101,7 +106,8 @@ impl<'a> Chain<'a> {
             }
         }
         let root = trust.root(product);
-        Ok(Chain { endorsement, intermediate, root, product, signs: signer.is_some(), issued })
+        let amds = trust.other_root.is_none();
+        Ok(Chain { endorsement, intermediate, root, product, signs: signer.is_some(), issued, amds })
     }
 
     /// Checks names and signatures from the root down to the endorsement certificate.
@@ -123,6 +129,19 @@ impl<'a> Chain<'a> {
                 )));
             }
         }
+        if intermediate.is_same_authority(root) {
+            return Err(missing(format!(
+                "'{}' is signed by the root itself, expected an ASK or ASVK between them",
+                self.endorsement.name()
+            )));
+        }
+        // The root counts the certificates between itself and the last one (RFC 5280, 4.2.1.9): one here.
+        if root.path_length() == Some(0) {
+            return Err(missing(format!("'{}' allows no intermediate certificate", root.name())));
+        }
+        if self.amds {
+            self.check_amds_habits(root, intermediate)?;
+        }
         // The root's own signature says nothing: it is believed because the verifier has it, not because it vouches for itself.
         if !intermediate.is_issued_in_the_name_of(root) {
             return Err(CertError::NotSigned {
@@ -134,6 +153,25 @@ impl<'a> Chain<'a> {
         intermediate.check_signed_by(root)
     }
 
+    /// What every chain of AMD's has (57230, chapter 3): authorities with RSA keys, and an intermediate for each kind of key.
+    fn check_amds_habits(&self, root: &Cert, intermediate: &Cert) -> Result<(), CertError> {
+        let odd = |reason: String| CertError::Format { what: "certificates", reason };
+        if let Some(authority) = [root, intermediate].into_iter().find(|cert| !cert.has_rsa_key()) {
+            return Err(odd(format!("'{}' has no RSA key, as AMD's authorities have", authority.name())));
+        }
+        let for_vleks = intermediate.name().starts_with(VLEK_AUTHORITY);
+        let kind = kind_of(self.endorsement);
+        if for_vleks != (kind == Signer::Vlek) {
+            return Err(odd(format!(
+                "'{}' is issued by '{}', which issues {}s",
+                self.endorsement.name(),
+                intermediate.name(),
+                if for_vleks { "VLEK" } else { "VCEK" }
+            )));
+        }
+        Ok(())
+    }
+
     /// The certificate that is not valid at `now` (seconds since 1970), if any.
     pub fn outdated(&self, now: u64) -> Option<&'a Cert> {
         let certs = [Some(self.endorsement), self.intermediate, self.root];
@@ -143,23 +181,23 @@ impl<'a> Chain<'a> {
         })
     }
 
-    /// Checks `list` and whether it revokes a certificate of this chain; the error says what is wrong.
+    /// Checks `list`, which has to be the root's, and whether it revokes a certificate of this chain; the error says what is wrong.
     pub fn check_revocation(&self, list: &Crl, now: u64) -> Result<(), String> {
-        let authorities = [self.root, self.intermediate].into_iter().flatten();
-        let mut result = Err(format!("the list is issued by '{}', not in this chain", list.issuer_name()));
-        for authority in authorities {
-            match list.check_signed_by(authority) {
-                Ok(()) => {
-                    result = Ok(());
-                    break;
-                }
-                Err(CertError::NotSigned { reason, .. }) if !reason.starts_with("it is issued by") => {
-                    result = Err(format!("the list is not signed by '{}': {reason}", authority.name()));
-                }
-                Err(_) => {}
+        // A list by the intermediate says nothing about the intermediate itself.
+        let root = self.root.ok_or_else(|| format!("no root for {}", self.product))?;
+        list.check_signed_by(root).map_err(|error| match error {
+            CertError::NotSigned { reason, .. } if reason.starts_with("it is issued by") => {
+                format!(
+                    "the list is issued by '{}', expected the root's, '{}'",
+                    list.issuer_name(),
+                    root.name()
+                )
             }
-        }
-        result?;
+            CertError::NotSigned { reason, .. } => {
+                format!("the list is not signed by '{}': {reason}", root.name())
+            }
+            other => other.to_string(),
+        })?;
         let (made, due) = list.period();
         // RFC 5280, section 5.1.2.5: the date of the next list must be there. Without it a list would count for ever.
         let due = due.ok_or("the list does not say when the next one is due")?;

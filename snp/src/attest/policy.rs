@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::io::Read as _;
 use std::path::Path;
 use std::path::PathBuf;
 
@@ -14,6 +15,11 @@ use serde::Deserializer;
 use serde::de::Error as _;
 
 use super::cert::printable;
+use super::named::Bits;
+use super::named::GuestBit;
+use super::named::Mitigations;
+use super::named::PlatformBit;
+use super::named::Version;
 use super::tcb::Product;
 use super::tcb::Tcb;
 
@@ -56,6 +62,14 @@ pub enum PolicyError {
          say any_measurement = true"
     )]
     AnySoftware,
+    /// A digest that reports have where there is no key.
+    #[error(
+        "the policy lists a digest of zeros in {rule}: every guest without an ID block has it, so the rule would say nothing"
+    )]
+    ZeroDigest {
+        /// The rule.
+        rule: &'static str,
+    },
     /// Rules about an ID block that anyone may have signed.
     #[error(
         "the policy has {rule}, which reports take from the ID block, but does not say who may sign one: the host could make \
@@ -154,6 +168,22 @@ pub struct Policy {
     pub chips: Option<Vec<ChipId>>,
     /// Oldest platform per product; products that are not named are refused when any is.
     pub minimum_tcb: BTreeMap<Product, Tcb>,
+    /// Allowed products.
+    pub products: Option<Vec<Product>>,
+    /// What the platform must do, and must not.
+    pub platform_info: Bits<PlatformBit>,
+    /// What else the guest policy must demand, and must not allow.
+    pub guest_policy: Bits<GuestBit>,
+    /// Lowest firmware interface that the guest policy may ask for.
+    pub minimum_abi: Option<Version>,
+    /// Mitigations that must be there, per product; products that are not named are refused when any is.
+    pub minimum_mitigations: BTreeMap<Product, Mitigations>,
+    /// Oldest committed firmware per product; products that are not named are refused when any is.
+    pub minimum_firmware: BTreeMap<Product, Version>,
+    /// Lowest report version: reports of version 2 do not say which CPU they come from.
+    pub minimum_report_version: Option<u32>,
+    /// A revocation list has to be there.
+    pub require_revocation_list: bool,
 }
 
 /// The part of `cvmm measure --json` that a policy needs.
@@ -170,10 +200,14 @@ struct MeasurementEntry {
 
 fn read(path: &Path) -> Result<String, PolicyError> {
     let error = |source| PolicyError::Read { path: path.to_owned(), source };
-    if std::fs::metadata(path).map_err(error)?.len() > MAX_LEN {
+    let mut text = String::new();
+    // Not by the file's size: a pipe and a device have none.
+    let file = std::fs::File::open(path).map_err(error)?;
+    file.take(MAX_LEN + 1).read_to_string(&mut text).map_err(error)?;
+    if text.len() as u64 > MAX_LEN {
         return Err(PolicyError::TooLarge { path: path.to_owned() });
     }
-    std::fs::read_to_string(path).map_err(error)
+    Ok(text)
 }
 
 /// The parser's message shows a line of the file, which must not reach a terminal as it is.
@@ -206,6 +240,13 @@ impl Policy {
             || policy.author_key_digests.is_some();
         if !says_something && !policy.any_measurement {
             return Err(PolicyError::AnySoftware);
+        }
+        for (rule, digests) in
+            [("id_key_digests", &policy.id_key_digests), ("author_key_digests", &policy.author_key_digests)]
+        {
+            if digests.iter().flatten().any(|digest| digest.0 == [0; 48]) {
+                return Err(PolicyError::ZeroDigest { rule });
+            }
         }
         let by_id_block = [
             ("minimum_svn", policy.minimum_svn.is_some()),
@@ -269,6 +310,38 @@ mod tests {
                     "{rule} {signer}"
                 );
             }
+        }
+    }
+
+    /// Both are what a report has without an ID block.
+    #[test]
+    fn digests_of_zeros_are_no_keys() {
+        for rule in ["id_key_digests", "author_key_digests"] {
+            let error = Policy::parse(&format!("{rule} = ['{}']", "00".repeat(48))).unwrap_err();
+            assert!(
+                matches!(error, PolicyError::ZeroDigest { .. }) && error.to_string().contains(rule),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn bits_versions_and_products_are_named() {
+        let policy = Policy::parse(
+            "any_measurement = true\nproducts = ['milan', 'turin']\nminimum_abi = '1.51'\nminimum_report_version = 3\n\
+             require_revocation_list = true\n\
+             [platform_info]\nrequire = ['alias_check']\nforbid = ['smt', 'tio']\n\
+             [guest_policy]\nrequire = ['single_socket', 'aes256_xts']\n\
+             [minimum_firmware]\nmilan = '1.55.22'\n\
+             [minimum_mitigations.turin]\nlaunch = 1\ncurrent = 0x3",
+        )
+        .unwrap();
+        assert_eq!(policy.platform_info.forbid, [PlatformBit::Smt, PlatformBit::Tio]);
+        assert_eq!(policy.guest_policy.require, [GuestBit::SingleSocket, GuestBit::Aes256Xts]);
+        assert_eq!(policy.minimum_firmware[&Product::Milan], Version { major: 1, minor: 55, build: 22 });
+        assert_eq!(policy.minimum_mitigations[&Product::Turin], Mitigations { launch: 1, current: 3 });
+        for bad in ["[platform_info]\nrequire = ['smtt']", "[guest_policy]\nwant = []", "minimum_abi = 1.5"] {
+            assert!(Policy::parse(&format!("any_measurement = true\n{bad}")).is_err(), "{bad}");
         }
     }
 

@@ -7,6 +7,12 @@
 
 use std::fmt;
 
+use sha2::Digest as _;
+use sha2::Sha384;
+
+use super::named::Mitigations;
+use super::named::Version;
+
 /// Length of a report in bytes.
 pub const REPORT_LEN: usize = 0x4a0;
 /// The signature covers the bytes before this offset.
@@ -69,6 +75,8 @@ pub mod field {
     pub const LAUNCH_MIT_VECTOR: Field = Field::new(0x1f8, 8);
     /// From report version 5.
     pub const CURRENT_MIT_VECTOR: Field = Field::new(0x200, 8);
+    /// Reserved, behind R and S: not signed.
+    pub const SIGNATURE_REST: Field = Field::new(0x330, 0x170);
     pub const SIGNATURE_R: Field = Field::new(0x2a0, SIG_COMPONENT_LEN);
     pub const SIGNATURE_S: Field = Field::new(0x2e8, SIG_COMPONENT_LEN);
 }
@@ -122,6 +130,12 @@ impl Report {
     /// The bytes that the signature covers.
     pub fn signed_bytes(&self) -> &[u8] {
         &self.bytes[..SIGNED_LEN]
+    }
+
+    /// SHA-384 of the signed bytes, by which a report is told from others. Not of all bytes: for a signature (R, S) there is a second
+    /// one, (R, n - S), that anybody can make and that is as good.
+    pub fn identity(&self) -> [u8; 48] {
+        Sha384::digest(self.signed_bytes()).into()
     }
 
     /// The bytes of one field.
@@ -235,6 +249,19 @@ impl Report {
     pub fn committed_tcb(&self) -> u64 {
         self.u64_at(field::COMMITTED_TCB)
     }
+    /// Firmware to which the platform has committed itself.
+    pub fn committed_firmware(&self) -> Version {
+        let [build, minor, major] = self.array(field::COMMITTED_VERSION);
+        Version { major, minor, build }
+    }
+    /// Mitigations at launch and now; from version 5.
+    pub fn mitigations(&self) -> Option<Mitigations> {
+        let both = Mitigations {
+            launch: self.u64_at(field::LAUNCH_MIT_VECTOR),
+            current: self.u64_at(field::CURRENT_MIT_VECTOR),
+        };
+        (self.version() >= 5).then_some(both)
+    }
     /// TCB version when the guest was launched or imported.
     pub fn launch_tcb(&self) -> u64 {
         self.u64_at(field::LAUNCH_TCB)
@@ -254,6 +281,15 @@ impl fmt::Debug for Report {
         write!(f, "Report(version {}, policy {:#x}, measurement ", self.version(), self.policy())?;
         self.measurement().iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
         f.write_str(")")
+    }
+}
+
+impl From<&Report> for ReportBuilder {
+    /// The report's signed part, to be signed anew.
+    fn from(report: &Report) -> Self {
+        let mut bytes = Box::new(report.bytes);
+        bytes[SIGNED_LEN..].fill(0);
+        ReportBuilder { bytes }
     }
 }
 

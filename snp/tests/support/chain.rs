@@ -53,13 +53,23 @@ fn sign(key: &SigningKey, der: &[u8]) -> BitString {
     BitString::from_bytes(signature.as_bytes()).unwrap()
 }
 
-/// A certificate for `subject`, with `extensions` by object identifier.
+/// A certificate as [`der`] makes it.
 pub fn certificate(
     subject: (&str, &SigningKey),
     issuer: (&str, &SigningKey),
     serial: u8,
     extensions: &[(&str, Vec<u8>)],
 ) -> Cert {
+    Cert::from_der(&der(subject, issuer, serial, extensions)).unwrap()
+}
+
+/// DER of a certificate for `subject`, with `extensions` by object identifier.
+pub fn der(
+    subject: (&str, &SigningKey),
+    issuer: (&str, &SigningKey),
+    serial: u8,
+    extensions: &[(&str, Vec<u8>)],
+) -> Vec<u8> {
     let spki = subject.1.verifying_key().to_public_key_der().unwrap();
     let extension = |(id, value): &(&str, Vec<u8>)| Extension {
         extn_id: oid(id),
@@ -80,7 +90,7 @@ pub fn certificate(
     };
     let signature = sign(issuer.1, &tbs.to_der().unwrap());
     let cert = Certificate { tbs_certificate: tbs, signature_algorithm: algorithm(), signature };
-    Cert::from_der(&cert.to_der().unwrap()).unwrap()
+    cert.to_der().unwrap()
 }
 
 /// DER of a small INTEGER.
@@ -145,8 +155,26 @@ impl Authority {
         self.list(revoked, made, Some(due), None)
     }
 
-    /// A revocation list in DER, by the root; `critical` is the object identifier of an extension.
-    pub fn list(&self, revoked: &[u8], made: u64, due: Option<u64>, critical: Option<&str>) -> Vec<u8> {
+    /// A revocation list in DER, by the root; `extension` is its object identifier, and whether it is critical.
+    pub fn list(
+        &self,
+        revoked: &[u8],
+        made: u64,
+        due: Option<u64>,
+        extension: Option<(&str, bool)>,
+    ) -> Vec<u8> {
+        self.list_by("ARK-Test", revoked, made, due, extension)
+    }
+
+    /// The same in the name of `issuer`, signed with `root_key`.
+    pub fn list_by(
+        &self,
+        issuer: &str,
+        revoked: &[u8],
+        made: u64,
+        due: Option<u64>,
+        extension: Option<(&str, bool)>,
+    ) -> Vec<u8> {
         let revoke = |serial: &u8| RevokedCert {
             serial_number: SerialNumber::new(&[*serial]).unwrap(),
             revocation_date: time(NOW - 10),
@@ -155,13 +183,13 @@ impl Authority {
         let tbs = TbsCertList {
             version: Version::V2,
             signature: algorithm(),
-            issuer: Name::from_str("CN=ARK-Test").unwrap(),
+            issuer: Name::from_str(&format!("CN={issuer}")).unwrap(),
             this_update: time(made),
             next_update: due.map(time),
             revoked_certificates: Some(revoked.iter().map(revoke).collect()),
-            crl_extensions: critical.map(|id| {
+            crl_extensions: extension.map(|(id, critical)| {
                 let extn_value = OctetString::new([5, 0]).unwrap();
-                vec![Extension { extn_id: oid(id), critical: true, extn_value }]
+                vec![Extension { extn_id: oid(id), critical, extn_value }]
             }),
         };
         let signature = sign(&self.root_key, &tbs.to_der().unwrap());

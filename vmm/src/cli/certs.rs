@@ -11,6 +11,7 @@ use std::sync::Arc;
 use snp::attest::cert::Cert;
 use snp::attest::cert::Crl;
 use snp::attest::cert_table;
+use snp::attest::cert_table::Kind;
 
 use super::Failure;
 use super::run::SNP;
@@ -42,7 +43,8 @@ impl CertsArgs {
 /// Options of `cvmm certs`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Certificates in DER or PEM, one file or several: the VCEK or VLEK, its ASK or ASVK, and the ARK
+    /// Certificates in DER or PEM, one file or several: the VCEK or VLEK, its ASK or ASVK, and the ARK. Of a file that
+    /// has both intermediates the fitting one is taken
     #[arg(value_name = "CERT", required_unless_present = "show")]
     certificates: Vec<PathBuf>,
     /// AMD's revocation list, DER or PEM, for the table as well
@@ -96,6 +98,13 @@ fn make(args: &Args, out: &Path) -> Result<(), Failure> {
             "the table has {} bytes, {FILE_LIMIT} is the limit",
             table.len()
         )));
+    }
+    let held = cert_table::parse(&table).map_err(Failure::monitor)?;
+    if !held.iter().any(|(kind, _)| *kind == Kind::ASK) {
+        let _ = writeln!(
+            io::stderr(),
+            "cvmm: warning: the table has no ASK or ASVK and no ARK: who verifies with it has to get them elsewhere"
+        );
     }
     write_anew(out, &table).map_err(|e| Failure::Monitor(format!("{}: {e}", out.display())))
 }

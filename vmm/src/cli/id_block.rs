@@ -4,6 +4,8 @@
 //! With the keys at hand one `sign` does all. For keys kept elsewhere there are two steps: `new` writes the block, which
 //! any tool can sign (`openssl dgst -sha384 -sign`), and `sign --block-signature` puts what it wrote into the auth page.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::io::Write as _;
 use std::path::Path;
 use std::path::PathBuf;
@@ -147,11 +149,14 @@ fn parse_id(text: &str) -> Result<[u8; 16], String> {
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     let wrong = |reason: String| Failure::Usage(format!("{}: {reason}", path.display()));
-    let len = std::fs::metadata(path).map_err(|e| wrong(e.to_string()))?.len();
-    if len > FILE_MAX {
-        return Err(wrong(format!("{len} bytes, expected at most {FILE_MAX}")));
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
+    // Not by the file's size: a pipe and a device have none.
+    file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(|e| wrong(e.to_string()))?;
+    if bytes.len() as u64 > FILE_MAX {
+        return Err(wrong(format!("more than {FILE_MAX} bytes")));
     }
-    std::fs::read(path).map_err(|e| wrong(e.to_string()))
+    Ok(bytes)
 }
 
 fn read_text(path: &Path) -> Result<String, Failure> {
@@ -215,6 +220,7 @@ fn read_auth(path: &Path) -> Result<IdAuth, Failure> {
 pub fn main(args: &Args) -> Result<u8, Failure> {
     match &args.command {
         Command::New(new) => {
+            new.policy.check_firmware().map_err(Failure::usage)?;
             let block = IdBlock {
                 launch_digest: digest(&new.digest)?,
                 family_id: new.family_id,
@@ -324,6 +330,10 @@ fn check_block(args: &Check) -> Result<u8, Failure> {
     let block = read_block(&args.block)?;
     let auth = read_auth(&args.auth)?;
     let launch = args.digest.as_deref().map(digest).transpose()?.unwrap_or(block.launch_digest);
+    if let Err(error) = block.policy.check_firmware() {
+        println!("{error}");
+        return Ok(EXIT_REFUSED);
+    }
     match auth.check(&block, launch, args.policy.unwrap_or(block.policy)) {
         Ok(()) => {
             println!("good");

@@ -42,6 +42,7 @@ use super::firmware::map;
 use super::firmware::wrong;
 use super::run::ImageArgs;
 use super::vtpm::MeasureArgs;
+use crate::config::BootFiles;
 
 /// Most vCPUs that are measured: as many as KVM can give to a guest.
 const VCPUS_MAX: u32 = 4096;
@@ -207,7 +208,8 @@ fn count_digest(vcpus: u32, digest: LaunchDigest) -> CountDigest {
     CountDigest { vcpus, launch_digest: digest.to_string() }
 }
 
-fn sha256(bytes: &[u8]) -> String {
+/// A name for a file's contents.
+pub fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
@@ -240,20 +242,10 @@ fn direct(args: &Args) -> Result<Measured, Failure> {
         last = Some((image.plan, image.shim, trace));
     }
     let (plan, shim, trace) = last.ok_or_else(|| Failure::Usage("no number of vCPUs".into()))?;
-    let inputs = vec![
-        ("image", "direct boot".into()),
-        ("cvmm", env!("CARGO_PKG_VERSION").into()),
-        ("stage0 sha256", args.fingerprint(snp::stage0::BUILT.image)),
-        ("launch pages", plan.launch_pages().to_string()),
-        ("memory", format!("{:#x}", args.image.memory)),
-        ("cpus", counts(args).iter().map(u32::to_string).collect::<Vec<_>>().join(",")),
-        ("accept", accepts(&args.image, &files.kernel).into()),
-        ("secure tsc", args.image.secure_tsc.to_string()),
-        ("cmdline", args.image.cmdline.clone()),
-        ("kernel sha256", args.fingerprint(files.kernel.file())),
-        ("vtpm", args.vtpm.wanted().to_string()),
-        ("initrd sha256", files.initrd.as_deref().map_or("none".into(), |initrd| args.fingerprint(initrd))),
-    ];
+    let mut inputs = direct_inputs(&args.image, &files, args.vtpm.wanted(), |bytes| args.fingerprint(bytes));
+    inputs.push(("image", "direct boot".into()));
+    inputs.push(("launch pages", plan.launch_pages().to_string()));
+    inputs.push(("cpus", counts(args).iter().map(u32::to_string).collect::<Vec<_>>().join(",")));
     let bound = shim.as_ref().map_or_else(String::new, Shim::explain);
     let mut measured = Measured { bound, ..explain(plan, &trace, digests, inputs, Vec::new()) };
     measured.explanation.pcrs = pcrs(&events);
@@ -274,6 +266,27 @@ fn accepts(image: &ImageArgs, kernel: &Kernel) -> &'static str {
 /// A bank's name among the tools that use TPMs.
 fn bank_name(bank: u16) -> &'static str {
     if bank == alg::SHA384 { "sha384" } else { "sha256" }
+}
+
+/// What the digest of a direct boot depends on, the number of vCPUs aside; `fingerprint` names the contents of a file.
+pub fn direct_inputs(
+    image: &ImageArgs,
+    files: &BootFiles,
+    vtpm: bool,
+    fingerprint: impl Fn(&[u8]) -> String,
+) -> Vec<(&'static str, String)> {
+    let initrd = files.initrd.as_deref();
+    vec![
+        ("cvmm", env!("CARGO_PKG_VERSION").into()),
+        ("stage0 sha256", fingerprint(snp::stage0::BUILT.image)),
+        ("memory", format!("{:#x}", image.memory)),
+        ("accept", accepts(image, &files.kernel).into()),
+        ("secure tsc", image.secure_tsc.to_string()),
+        ("cmdline", image.cmdline.clone()),
+        ("vtpm", vtpm.to_string()),
+        ("kernel sha256", fingerprint(files.kernel.file())),
+        ("initrd sha256", initrd.map_or("none".into(), |initrd| fingerprint(initrd))),
+    ]
 }
 
 /// What a run extends the TPM's PCRs to, by bank.

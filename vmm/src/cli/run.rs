@@ -28,6 +28,7 @@ use super::firmware;
 use super::firmware::FirmwareArgs;
 use super::firmware::LaunchImage;
 use super::id_block::IdentityCheck;
+use super::measure;
 use super::reboot::RebootArgs;
 use super::trials::Trials;
 use super::vtpm::VtpmArgs;
@@ -382,11 +383,11 @@ fn direct_image(
     if args.platform == PlatformKind::Emulated {
         image.code = Some(sites::annotate(&files.kernel).map_err(Failure::usage)?);
     }
-    image.inputs = vec![
-        ("cmdline", args.image.cmdline.clone()),
-        ("memory", format!("{:#x}", args.image.memory)),
-        ("vtpm", args.vtpm.wanted().to_string()),
-    ];
+    // Only a comparison shows them, and hashing large files takes its time.
+    if args.reference.is_some() {
+        image.inputs = measure::direct_inputs(&args.image, files, args.vtpm.wanted(), measure::sha256);
+        image.inputs.push(("cpus", args.image.cpus.to_string()));
+    }
     Ok((image, companions))
 }
 

@@ -2,6 +2,8 @@
 //! `cvmm verify`: is this report genuine, and does it say what my policy wants?
 
 use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Read as _;
 use std::io::Write as _;
 use std::path::Path;
 use std::path::PathBuf;
@@ -10,8 +12,8 @@ use std::time::SystemTime;
 use snp::attest::cert::Cert;
 use snp::attest::cert::Crl;
 use snp::attest::chain::Trust;
+use snp::attest::evidence;
 use snp::attest::policy::Policy;
-use snp::attest::report::Report;
 use snp::attest::verify::Demands;
 use snp::attest::verify::Evidence;
 use snp::attest::verify::Verdict;
@@ -27,11 +29,13 @@ const FILE_MAX: u64 = 16 << 20;
 /// Options of `cvmm verify`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// The report, 1184 bytes as the guest got it
+    /// The report as the guest got it: 1184 bytes or their hexadecimal digits, also with a certificate table behind it (an extended
+    /// report), or the envelope of an Azure confidential VM
     #[arg(value_name = "REPORT")]
     report: PathBuf,
-    /// Certificates in DER or PEM: the VCEK or VLEK, and its issuer if that is not AMD's VCEK intermediate; can be repeated
-    #[arg(long, value_name = "FILE", required = true, num_args = 1..)]
+    /// Certificates: the VCEK or VLEK, and its issuer if that is not AMD's VCEK intermediate. DER, PEM, or a certificate table; can be
+    /// repeated. Not needed if the table stands behind the report
+    #[arg(long, value_name = "FILE", num_args = 1)]
     certs: Vec<PathBuf>,
     /// The policy, a TOML file
     #[arg(long, value_name = "FILE")]
@@ -77,11 +81,14 @@ fn parse_time(text: &str) -> Result<u64, String> {
 
 fn read(option: &str, path: &Path) -> Result<Vec<u8>, Failure> {
     let wrong = |reason: String| Failure::Usage(format!("{option} {}: {reason}", path.display()));
-    let len = std::fs::metadata(path).map_err(|e| wrong(e.to_string()))?.len();
-    if len > FILE_MAX {
-        return Err(wrong(format!("{len} bytes, expected at most {FILE_MAX}")));
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
+    // Not by the file's size: a pipe and a device have none.
+    file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(|e| wrong(e.to_string()))?;
+    if bytes.len() as u64 > FILE_MAX {
+        return Err(wrong(format!("more than {FILE_MAX} bytes, which no report and no certificate has")));
     }
-    std::fs::read(path).map_err(|e| wrong(e.to_string()))
+    Ok(bytes)
 }
 
 /// Verifies and prints the verdict; the exit code is 0 only if every rule holds.
@@ -90,12 +97,18 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         let path = path.to_owned();
         move |e: &dyn std::fmt::Display| Failure::Usage(format!("{option} {}: {e}", path.display()))
     };
-    let report =
-        Report::parse(&read("report", &args.report)?).map_err(|e| named("report", &args.report)(&e))?;
-    let mut certificates = Vec::new();
+    let collected =
+        evidence::read(&read("report", &args.report)?).map_err(|e| named("report", &args.report)(&e))?;
+    let mut certificates = collected.certificates;
     for path in &args.certs {
-        let found = Cert::read_all(&read("--certs", path)?);
+        let found = evidence::read_certificates(&read("--certs", path)?);
         certificates.extend(found.map_err(|e| named("--certs", path)(&e))?);
+    }
+    if certificates.is_empty() {
+        return Err(Failure::Usage(
+            "--certs is missing: give the certificate of the key that signed the report (VCEK or VLEK)"
+                .into(),
+        ));
     }
     let mut policy = Policy::load(&args.policy).map_err(Failure::usage)?;
     for path in &args.measurements {
@@ -122,7 +135,12 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     let trust = Trust { other_root };
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_err(Failure::monitor)?;
     let now = args.at.unwrap_or(since_1970.as_secs());
-    let evidence = Evidence { report: &report, certificates: &certificates, crl: crl.as_ref() };
+    let evidence = Evidence {
+        report: &collected.report,
+        certificates: &certificates,
+        crl: crl.as_ref(),
+        runtime_data: collected.runtime_data.as_ref(),
+    };
     let verdict = verify(&evidence, &Demands { policy: &policy, nonce: args.nonce, trust: &trust, now });
     let text = if args.json {
         serde_json::to_string_pretty(&verdict).map_err(Failure::monitor)? + "\n"
@@ -133,26 +151,34 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     Ok(if verdict.verified { 0 } else { EXIT_REFUSED })
 }
 
+/// The verdict for people: what failed, what holds, what nobody looked at, and the sum of it.
 fn table(verdict: &Verdict, trust: &Trust) -> String {
     let mut out = String::new();
-    for check in &verdict.checks {
-        let mark = if check.pass { "ok  " } else { "FAIL" };
-        if check.pass && check.expected == check.found {
-            let _ = writeln!(out, "{mark} {:22} {}", check.rule, check.found);
-        } else {
-            let _ = writeln!(out, "{mark} {:22} expected: {}", check.rule, check.expected);
-            let _ = writeln!(out, "     {:22} found:    {}", "", check.found);
-        }
+    for check in verdict.checks.iter().filter(|check| !check.pass) {
+        let _ = writeln!(out, "FAIL {:22} expected: {}", check.rule, check.expected);
+        let _ = writeln!(out, "     {:22} found:    {}", "", check.found);
     }
-    let failed = verdict.failed();
+    for check in verdict.checks.iter().filter(|check| check.pass) {
+        let _ = writeln!(out, "ok   {:22} {}", check.rule, check.found);
+    }
+    for unchecked in &verdict.unchecked {
+        let _ = writeln!(out, "--   {:22} not checked: {}", unchecked.what, unchecked.why);
+    }
+    let _ = writeln!(out, "     {:22} {}", "report", verdict.report);
+    let unchecked: Vec<&str> = verdict.unchecked.iter().map(|unchecked| unchecked.what).collect();
+    let unchecked = match unchecked.as_slice() {
+        [] => String::new(),
+        some => format!("; not checked: {}", some.join(", ")),
+    };
+    let rules = verdict.checks.len();
     let _ = match (verdict.verified, &trust.other_root) {
-        (true, None) => writeln!(out, "VERIFIED: all {} rules hold", verdict.checks.len()),
+        (true, None) => writeln!(out, "VERIFIED: {rules} rules hold{unchecked}"),
         (true, Some(root)) => writeln!(
             out,
-            "VERIFIED under '{}', which is not AMD's root: this says nothing about hardware",
+            "VERIFIED under '{}', which is not AMD's root: this says nothing about hardware{unchecked}",
             root.name()
         ),
-        (false, _) => writeln!(out, "REFUSED: {}", failed.join(", ")),
+        (false, _) => writeln!(out, "REFUSED: {}", verdict.failed().join(", ")),
     };
     out
 }
