@@ -38,11 +38,6 @@ pub fn parse(name: &str) -> Result<u32, UnknownModel> {
     {
         return Ok(signature);
     }
-    if name.bytes().all(|b| b.is_ascii_digit())
-        && let Ok(signature) = name.parse()
-    {
-        return Ok(signature);
-    }
     let lower = name.to_ascii_lowercase();
     let (base, version) = match lower.rsplit_once("-v") {
         Some((base, version)) => (base, version.parse::<u32>().ok()),

@@ -7,6 +7,7 @@ mod emulated;
 mod firmware;
 mod id_block;
 mod measure;
+mod modes;
 mod reboot;
 mod run;
 mod trials;
@@ -17,6 +18,8 @@ use std::io;
 use std::io::Write;
 use std::process::ExitCode;
 
+use clap::CommandFactory;
+use clap::FromArgMatches;
 use clap::Parser;
 use clap::Subcommand;
 use vtpm_svc::cli_vmgs::CliError;
@@ -98,9 +101,13 @@ impl Failure {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let result = match cli.command {
-        Some(Command::Measure(args)) => measure::main(&args),
+        Some(Command::Measure(args)) => match matches.subcommand() {
+            Some((_, matches)) => modes::check(matches, true).and_then(|()| measure::main(&args)),
+            None => measure::main(&args),
+        },
         Some(Command::IdBlock(args)) => id_block::main(&args),
         Some(Command::Verify(args)) => verify::main(&args),
         Some(Command::Certs(args)) => certs::main(&args),
@@ -111,7 +118,7 @@ pub fn main() -> ExitCode {
                 other => Failure::monitor(other),
             })
         }
-        None => run::main(&cli.run),
+        None => modes::check(&matches, false).and_then(|()| run::main(&cli.run)),
     };
     let (message, code) = match result {
         Ok(code) => return ExitCode::from(code),

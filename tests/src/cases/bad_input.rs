@@ -113,7 +113,7 @@ pub fn cases() -> Vec<Case> {
         with_kernel(
             "bad-input/secure-tsc-of-a-plain-guest",
             &["--secure-tsc"],
-            &["--secure-tsc needs --snp"],
+            &["--secure-tsc", "as an SNP guest (--snp"],
         ),
         Case::new("bad-input/secure-tsc-on-the-emulated-platform", |context| {
             let keys = context.keys()?.display().to_string();

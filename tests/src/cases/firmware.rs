@@ -68,7 +68,7 @@ fn other_cases() -> Vec<Case> {
         ),
         on_host("igvm-with-a-kernel", &["--igvm", "x", "--kernel", "y", "--snp"], &["--igvm", "--kernel"]),
         on_host("firmware-and-igvm", &["--igvm", "x", "--firmware", "y", "--snp"], &["--igvm", "--firmware"]),
-        on_host("firmware-without-snp", &["--firmware", "/etc/passwd"], &["--firmware needs --snp"]),
+        on_host("firmware-without-snp", &["--firmware", "/etc/passwd"], &["--firmware", "it needs --snp"]),
         on_host(
             "firmware-with-split-backing",
             &["--firmware", "/etc/passwd", "--snp", "--platform", "emulated", "--backing", "split"],

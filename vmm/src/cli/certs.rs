@@ -23,7 +23,7 @@ use crate::certs::Source;
 #[derive(clap::Args, Clone, Debug)]
 pub struct CertsArgs {
     /// Certificates for the guest's extended reports: a table that `cvmm certs` made. Read at each request, under a shared lock
-    #[arg(long, value_name = "FILE", requires = "snp", help_heading = SNP)]
+    #[arg(long, value_name = "FILE", help_heading = SNP)]
     certs: Option<PathBuf>,
 }
 

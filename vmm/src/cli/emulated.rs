@@ -17,19 +17,19 @@ use crate::platform::emulated::EmulatedOptions;
 #[command(next_help_heading = "Emulated platform")]
 pub struct EmulatedArgs {
     /// One memory for both views of a page, or one for each
-    #[arg(long, value_enum, default_value = "single", requires = "snp")]
+    #[arg(long, value_enum, default_value = "single")]
     pub backing: Backing,
     /// Stop at the first access through the wrong view, or to memory that the guest has not validated (needs split backing)
-    #[arg(long, requires = "snp")]
+    #[arg(long)]
     strict: bool,
     /// How PVALIDATE of 2 MiB is answered
-    #[arg(long, value_enum, default_value = "accept", requires = "snp")]
+    #[arg(long, value_enum, default_value = "accept")]
     pvalidate_2m: Pvalidate2m,
     /// Processor that the guest is told of, and whose firmware checks its CPUID page
-    #[arg(long, value_enum, default_value = "genoa", requires = "snp")]
+    #[arg(long, value_enum, default_value = "genoa")]
     product: ProductName,
     /// File with the platform's attestation keys, made if absent [default: ~/.local/state/cvmm/emulated-platform.pem]
-    #[arg(long, value_name = "FILE", requires = "snp")]
+    #[arg(long, value_name = "FILE")]
     emulated_keys: Option<PathBuf>,
 }
 

@@ -52,16 +52,14 @@ enum ZeroPagesArg {
 }
 
 fn parse_features(text: &str) -> Result<u64, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16).ok(),
-        None => text.parse().ok(),
-    };
-    match parsed {
+    // Without 0x it could be meant either way.
+    let parsed = text.strip_prefix("0x").filter(|hex| !hex.starts_with('+'));
+    match parsed.and_then(|hex| u64::from_str_radix(hex, 16).ok()) {
         Some(features) if features & 1 == 1 => Ok(features),
         Some(_) => {
             Err("bit 0 (SNP) is set in every SNP guest: give 0x1 and what was requested besides".into())
         }
-        None => Err(format!("'{text}' is not a number such as 0x1")),
+        None => Err(format!("'{text}' is not a number in hexadecimal such as 0x1")),
     }
 }
 

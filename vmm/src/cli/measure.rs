@@ -128,11 +128,6 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     if let Some([first, second]) = args.diff.as_deref() {
         return print_diff(first, second);
     }
-    if let Some(option) = args.file.option().filter(|_| args.vtpm.wanted()) {
-        return Err(Failure::Usage(format!(
-            "{option} with --vtpm: only a --kernel that cvmm boots itself has a TPM"
-        )));
-    }
     let measured = match (&args.file.igvm, &args.file.firmware) {
         (Some(file), _) => igvm(args, file)?,
         (None, Some(file)) => firmware(args, file)?,

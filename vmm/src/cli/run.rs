@@ -135,16 +135,16 @@ pub struct Args {
     #[arg(long, help_heading = SNP)]
     snp: bool,
     /// Where an SNP guest runs
-    #[arg(long, value_enum, default_value = "kvm", requires = "snp", help_heading = SNP)]
+    #[arg(long, value_enum, default_value = "kvm", help_heading = SNP)]
     platform: PlatformKind,
     /// SNP guest policy, 64 bits [default: the IGVM file's, or 0x30000]
-    #[arg(long, value_name = "BITS", requires = "snp", help_heading = SNP)]
+    #[arg(long, value_name = "BITS", help_heading = SNP)]
     policy: Option<GuestPolicy>,
     /// 32 bytes for the host-data field of the guest's reports, in hexadecimal
-    #[arg(long, value_name = "HEX", value_parser = config::parse_hex32, requires = "snp", help_heading = SNP)]
+    #[arg(long, value_name = "HEX", value_parser = config::parse_hex32, help_heading = SNP)]
     host_data: Option<[u8; 32]>,
     /// Your signed ID block, binary or in base64: the launch is refused if digest or policy differ (see `cvmm id-block`)
-    #[arg(long, value_name = "FILE", requires = "snp", requires = "id_auth", help_heading = SNP)]
+    #[arg(long, value_name = "FILE", requires = "id_auth", help_heading = SNP)]
     id_block: Option<PathBuf>,
     /// The ID block's auth page, binary or in base64
     #[arg(long, value_name = "FILE", requires = "id_block", help_heading = SNP)]
@@ -155,7 +155,7 @@ pub struct Args {
     /// Where the firmware refuses CPUID values, launch with its own, if all changes are on a short list (features that only
     /// disappear, cache descriptions); they are printed. Bits that KVM makes up, or that newer microcode
     /// announces, may go without this option. The CPUID page is not measured
-    #[arg(long, requires = "snp", help_heading = SNP)]
+    #[arg(long, help_heading = SNP)]
     accept_cpuid: bool,
     #[command(flatten)]
     certs: CertsArgs,
@@ -208,18 +208,7 @@ impl ImageArgs {
 pub fn main(args: &Args) -> Result<u8, Failure> {
     args.emulated.check()?;
     args.vtpm.check()?;
-    if args.image.secure_tsc && !args.snp {
-        return Err(Failure::Usage("--secure-tsc needs --snp: the host keeps a plain guest's clock".into()));
-    }
     if let Some(option) = args.file.option() {
-        if !args.snp {
-            return Err(Failure::Usage(format!("{option} needs --snp: a plain guest boots a --kernel")));
-        }
-        if args.vtpm.wanted() {
-            return Err(Failure::Usage(format!(
-                "{option} with a TPM: cvmm announces the TPM to a --kernel that it boots itself, and has no way to tell firmware"
-            )));
-        }
         if args.emulated.backing == Backing::Split {
             return Err(Failure::Usage(format!(
                 "{option} with --backing split: firmware starts with paging off, where every access is private whatever its \

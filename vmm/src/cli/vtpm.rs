@@ -27,25 +27,25 @@ pub struct VtpmArgs {
     #[arg(long, value_name = "SOCKET")]
     vtpm_socket: Option<PathBuf>,
     /// File with the key of --vtpm FILE: 32 bytes, or 64 hexadecimal digits
-    #[arg(long, value_name = "FILE", requires = "vtpm", group = "vtpm_key")]
+    #[arg(long, value_name = "FILE", group = "vtpm_key")]
     vtpm_key_file: Option<PathBuf>,
     /// File whose first line is the passphrase of --vtpm FILE
-    #[arg(long, value_name = "FILE", requires = "vtpm", group = "vtpm_key")]
+    #[arg(long, value_name = "FILE", group = "vtpm_key")]
     vtpm_passphrase_file: Option<PathBuf>,
     /// systemd credential with the key of --vtpm FILE
-    #[arg(long, value_name = "NAME", requires = "vtpm", group = "vtpm_key")]
+    #[arg(long, value_name = "NAME", group = "vtpm_key")]
     vtpm_key_credential: Option<String>,
     /// Program that prints the key of --vtpm FILE
-    #[arg(long, value_name = "PROGRAM", requires = "vtpm", group = "vtpm_key")]
+    #[arg(long, value_name = "PROGRAM", group = "vtpm_key")]
     vtpm_key_hook: Option<PathBuf>,
     /// Folder that remembers which copy of --vtpm FILE is the newest [default: as for `cvmm vmgs`]
     #[arg(long, value_name = "DIR", requires = "vtpm_key")]
     vtpm_anchor: Option<PathBuf>,
     /// Folder of the host's certificate authority, made if missing: a new TPM gets EK and AK certificates from it
-    #[arg(long, value_name = "DIR", requires = "vtpm")]
+    #[arg(long, value_name = "DIR")]
     vtpm_ek_ca: Option<PathBuf>,
     /// The service's program [default: vtpm-svc beside cvmm, or in PATH]
-    #[arg(long, value_name = "FILE", requires = "vtpm")]
+    #[arg(long, value_name = "FILE")]
     vtpm_svc: Option<PathBuf>,
 }
 
