@@ -66,7 +66,7 @@ pub fn check(
     let nonce = nonce.try_into().context("report data has 64 bytes")?;
     let trust = Trust { other_root: root };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock")?.as_secs();
-    let evidence = Evidence { report: &report, certificates: &certificates, crl: None };
+    let evidence = Evidence { report: &report, certificates: &certificates, crl: None, runtime_data: None };
     Ok(verify(&evidence, &Demands { policy: &policy, nonce: Some(nonce), trust: &trust, now }))
 }
 

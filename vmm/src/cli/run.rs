@@ -208,13 +208,13 @@ impl ImageArgs {
 pub fn main(args: &Args) -> Result<u8, Failure> {
     args.emulated.check()?;
     args.vtpm.check()?;
-    if let Some(option) = args.file.option() {
-        if args.emulated.backing == Backing::Split {
-            return Err(Failure::Usage(format!(
-                "{option} with --backing split: firmware starts with paging off, where every access is private whatever its \
-                 address says, so it needs --backing single"
-            )));
-        }
+    if let Some(option) = args.file.option()
+        && args.emulated.backing == Backing::Split
+    {
+        return Err(Failure::Usage(format!(
+            "{option} with --backing split: firmware starts with paging off, where every access is private whatever its \
+             address says, so it needs --backing single"
+        )));
     }
     let certificates = args.certs.source()?;
     let (platform, guest, companions) = if args.snp { snp_guest(args)? } else { plain_guest(args)? };
