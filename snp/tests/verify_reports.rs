@@ -669,6 +669,20 @@ fn names_in_certificates_cannot_paint_a_verdict() {
     }
 }
 
+/// Programs of others demand each of them.
+#[test]
+fn the_emulated_platforms_key_has_the_extensions_of_a_real_one() {
+    use x509_cert::der::Decode as _;
+    let extensions = |der: &[u8]| -> Vec<(String, usize)> {
+        let cert = x509_cert::Certificate::from_der(der).unwrap();
+        let list = cert.tbs_certificate.extensions.unwrap();
+        list.iter().map(|e| (e.extn_id.to_string(), usize::from(e.critical))).collect()
+    };
+    let real = real_reports().remove(0);
+    let emulated = snp::model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+    assert_eq!(extensions(&emulated.certificates().vcek), extensions(real.certificates[0].der()));
+}
+
 /// A peer makes the table, as hosts and guests' drivers have it.
 fn table_of(certificates: &[Cert]) -> Vec<u8> {
     use sev::firmware::host::CertTableEntry;

@@ -67,6 +67,13 @@ mod oid {
     pub const PRODUCT_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.2");
     pub const BOOT_LOADER: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.1");
     pub const TEE: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.2");
+    /// Four versions that AMD reserves; readers such as go-sev-guest demand them all the same.
+    pub const RESERVED: [ObjectIdentifier; 4] = [
+        ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.4"),
+        ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.5"),
+        ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.6"),
+        ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.7"),
+    ];
     pub const SNP: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.3");
     pub const MICROCODE: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.3.8");
     pub const HWID: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.1.4");
@@ -279,11 +286,17 @@ fn extension(id: ObjectIdentifier, critical: bool, value: &[u8]) -> Result<Exten
 /// Extensions of a VCEK: integers and a string in DER, and the chip id as bare bytes.
 fn vcek_extensions(tcb: Tcb, chip_id: &[u8; 64]) -> Result<Vec<Extension>, ChainError> {
     let int = |id, value: u8| extension(id, false, &value.to_der()?);
+    let [reserved_4, reserved_5, reserved_6, reserved_7] = oid::RESERVED;
+    // In the order that AMD's have.
     Ok(vec![
         int(oid::STRUCT_VERSION, 0)?,
         extension(oid::PRODUCT_NAME, false, &Ia5StringRef::new("Milan-EMULATED")?.to_der()?)?,
         int(oid::BOOT_LOADER, tcb.boot_loader)?,
         int(oid::TEE, tcb.tee)?,
+        int(reserved_4, 0)?,
+        int(reserved_5, 0)?,
+        int(reserved_6, 0)?,
+        int(reserved_7, 0)?,
         int(oid::SNP, tcb.snp)?,
         int(oid::MICROCODE, tcb.microcode)?,
         extension(oid::HWID, false, chip_id)?,
