@@ -29,7 +29,7 @@ pub const EXIT_MONITOR_ERROR: u8 = 1;
 pub const EXIT_USAGE: u8 = 2;
 
 impl Outcome {
-    /// Exit code of `cvmm run`.
+    /// Exit code of a run.
     pub fn exit_code(&self) -> u8 {
         match self {
             Outcome::PoweredOff => 0,

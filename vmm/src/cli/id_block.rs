@@ -288,8 +288,10 @@ fn show_block(args: &Show) -> Result<u8, Failure> {
     match &auth {
         Some(auth) if args.qemu => {
             let encode = |bytes: &[u8]| Base64::encode_string(bytes);
+            // QEMU (qapi/qom.json, SevSnpGuestProperties) looks at the author's key only if it is told to.
+            let author = if auth.author.is_some() { ",author-key-enabled=on" } else { "" };
             out.push_str(&format!(
-                "id-block={},id-auth={}\n",
+                "id-block={},id-auth={}{author}\n",
                 encode(&block.encode()),
                 encode(&auth.encode())
             ));
