@@ -7,6 +7,8 @@
 use super::server::Service;
 use super::wire::Response;
 use super::wire::code;
+use crate::engine::Blob;
+use crate::engine::StateStore;
 use crate::log;
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
@@ -62,6 +64,23 @@ impl<F: BlockFile + 'static> Service<F> {
         match submitted {
             Ok(answer) => Response::ok().word(answer as u32),
             Err(e) => failed("storing the physical-presence request", &e),
+        }
+    }
+
+    /// A volatile state that was stored is for the power-on that continues it; here somebody wants another one.
+    pub(super) fn forget_volatile(&self) -> Response {
+        let engine = self.engine();
+        if engine.is_running() {
+            return Response::refused(code::BAD_ORDINAL);
+        }
+        match self.state.clone().delete(Blob::Volatile) {
+            Ok(existed) => {
+                if existed {
+                    log::warn("a stored volatile state was dropped: the TPM starts anew");
+                }
+                Response::ok()
+            }
+            Err(_) => Response::refused(code::FAIL),
         }
     }
 
