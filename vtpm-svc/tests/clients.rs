@@ -128,6 +128,27 @@ fn with_terminate_the_last_control_client_ends_the_service() {
     assert!(service.child.wait().expect("wait").success(), "{}", site.log());
 }
 
+/// What runs while the TPM is being made belongs to the platform.
+#[test]
+fn nobody_cancels_the_making_of_a_tpm() {
+    let site = Site::new();
+    let service = site.start(&["--ek-ca", site.path("ca").to_str().expect("path")]);
+    let path = service.control.clone();
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let canceller = std::thread::spawn(move || {
+        let mut s = UnixStream::connect(path).expect("connect");
+        let mut refused = 0;
+        while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+            refused += u32::from(control(&mut s, &words(&[9])) == words(&[0x0a]));
+        }
+        refused
+    });
+    assert_eq!(control(&mut service.connect_control(), &words(&[2, 0])), words(&[0]), "{}", site.log());
+    drop(stop);
+    assert!(canceller.join().expect("join") > 0, "it has tried");
+    assert!(site.log().contains("with certificates"), "{}", site.log());
+}
+
 /// After an answer that is none the client cannot know what the next bytes belong to.
 #[test]
 fn the_client_gives_up_a_connection_that_is_out_of_step() {

@@ -21,6 +21,7 @@ use super::clients::MAX_CLIENTS;
 use super::clients::Seat;
 use super::data;
 use super::data::Received;
+use super::power::power_off;
 use super::socket::Listener;
 use super::socket::Stream;
 use super::wire;
@@ -93,6 +94,8 @@ pub struct Service<F> {
     pub(super) making: Mutex<Making>,
     pub(super) policy: Policy,
     pub(super) control_clients: AtomicUsize,
+    /// The TPM is being powered on, and made if it must be.
+    pub(super) powering: Mutex<bool>,
     pub(super) locality: AtomicU8,
     data_fd_in_use: AtomicBool,
     end: Sender<End>,
@@ -128,6 +131,7 @@ impl<F: BlockFile + 'static> Service<F> {
             making: Mutex::new(making),
             policy,
             control_clients: AtomicUsize::new(0),
+            powering: Mutex::new(false),
             locality: AtomicU8::new(0),
             data_fd_in_use: AtomicBool::new(false),
             end,
@@ -136,6 +140,10 @@ impl<F: BlockFile + 'static> Service<F> {
 
     pub(super) fn engine(&self) -> MutexGuard<'_, Engine> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn powering(&self) -> MutexGuard<'_, bool> {
+        self.powering.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn vmgs(&self) -> MutexGuard<'_, crate::vmgs::Vmgs<F>> {
@@ -176,7 +184,7 @@ impl<F: BlockFile + 'static> Service<F> {
 
     /// Powers the TPM off and ends the anchor's lease in good order.
     pub fn retire(&self) -> Result<(), crate::vmgs::VmgsError> {
-        self.engine().stop();
+        power_off(&mut self.engine());
         self.vmgs().release()
     }
 
@@ -311,7 +319,7 @@ impl<F: BlockFile + 'static> Service<F> {
                 }))
             }
             Request::Stop => {
-                self.engine().stop();
+                power_off(&mut self.engine());
                 Response::ok()
             }
             Request::SetLocality(l) if l > 4 => Response::refused(code::BAD_LOCALITY),
@@ -354,7 +362,10 @@ impl<F: BlockFile + 'static> Service<F> {
     /// Does not wait for the engine: that is the point of it.
     fn cancel_command(&self) -> Response {
         let off = self.engine.try_lock().is_ok_and(|engine| !engine.is_running());
-        if off {
+        // While the TPM is being powered on, the commands that run are the platform's. The lock is held over the call, which
+        // only sets a flag.
+        let powering = self.powering();
+        if off || *powering {
             return Response::refused(code::BAD_ORDINAL);
         }
         match self.cancel.cancel() {
@@ -364,17 +375,19 @@ impl<F: BlockFile + 'static> Service<F> {
     }
 
     fn store_volatile(&self) -> Result<(), EngineError> {
-        let engine = self.engine();
+        let mut engine = self.engine();
         if !engine.is_running() {
             return Err(EngineError::State("off"));
         }
         let blob = zeroize::Zeroizing::new(engine.state(Blob::Volatile)?);
-        self.state.clone().store(Blob::Volatile, &blob).map_err(|_| EngineError::Refused(9))
+        self.state.clone().store(Blob::Volatile, &blob).map_err(|_| EngineError::Refused(9))?;
+        engine.saved();
+        Ok(())
     }
 
     fn export(&self, kind: u32, offset: u32) -> Response {
         let Some(blob) = Blob::from_protocol(kind) else { return Response::refused(code::BAD_PARAMETER) };
-        let engine = self.engine();
+        let mut engine = self.engine();
         if !engine.is_running() {
             return Response::refused(code::BAD_ORDINAL);
         }
@@ -396,6 +409,10 @@ impl<F: BlockFile + 'static> Service<F> {
             log::error(&format!("recording the export: {e}"));
             return Response::refused(code::FAIL);
         }
+        if blob == Blob::Volatile {
+            // It goes on elsewhere.
+            engine.saved();
+        }
         let rest = data.get(offset as usize..).unwrap_or_default();
         Response::ok().word(0).word(data.len() as u32).word(rest.len() as u32).bytes(rest)
     }
@@ -413,10 +430,18 @@ impl<F: BlockFile + 'static> Service<F> {
         if data.is_empty() {
             return Response::ok();
         }
-        if blob == Blob::Permanent
-            && let Err(e) = engine.validate(blob, data)
-        {
-            log::warn(&format!("TPM state from the control channel is not valid: {e}"));
+        let valid = match blob {
+            Blob::Permanent => engine.validate(blob, data, None),
+            // A volatile state is worth nothing without the permanent one that it was saved with.
+            Blob::Volatile => match self.state.clone().load(Blob::Permanent) {
+                Ok(Some(permanent)) => engine.validate(blob, data, Some(&permanent)),
+                Ok(None) => Err(EngineError::State("without the permanent state that this one belongs to")),
+                Err(_) => return Response::refused(code::FAIL),
+            },
+            Blob::Save => Ok(()),
+        };
+        if let Err(e) = valid {
+            log::warn(&format!("TPM state ({blob:?}) from the control channel is not valid: {e}"));
             return refusal(&e);
         }
         log::warn(&format!("TPM state ({blob:?}) was replaced through the control channel"));

@@ -120,6 +120,8 @@ struct Held {
     understood: Option<Zeroizing<Vec<u8>>>,
     /// The physical-presence record, if the start has changed it.
     ppi: Option<Ppi>,
+    /// The start is to be a fresh one: a stored volatile state is not there, and goes when the start succeeds.
+    fresh: bool,
 }
 
 /// Blobs in a guest-state file.
@@ -174,13 +176,24 @@ impl<F: BlockFile> VmgsState<F> {
         self.held().state = state;
     }
 
+    /// The start that has begun is a fresh one, whatever volatile state is stored.
+    pub fn start_afresh(&self) {
+        self.held().fresh = true;
+    }
+
+    /// Whether the start would continue from a stored volatile state.
+    pub fn continues(&self) -> bool {
+        let fresh = self.held().fresh;
+        !fresh && has_volatile(&self.vmgs())
+    }
+
     /// The physical-presence request that the image has pending. A TPM that is about to continue where it was, from a
     /// volatile state, is not restarted, so nothing is due.
     pub fn pending_ppi(&self) -> Result<Option<Ppi>, VmgsError> {
-        let vmgs = self.vmgs();
-        if vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE) {
+        if self.continues() {
             return Ok(None);
         }
+        let vmgs = self.vmgs();
         let Some(bytes) = vmgs.read_optional(FileId::TPM_PPI)? else { return Ok(None) };
         match Ppi::parse(&bytes) {
             Ok(ppi) => Ok(Some(ppi).filter(|ppi| ppi.pending != 0)),
@@ -223,7 +236,7 @@ impl<F: BlockFile> VmgsState<F> {
     /// Makes durable what was held, in one commit. The copy of a good state alone is not worth one: it goes along with
     /// the next store.
     pub fn settle(&self, delete_volatile: bool) -> Result<(), VmgsError> {
-        let Held { state, understood, ppi, .. } = std::mem::take(&mut *self.held());
+        let Held { state, understood, ppi, fresh, .. } = std::mem::take(&mut *self.held());
         let ppi = ppi.map(Ppi::to_bytes);
         let framed = state.map(|s| Zeroizing::new(frame(Blob::Permanent, self.engine_version, &s)));
         let mut vmgs = self.vmgs();
@@ -235,7 +248,7 @@ impl<F: BlockFile> VmgsState<F> {
         if let Some(record) = &ppi {
             changes.push(Change::Put(FileId::TPM_PPI, record));
         }
-        if delete_volatile && vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE) {
+        if (delete_volatile || fresh) && has_volatile(&vmgs) {
             changes.push(Change::Delete(FileId::VTPM_VOLATILE));
         }
         if changes.is_empty() {
@@ -268,6 +281,9 @@ impl<F: BlockFile> StateStore for VmgsState<F> {
             && let Some(state) = &self.held().state
         {
             return Ok(Some(state.to_vec()));
+        }
+        if blob == Blob::Volatile && self.held().fresh {
+            return Ok(None);
         }
         let Some(bytes) = self.with("reading TPM state", |v| v.read_optional(id))? else { return Ok(None) };
         match unframe(blob, &bytes) {
@@ -306,6 +322,10 @@ impl<F: BlockFile> StateStore for VmgsState<F> {
             Ok(existed)
         })
     }
+}
+
+fn has_volatile<F: BlockFile>(vmgs: &Vmgs<F>) -> bool {
+    vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE)
 }
 
 /// Whether this image has never had a TPM: the only case in which one may be made.
