@@ -16,6 +16,7 @@ use crate::engine::StateStore;
 use crate::engine::state::is_virgin;
 use crate::log;
 use crate::manufacture;
+use crate::manufacture::Subject;
 use crate::presence;
 use crate::tpm2;
 use crate::vmgs::block::BlockFile;
@@ -172,8 +173,9 @@ impl<F: BlockFile + 'static> Service<F> {
         let made = engine.start(true).map_err(|e| e.to_string()).and_then(|()| {
             let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
             let platform = making.platform_certificate.as_deref();
-            let version = self.state.engine_version();
-            manufacture::finish(&mut transport, making.authority.as_ref(), platform, version)
+            let vm = self.state.vmgs().root().vm;
+            let subject = Subject { version: self.state.engine_version(), vm };
+            manufacture::finish(&mut transport, making.authority.as_ref(), platform, subject)
                 .map_err(|e| e.to_string())
         });
         engine.stop();
