@@ -108,6 +108,19 @@ const ALLOWED: &[libc::c_long] = &[
 const ABSENT: &[libc::c_long] =
     &[libc::SYS_openat, libc::SYS_newfstatat, libc::SYS_access, libc::SYS_readlink];
 
+/// Threads of this process. One that has just ended is still listed for a moment after it was waited for.
+fn threads() -> std::io::Result<usize> {
+    let mut last = 0;
+    for _ in 0..100 {
+        last = std::fs::read_dir("/proc/self/task")?.count();
+        if last == 1 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    Ok(last)
+}
+
 fn refuse(e: seccompiler::BackendError) -> SandboxError {
     SandboxError::Seccomp(e.to_string())
 }
@@ -175,7 +188,7 @@ fn filter(
 /// It does not hold a thread that exists already, so there must be none.
 pub fn close(seccomp: bool) -> Result<Vec<String>, SandboxError> {
     let mut missing = Vec::new();
-    match std::fs::read_dir("/proc/self/task").map(Iterator::count) {
+    match threads() {
         Ok(1) => {}
         Ok(threads) => return Err(SandboxError::Threads(threads)),
         Err(e) => missing.push(format!("cannot see whether a thread is left outside of the cage: {e}")),

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,12 +21,15 @@ use crate::control::options::OptionError;
 use crate::control::options::SocketArgs;
 use crate::control::server::End;
 use crate::control::server::Making;
+use crate::control::server::Policy;
 use crate::control::server::Service;
+use crate::control::socket::Stream;
 use crate::engine::Engine;
 use crate::engine::EngineError;
 use crate::engine::Library;
 use crate::engine::state::VmgsState;
 use crate::engine::state::is_virgin;
+use crate::engine::upkeep::Upkeep;
 use crate::keys::KeyError;
 use crate::keys::KeyRequest;
 use crate::keys::Purpose;
@@ -40,9 +44,11 @@ use crate::vmgs::image;
 
 mod channels;
 mod names;
+mod starting;
 
 use channels::Open;
 use names::Names;
+use starting::Starting;
 
 /// What every report of this service about itself has to say.
 pub const TRUST: &str = "The vTPM of this VM runs on the host; its operator can read and change its keys, \
@@ -125,8 +131,10 @@ fn open_image(args: &SocketArgs, path: &Path) -> Result<Vmgs<FsFile>, ServiceErr
 pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     process::one_heap();
     if args.print_capabilities {
-        println!("{}", capabilities());
-        return Ok(());
+        let mut out = io::stdout().lock();
+        return writeln!(out, "{}", capabilities())
+            .and_then(|()| out.flush())
+            .map_err(io_error("writing the capabilities"));
     }
     let (mut policy, running) = args.policy()?;
     let mut control = None;
@@ -171,7 +179,10 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     for missing in process::hide_memory() {
         log::warn(&missing);
     }
+    let starting = Starting::watch(&wanted(args, path), lone_client(policy, control.as_ref()))
+        .map_err(io_error("starting a thread"))?;
     let vmgs = open_image(args, path)?;
+    drop(starting);
     // From here on an end is an orderly one.
     process::block_signals().map_err(io_error("blocking signals"))?;
     // The image is locked: this is the process that serves it, and may replace what an earlier one left.
@@ -188,7 +199,8 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
     let platform = args.platform_cert.as_deref().map(crate::manufacture::platform::read).transpose();
     let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
-    let state = VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version());
+    let upkeep = Upkeep::of(path, args.store_limit);
+    let state = VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version()).with_upkeep(upkeep);
     let engine = Engine::take(library, Box::new(state.clone()))?;
     let (ended, end) = mpsc::channel();
     let service = Arc::new(Service::new(engine, state, making, policy, ended.clone()));
@@ -227,6 +239,20 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     // It ends the process, and with it this wait.
     let _ = ending.join();
     Ok(())
+}
+
+/// What the opening of the image may have to wait for, in words.
+fn wanted(args: &SocketArgs, path: &Path) -> String {
+    let key = args.key.provider().map(|provider| format!("the key ({}) and ", provider.describe()));
+    format!("{}the image {} and its anchor", key.unwrap_or_default(), path.display())
+}
+
+/// The connection of the client whose end is the service's.
+fn lone_client(policy: Policy, control: Option<&Open>) -> Option<OwnedFd> {
+    match control {
+        Some(Open::Connected(Stream::Unix(s))) if policy.terminate => s.try_clone().ok().map(OwnedFd::from),
+        _ => None,
+    }
 }
 
 /// Descriptors that the command line names, as channels or in the way of `/dev/fd/N`; the others are not wanted.
@@ -273,8 +299,8 @@ fn wait_for_the_end(
     names.remove();
     match retired {
         Ok(()) => std::process::exit(0),
-        Err(source) => {
-            log::error(&ServiceError::Image { path: path.display().to_string(), source }.to_string());
+        Err(e) => {
+            log::error(&format!("{}: {e}", path.display()));
             std::process::exit(1);
         }
     }

@@ -214,6 +214,25 @@ fn wrong_command_lines_say_what_to_do() {
         let (ok, text) = run(args);
         assert!(!ok && text.contains(word), "{args:?}: {text}");
     }
+    // Each option of swtpm that has no counterpart says what to do instead.
+    for (args, word) in [
+        (&["-p", "2321"][..], "--server type=tcp,port=N"),
+        (&["--fd", "3"], "clientfd=N"),
+        (&["--migration-key", "file=k"], "--state-export"),
+        (&["--chroot", "/tmp"], "gives up the whole file system"),
+        (&["--profile", "name=x"], "no profiles"),
+        (&["--print-profiles"], "no profiles"),
+        (&["--pcap", "file=x"], "not recorded"),
+        (&["--print-states"], "vmgs list"),
+        (&["--print-info", "1"], "swtpm_ioctl"),
+        (&["--runas", "nobody"], "start the service as that user"),
+        (&["--key", "file=k"], "--key-file"),
+    ] {
+        let (ok, text) = run(&[&["--tpm2", "--vmgs", &image][..], args].concat());
+        let option = args[0].trim_start_matches('-');
+        assert!(!ok && text.contains(word) && text.contains(option), "{args:?}: {text}");
+        assert!(!text.contains("Usage"), "{args:?}: {text}");
+    }
     let socket = format!("type=unixio,path={}", site.path("s").display());
     let (ok, text) = run(&["--tpm2", "--ctrl", &socket, "--vmgs", &image]);
     assert!(!ok && text.contains("--key-file"), "{text}");

@@ -9,6 +9,7 @@ use super::wire::Response;
 use super::wire::code;
 use crate::engine::Blob;
 use crate::engine::StateStore;
+use crate::engine::state::WriteError;
 use crate::log;
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
@@ -24,11 +25,13 @@ enum PlatformError {
     #[error(transparent)]
     Image(#[from] VmgsError),
     #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error(transparent)]
     Record(#[from] RecordError),
 }
 
 fn failed(what: &str, error: &PlatformError) -> Response {
-    log::error(&format!("{what}: {error}"));
+    log::often(&format!("{what}: {error}"));
     Response::refused(code::FAIL)
 }
 
@@ -52,12 +55,18 @@ impl<F: BlockFile + 'static> Service<F> {
         // A TPM that is being powered on may be carrying out the last request.
         let _engine = self.engine();
         let submitted = self.stored_ppi().and_then(|mut ppi| {
+            let before = ppi;
             let answer = ppi.submit(operation, argument);
-            if answer == Submitted::Accepted {
-                log::warn(&format!(
+            if answer == Submitted::Accepted && ppi != before {
+                // The guest decides how often it asks; the host's disk and log are not its own.
+                if !self.requests.allow() {
+                    log::often("physical-presence requests come too often; one was refused");
+                    return Ok(Submitted::Failure);
+                }
+                log::often(&format!(
                     "physical-presence operation {operation} was asked for; it is done at the next start of the TPM"
                 ));
-                self.state.vmgs().commit(&[Change::Put(FileId::TPM_PPI, &ppi.to_bytes())])?;
+                self.state.commit(&[Change::Put(FileId::TPM_PPI, &ppi.to_bytes())])?;
             }
             Ok(answer)
         });
@@ -100,9 +109,15 @@ impl<F: BlockFile + 'static> Service<F> {
 
     pub(super) fn set_clock(&self, skew: RtcSkew) -> Response {
         let Some(skew) = skew.checked() else { return Response::refused(code::BAD_PARAMETER) };
-        match self.state.vmgs().commit(&[Change::Put(FileId::RTC_SKEW, &skew.to_bytes())]) {
-            Ok(_) => Response::ok(),
-            Err(e) => failed("storing the clock's offset", &e.into()),
+        let bytes = skew.to_bytes();
+        let stored = self.state.vmgs().read_optional(FileId::RTC_SKEW).map_err(PlatformError::from);
+        let stored = stored.and_then(|now| match now {
+            Some(now) if **now == bytes => Ok(()),
+            _ => Ok(self.state.commit(&[Change::Put(FileId::RTC_SKEW, &bytes)])?),
+        });
+        match stored {
+            Ok(()) => Response::ok(),
+            Err(e) => failed("storing the clock's offset", &e),
         }
     }
 }

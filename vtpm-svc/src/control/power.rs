@@ -54,6 +54,7 @@ impl<F: BlockFile + 'static> Service<F> {
         startup: Startup,
     ) -> Result<(), EngineError> {
         power_off(engine);
+        self.state.upkeep().begin();
         let virgin = is_virgin(&self.state.vmgs());
         self.state.hold();
         if startup != Startup::None {

@@ -15,6 +15,7 @@ use std::sync::atomic::AtomicU8;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
 use super::clients::Clients;
 use super::clients::MAX_CLIENTS;
@@ -35,8 +36,10 @@ use crate::engine::EngineError;
 use crate::engine::HashStep;
 use crate::engine::StateStore;
 use crate::engine::state::VmgsState;
+use crate::engine::state::WriteError;
 use crate::log;
 use crate::manufacture::Authority;
+use crate::pace::Pace;
 use crate::vmgs::Change;
 use crate::vmgs::block::BlockFile;
 use crate::vmgs::records::RtcSkew;
@@ -53,6 +56,10 @@ pub enum Startup {
     /// `TPM_SU_STATE`.
     State,
 }
+
+/// A physical-presence request is for the next start, so a person who makes some in a row is served.
+const REQUEST_INTERVAL: Duration = Duration::from_secs(10);
+const REQUEST_BURST: u32 = 16;
 
 /// What clients may do.
 #[derive(Debug, Clone, Copy, Default)]
@@ -94,6 +101,8 @@ pub struct Service<F> {
     pub(super) making: Mutex<Making>,
     pub(super) policy: Policy,
     pub(super) control_clients: AtomicUsize,
+    /// How often the guest may change its physical-presence request.
+    pub(super) requests: Pace,
     /// The TPM is being powered on, and made if it must be.
     pub(super) powering: Mutex<bool>,
     pub(super) locality: AtomicU8,
@@ -131,6 +140,7 @@ impl<F: BlockFile + 'static> Service<F> {
             making: Mutex::new(making),
             policy,
             control_clients: AtomicUsize::new(0),
+            requests: Pace::new(REQUEST_INTERVAL, REQUEST_BURST),
             powering: Mutex::new(false),
             locality: AtomicU8::new(0),
             data_fd_in_use: AtomicBool::new(false),
@@ -183,9 +193,10 @@ impl<F: BlockFile + 'static> Service<F> {
     }
 
     /// Powers the TPM off and ends the anchor's lease in good order.
-    pub fn retire(&self) -> Result<(), crate::vmgs::VmgsError> {
+    pub fn retire(&self) -> Result<(), WriteError> {
         power_off(&mut self.engine());
-        self.vmgs().release()
+        self.vmgs().release()?;
+        Ok(self.state.upkeep().look()?)
     }
 
     /// Serves one control client that is connected already.
@@ -219,7 +230,7 @@ impl<F: BlockFile + 'static> Service<F> {
             let seat = match clients.admit(&stream) {
                 Ok(Some(seat)) => seat,
                 Ok(None) => {
-                    log::warn(&format!(
+                    log::often(&format!(
                         "more than {MAX_CLIENTS} {name} clients are at work; one was turned away"
                     ));
                     continue;
@@ -392,7 +403,9 @@ impl<F: BlockFile + 'static> Service<F> {
             return Response::refused(code::BAD_ORDINAL);
         }
         if !self.policy.state_export {
-            log::warn("a client asked for TPM state; refused (start with --state-export allow to permit it)");
+            log::often(
+                "a client asked for TPM state; refused (start with --state-export allow to permit it)",
+            );
             return Response::refused(code::FAIL);
         }
         let data = match blob {
@@ -405,7 +418,7 @@ impl<F: BlockFile + 'static> Service<F> {
         log::warn(&format!(
             "TPM state ({blob:?}) leaves through the control channel: this identity can now live twice"
         ));
-        if let Err(e) = self.vmgs().commit(&[Change::Flag(FLAG_EXPORTED)]) {
+        if let Err(e) = self.state.commit(&[Change::Flag(FLAG_EXPORTED)]) {
             log::error(&format!("recording the export: {e}"));
             return Response::refused(code::FAIL);
         }
@@ -424,7 +437,7 @@ impl<F: BlockFile + 'static> Service<F> {
             return Response::refused(code::BAD_ORDINAL);
         }
         if !self.policy.state_export || flags & wire::STATE_ENCRYPTED != 0 {
-            log::warn("a client tried to replace TPM state; refused");
+            log::often("a client tried to replace TPM state; refused");
             return Response::refused(code::FAIL);
         }
         if data.is_empty() {

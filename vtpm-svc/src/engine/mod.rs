@@ -10,6 +10,7 @@
 
 mod ffi;
 pub mod state;
+pub mod upkeep;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
