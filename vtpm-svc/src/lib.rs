@@ -14,6 +14,7 @@ pub mod keys;
 pub mod log;
 pub mod manufacture;
 pub mod measured;
+pub mod pace;
 pub mod presence;
 pub mod process;
 pub mod sandbox;

@@ -8,25 +8,14 @@
 //!
 //! TCG EK Credential Profile 2.5 (templates L-1 and L-2, NV indices, certificate fields).
 
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::path::PathBuf;
 
 use p384::ecdsa::DerSignature;
 use p384::ecdsa::SigningKey;
 use p384::ecdsa::signature::Signer;
-use p384::pkcs8::DecodePrivateKey;
-use p384::pkcs8::EncodePrivateKey;
 use p384::pkcs8::EncodePublicKey;
-use p384::pkcs8::LineEnding;
 use sha2::Digest;
 use sha2::Sha256;
-use x509_cert::Certificate;
-use x509_cert::der::Decode;
-use x509_cert::der::DecodePem;
-use x509_cert::der::Encode;
-use x509_cert::der::EncodePem;
 
 use crate::tpm2;
 use crate::tpm2::Bytes;
@@ -34,9 +23,13 @@ use crate::tpm2::CommandError;
 use crate::tpm2::Transport;
 use crate::tpm2::alg;
 use crate::tpm2::handle;
+use crate::vmgs::root::uuid_text;
 
+mod authority;
 mod der;
 pub mod platform;
+
+pub use authority::Authority;
 
 /// Where clients look for certificates and keys.
 pub mod place {
@@ -77,89 +70,10 @@ pub enum ManufactureError {
     NoEntropy,
 }
 
-/// The host's certificate authority.
-pub struct Authority {
-    key: SigningKey,
-    certificate: Certificate,
-}
-
-impl Authority {
-    /// Opens the authority in a folder, or makes one there.
-    pub fn open(folder: &Path) -> Result<Self, ManufactureError> {
-        let (key_path, certificate_path) = (folder.join("ca-key.pem"), folder.join("ca.pem"));
-        let at =
-            |path: &Path, problem: String| ManufactureError::Authority { path: path.to_path_buf(), problem };
-        if !key_path.exists() {
-            std::fs::create_dir_all(folder).map_err(|e| at(folder, e.to_string()))?;
-            let authority = Self::generate()?;
-            let pem = authority.key.to_pkcs8_pem(LineEnding::LF).map_err(|e| at(&key_path, e.to_string()))?;
-            // The certificate first: a key without one would look like a whole authority.
-            authority
-                .root_pem()
-                .and_then(|text| std::fs::write(&certificate_path, text).map_err(|e| e.to_string()))
-                .map_err(|e| at(&certificate_path, e))?;
-            let file = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&key_path);
-            file.and_then(|mut f| f.write_all(pem.as_bytes()).and_then(|()| f.sync_all()))
-                .map_err(|e| at(&key_path, e.to_string()))?;
-            return Ok(authority);
-        }
-        let read = |path: &Path| std::fs::read_to_string(path).map_err(|e| at(path, e.to_string()));
-        let pem = zeroize::Zeroizing::new(read(&key_path)?);
-        let key = SigningKey::from_pkcs8_pem(&pem).map_err(|e| at(&key_path, e.to_string()))?;
-        let certificate = Certificate::from_pem(read(&certificate_path)?)
-            .map_err(|e| at(&certificate_path, e.to_string()))?;
-        Ok(Self { key, certificate })
-    }
-
-    /// Makes an authority that is not stored anywhere.
-    pub fn generate() -> Result<Self, ManufactureError> {
-        let key = SigningKey::random(&mut rand_core::OsRng);
-        let name = der::name(&[(&[2, 5, 4, 3], &format!("cvmm vTPM CA {}", hex(&random::<4>()?)))]);
-        let spki = public_key(&key)?;
-        let extensions = [
-            der::extension(&[2, 5, 29, 14], false, &der::octets(&key_id(&spki))),
-            der::extension(&[2, 5, 29, 19], true, &der::sequence(&[&der::boolean(true)])),
-            // keyCertSign, cRLSign
-            der::extension(&[2, 5, 29, 15], true, &der::bits(1, &[0x06])),
-        ];
-        let bytes = certify(&key, &name, &name, &spki, &extensions)?;
-        let certificate = Certificate::from_der(&bytes).map_err(|_| ManufactureError::PublicKey)?;
-        Ok(Self { key, certificate })
-    }
-
-    /// The root certificate, to be given to verifiers.
-    pub fn root_pem(&self) -> Result<String, String> {
-        self.certificate.to_pem(x509_cert::der::pem::LineEnding::LF).map_err(|e| e.to_string())
-    }
-
-    /// A certificate for a key of a TPM.
-    fn issue(
-        &self,
-        subject: &[u8],
-        spki: &[u8],
-        extensions: &[Vec<u8>],
-    ) -> Result<Vec<u8>, ManufactureError> {
-        let issuer =
-            self.certificate.tbs_certificate.subject.to_der().map_err(|_| ManufactureError::PublicKey)?;
-        let own = public_key(&self.key)?;
-        let mut all = vec![der::extension(
-            &[2, 5, 29, 35],
-            false,
-            &der::sequence(&[&der::tagged(0x80, &key_id(&own))]),
-        )];
-        all.extend_from_slice(extensions);
-        certify(&self.key, &issuer, subject, spki, &all)
-    }
-}
-
 fn random<const N: usize>() -> Result<[u8; N], ManufactureError> {
     let mut bytes = [0; N];
     crate::vmgs::crypto::fill_random(&mut bytes).map_err(|_| ManufactureError::NoEntropy)?;
     Ok(bytes)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn public_key(key: &SigningKey) -> Result<Vec<u8>, ManufactureError> {
@@ -275,19 +189,32 @@ fn template_unique(template: &[u8], longest: usize) -> usize {
     if padded { full } else { 2 }
 }
 
-/// The subject alternative name of a TPM's certificate: who made it, what it is, which version.
-fn tpm_name(version: u32) -> Vec<u8> {
+/// What a certificate says of the TPM.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject {
+    /// The engine's version.
+    pub version: u32,
+    /// The VM that the TPM belongs to.
+    pub vm: [u8; 16],
+}
+
+/// The subject alternative name of a TPM's certificate: who made it, what it is, which version; and whose it is, without which
+/// a quote of one VM could be shown for another's.
+fn tpm_name(subject: Subject) -> Vec<u8> {
+    let Subject { version, vm } = subject;
     let name = der::name(&[
         (&[2, 23, 133, 2, 1], "id:49424D00"),
         (&[2, 23, 133, 2, 2], "cvmm host-served vTPM"),
         (&[2, 23, 133, 2, 3], &format!("id:{version:08X}")),
     ]);
-    der::sequence(&[&der::tagged(0xa4, &name)])
+    // directoryName and uniformResourceIdentifier (RFC 9562, section 4).
+    let vm = format!("urn:uuid:{}", uuid_text(&vm));
+    der::sequence(&[&der::tagged(0xa4, &name), &der::tagged(0x86, vm.as_bytes())])
 }
 
-fn extensions(version: u32, usage: (u8, u8), purpose: &[u32]) -> [Vec<u8>; 4] {
+fn extensions(subject: Subject, usage: (u8, u8), purpose: &[u32]) -> [Vec<u8>; 4] {
     [
-        der::extension(&[2, 5, 29, 17], true, &tpm_name(version)),
+        der::extension(&[2, 5, 29, 17], true, &tpm_name(subject)),
         der::extension(&[2, 5, 29, 19], true, &der::sequence(&[])),
         der::extension(&[2, 5, 29, 15], true, &der::bits(usage.0, &[usage.1])),
         der::extension(&[2, 5, 29, 37], false, &der::sequence(&[&der::oid(purpose)])),
@@ -296,16 +223,16 @@ fn extensions(version: u32, usage: (u8, u8), purpose: &[u32]) -> [Vec<u8>; 4] {
 
 /// Finishes a TPM that has just been manufactured and started. It must be powered off and on afterwards.
 ///
-/// `version` is the engine's, for the certificates; a platform certificate comes from [`platform::read`].
+/// A platform certificate comes from [`platform::read`].
 pub fn finish(
     tpm: &mut dyn Transport,
     authority: Option<&Authority>,
     platform_certificate: Option<&[u8]>,
-    version: u32,
+    subject: Subject,
 ) -> Result<(), ManufactureError> {
     tpm2::startup_clear(tpm)?;
     if let Some(authority) = authority {
-        certify_keys(tpm, authority, version)?;
+        certify_keys(tpm, authority, subject)?;
     }
     if let Some(certificate) = platform_certificate {
         tpm2::nv_store(tpm, platform::INDEX, certificate)?;
@@ -332,7 +259,7 @@ pub fn restore_keys(tpm: &mut dyn Transport) -> Result<(), CommandError> {
 fn certify_keys(
     tpm: &mut dyn Transport,
     authority: &Authority,
-    version: u32,
+    subject: Subject,
 ) -> Result<(), ManufactureError> {
     const EK_PURPOSE: &[u32] = &[2, 23, 133, 8, 1];
     const AK_PURPOSE: &[u32] = &[2, 23, 133, 8, 3];
@@ -345,8 +272,7 @@ fn certify_keys(
     for (template, usage, purpose, index, persistent) in keys {
         let (object, public) = tpm2::create_primary(tpm, handle::ENDORSEMENT, &template)?;
         let spki = spki_of(&template, &public)?;
-        let subject = der::name(&[]);
-        let certificate = authority.issue(&subject, &spki, &extensions(version, usage, purpose))?;
+        let certificate = authority.issue(&der::name(&[]), &spki, &extensions(subject, usage, purpose))?;
         tpm2::nv_store(tpm, index, &certificate)?;
         if let Some(at) = persistent {
             tpm2::persist(tpm, object, at)?;

@@ -3,8 +3,12 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
 
 /// Takes over a descriptor that the parent process left open.
 pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
@@ -39,7 +43,6 @@ impl Trim {
     /// Drops the resident pages of every file mapping that this process never wrote to (code, constants, the message
     /// tables of libraries): they are read again from the page cache when they are used.
     pub fn run(&mut self) -> io::Result<()> {
-        use std::io::Read;
         use std::io::Seek;
         let mut text = String::with_capacity(1 << 15);
         self.smaps.rewind()?;
@@ -135,8 +138,52 @@ fn span(range: &str) -> Option<(usize, usize)> {
     Some((hex(start)?, hex(end)?))
 }
 
+/// Closes every descriptor from 3 on that is not listed: what a parent process left open by mistake is nothing for the cage.
+///
+/// Must be called before this process opens anything itself.
+pub fn close_others(keep: &[RawFd]) -> io::Result<()> {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
+    keep.sort_unstable();
+    let close = |from: u32, to: u32| {
+        // SAFETY: plain integers; nothing of this process owns a descriptor in the range.
+        if from <= to && unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    };
+    let mut from = 3;
+    for fd in keep.into_iter().filter(|fd| *fd >= 3) {
+        close(from, fd - 1)?;
+        from = fd + 1;
+    }
+    close(from, u32::MAX)
+}
+
+/// Runs `work` in a second process, which has one end of a connection and no other descriptor of this one. Must be called
+/// while there is one thread.
+pub fn beside(work: impl FnOnce(UnixStream)) -> io::Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    // SAFETY: only one thread exists, so the child has no half-held locks.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            // What a terminal or a service manager sends is for the service. A refusal costs a name that stays behind.
+            let _ = block_signals();
+            let _ = close_others(&[theirs.as_raw_fd()]);
+            work(theirs);
+            // SAFETY: plain integer. Nothing of the copied process may run its own end.
+            unsafe { libc::_exit(0) }
+        }
+        _ => Ok(ours),
+    }
+}
+
 /// Goes to the background. Must be called while there is one thread.
-pub fn daemonize() -> io::Result<()> {
+///
+/// The process that was started waits for a byte on the connection that is returned and then ends with success; if the
+/// service ends before, it ends with failure.
+pub fn daemonize() -> io::Result<UnixStream> {
+    let (mut ready, word) = UnixStream::pair()?;
     // SAFETY: only one thread exists, so the child has no half-held locks.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
@@ -148,9 +195,12 @@ pub fn daemonize() -> io::Result<()> {
             let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
             rustix::stdio::dup2_stdin(&null)?;
             rustix::stdio::dup2_stdout(&null)?;
-            Ok(())
+            Ok(word)
         }
-        _ => std::process::exit(0),
+        _ => {
+            drop(word);
+            std::process::exit(i32::from(ready.read_exact(&mut [0]).is_err()))
+        }
     }
 }
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `vtpm-svc socket`: from options to a served TPM, in an order that matters.
 //!
-//! Sockets, key, image, anchor and library are opened first, with the rights of whoever started the process. Then the
-//! cage is closed, and only then does the engine see the stored state and clients see the sockets.
+//! Library, key, image and anchor are opened first, with the rights of whoever started the process. Sockets come when the
+//! image is locked, so that a start that fails takes nothing from a service that runs. Then the cage is closed, and only then
+//! does the engine see the stored state and are clients served.
 
 use std::io;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -20,14 +21,15 @@ use crate::control::options::OptionError;
 use crate::control::options::SocketArgs;
 use crate::control::server::End;
 use crate::control::server::Making;
+use crate::control::server::Policy;
 use crate::control::server::Service;
-use crate::control::socket::Listener;
 use crate::control::socket::Stream;
 use crate::engine::Engine;
 use crate::engine::EngineError;
 use crate::engine::Library;
 use crate::engine::state::VmgsState;
 use crate::engine::state::is_virgin;
+use crate::engine::upkeep::Upkeep;
 use crate::keys::KeyError;
 use crate::keys::KeyRequest;
 use crate::keys::Purpose;
@@ -39,6 +41,14 @@ use crate::vmgs::FsFile;
 use crate::vmgs::Vmgs;
 use crate::vmgs::VmgsError;
 use crate::vmgs::image;
+
+mod channels;
+mod names;
+mod starting;
+
+use channels::Open;
+use names::Names;
+use starting::Starting;
 
 /// What every report of this service about itself has to say.
 pub const TRUST: &str = "The vTPM of this VM runs on the host; its operator can read and change its keys, \
@@ -98,43 +108,6 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServiceError {
     move |source| ServiceError::Io { what: what.into(), source }
 }
 
-enum Open {
-    Listening(Listener),
-    Connected(Stream),
-}
-
-fn open_channel(channel: &Channel) -> Result<Open, ServiceError> {
-    let named = |what: String| move |source| ServiceError::Socket { what, source };
-    Ok(match channel {
-        Channel::Unix { path, mode } => {
-            let name = path.display().to_string();
-            // A socket that an earlier run left behind is in the way; anything else is not ours to remove.
-            if path.symlink_metadata().is_ok_and(|m| m.file_type().is_socket()) {
-                std::fs::remove_file(path).map_err(named(name.clone()))?;
-            }
-            // From its first moment nobody else may connect; there is one thread yet, so the mask is nobody else's.
-            let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o777 & !*mode));
-            let listener = UnixListener::bind(path);
-            rustix::process::umask(mask);
-            let listener = listener.map_err(named(name.clone()))?;
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(*mode)).map_err(named(name))?;
-            Open::Listening(Listener::Unix(listener))
-        }
-        Channel::Tcp { address } => {
-            let listener = std::net::TcpListener::bind(address).map_err(named(address.to_string()))?;
-            Open::Listening(Listener::Tcp(listener))
-        }
-        Channel::Listening(fd) => {
-            let fd = process::inherited(*fd).map_err(named(format!("descriptor {fd}")))?;
-            Open::Listening(Listener::Unix(UnixListener::from(fd)))
-        }
-        Channel::Connected(fd) => {
-            let fd = process::inherited(*fd).map_err(named(format!("descriptor {fd}")))?;
-            Open::Connected(Stream::from_fd(fd))
-        }
-    })
-}
-
 fn open_image(args: &SocketArgs, path: &Path) -> Result<Vmgs<FsFile>, ServiceError> {
     let at = |source| ServiceError::Image { path: path.display().to_string(), source };
     let file = FsFile::open(path).map_err(VmgsError::opening).map_err(at)?;
@@ -158,10 +131,31 @@ fn open_image(args: &SocketArgs, path: &Path) -> Result<Vmgs<FsFile>, ServiceErr
 pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     process::one_heap();
     if args.print_capabilities {
-        println!("{}", capabilities());
-        return Ok(());
+        let mut out = io::stdout().lock();
+        return writeln!(out, "{}", capabilities())
+            .and_then(|()| out.flush())
+            .map_err(io_error("writing the capabilities"));
     }
     let (mut policy, running) = args.policy()?;
+    let mut control = None;
+    if let Some(text) = &args.ctrl {
+        let (channel, terminate) = options::channel("ctrl", text)?;
+        policy.terminate |= terminate;
+        control = Some(channel);
+    }
+    let data = args.server.as_deref().map(|t| options::channel("server", t)).transpose()?.map(|(c, _)| c);
+    if control.is_none() && data.is_none() {
+        return Err(ServiceError::Missing("nothing to serve on: give --ctrl, --server or both"));
+    }
+    let path = args
+        .vmgs
+        .as_deref()
+        .ok_or(ServiceError::Missing("--vmgs FILE is required; make one with `vtpm-svc vmgs create`"))?;
+    let pid = args.pid.as_deref().map(|t| options::file_setting("pid", t)).transpose()?;
+    let named =
+        pid.is_some() || [&control, &data].into_iter().flatten().any(|c| matches!(c, Channel::Unix { .. }));
+    process::close_others(&named_descriptors(&[&control, &data]))
+        .map_err(io_error("closing inherited descriptors"))?;
     if let Some(text) = &args.log {
         let path = options::file_setting("log", text)?;
         let truncate = text.split(',').any(|s| s == "truncate");
@@ -173,45 +167,40 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
             .open(&path);
         log::to_file(file.map_err(io_error(format!("log {}", path.display())))?);
     }
-    let mut control = None;
-    if let Some(text) = &args.ctrl {
-        let (channel, terminate) = options::channel("ctrl", text)?;
-        policy.terminate |= terminate;
-        control = Some(open_channel(&channel)?);
-    }
-    let server = args.server.as_deref().map(|t| options::channel("server", t)).transpose()?;
-    let data = server.map(|(channel, _)| open_channel(&channel)).transpose()?;
-    if control.is_none() && data.is_none() {
-        return Err(ServiceError::Missing("nothing to serve on: give --ctrl, --server or both"));
-    }
-    let path = args
-        .vmgs
-        .as_deref()
-        .ok_or(ServiceError::Missing("--vmgs FILE is required; make one with `vtpm-svc vmgs create`"))?;
+    let control = control.map(Open::inherit).transpose()?;
+    let data = data.map(Open::inherit).transpose()?;
     // Locks and the anchor's lease belong to the process that serves, so the fork comes first.
-    if args.daemon {
-        process::daemonize().map_err(io_error("going to the background"))?;
-    }
+    let background =
+        args.daemon.then(process::daemonize).transpose().map_err(io_error("going to the background"))?;
+    let mut names = Names::prepare(named).map_err(io_error("starting a second process"))?;
     let trim = process::Trim::prepare();
     let library = Library::load()?;
     // Before there is a secret in this process.
     for missing in process::hide_memory() {
         log::warn(&missing);
     }
+    let starting = Starting::watch(&wanted(args, path), lone_client(policy, control.as_ref()))
+        .map_err(io_error("starting a thread"))?;
     let vmgs = open_image(args, path)?;
-    if let Some(text) = &args.pid {
-        let file = options::file_setting("pid", text)?;
+    drop(starting);
+    // From here on an end is an orderly one.
+    process::block_signals().map_err(io_error("blocking signals"))?;
+    // The image is locked: this is the process that serves it, and may replace what an earlier one left.
+    let control = control.map(|c| c.listen(&mut names)).transpose()?;
+    let data = data.map(|c| c.listen(&mut names)).transpose()?;
+    if let Some(file) = pid {
         std::fs::write(&file, format!("{}\n", std::process::id()))
             .map_err(io_error(format!("pid file {}", file.display())))?;
+        names.add(&file);
     }
-    process::block_signals().map_err(io_error("blocking signals"))?;
 
     // The authority's key is in this process only if there is a TPM to make, and only until it is made.
     let folder = args.ek_ca.as_deref().filter(|_| is_virgin(&vmgs));
     let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
     let platform = args.platform_cert.as_deref().map(crate::manufacture::platform::read).transpose();
     let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
-    let state = VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version());
+    let upkeep = Upkeep::of(path, args.store_limit);
+    let state = VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version()).with_upkeep(upkeep);
     let engine = Engine::take(library, Box::new(state.clone()))?;
     let (ended, end) = mpsc::channel();
     let service = Arc::new(Service::new(engine, state, making, policy, ended.clone()));
@@ -225,7 +214,7 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     match control {
         Some(Open::Listening(l)) => service.serve_control(l),
         Some(Open::Connected(s)) => service.serve_control_stream(s),
-        None => {}
+        Some(Open::Wanted(_)) | None => {}
     }
     thread("signals", move || {
         if process::wait_for_signal().is_ok() {
@@ -234,18 +223,53 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
         }
     })?;
     let (last, image) = (service.clone(), path.to_path_buf());
-    let ending = thread("end", move || wait_for_the_end(&end, trim, &last, &image))?;
+    let ending = thread("end", move || wait_for_the_end(&end, trim, names, &last, &image))?;
     log::info("ready");
+    if let Some(mut started) = background {
+        // Whoever started it may be gone by now.
+        let _ = started.write_all(&[1]);
+    }
     // A client may be waiting already, so the thread that runs serves it.
     match data {
         Some(Open::Listening(l)) => service.serve_data_here(l),
         Some(Open::Connected(s)) => service.serve_data_stream(s),
-        None => {}
+        Some(Open::Wanted(_)) | None => {}
     }
     drop(service);
     // It ends the process, and with it this wait.
     let _ = ending.join();
     Ok(())
+}
+
+/// What the opening of the image may have to wait for, in words.
+fn wanted(args: &SocketArgs, path: &Path) -> String {
+    let key = args.key.provider().map(|provider| format!("the key ({}) and ", provider.describe()));
+    format!("{}the image {} and its anchor", key.unwrap_or_default(), path.display())
+}
+
+/// The connection of the client whose end is the service's.
+fn lone_client(policy: Policy, control: Option<&Open>) -> Option<OwnedFd> {
+    match control {
+        Some(Open::Connected(Stream::Unix(s))) if policy.terminate => s.try_clone().ok().map(OwnedFd::from),
+        _ => None,
+    }
+}
+
+/// Descriptors that the command line names, as channels or in the way of `/dev/fd/N`; the others are not wanted.
+fn named_descriptors(channels: &[&Option<Channel>]) -> Vec<RawFd> {
+    let of_channel = |channel: &Channel| match channel {
+        Channel::Listening(fd) | Channel::Connected(fd) => Some(*fd),
+        Channel::Unix { .. } | Channel::Tcp { .. } => None,
+    };
+    let mut all: Vec<RawFd> = channels.iter().filter_map(|c| c.as_ref().and_then(of_channel)).collect();
+    all.extend(std::env::args_os().filter_map(|argument| descriptor_in(argument.to_str()?)));
+    all
+}
+
+/// The number in `/dev/fd/N` or `/proc/self/fd/N`, as shells and programs hand files over.
+fn descriptor_in(argument: &str) -> Option<RawFd> {
+    let (_, rest) = argument.split_once("/fd/")?;
+    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
 fn thread<T: Send + 'static>(
@@ -259,6 +283,7 @@ fn thread<T: Send + 'static>(
 fn wait_for_the_end(
     end: &mpsc::Receiver<End>,
     mut trim: Option<process::Trim>,
+    mut names: Names,
     service: &Service<FsFile>,
     path: &Path,
 ) {
@@ -270,10 +295,12 @@ fn wait_for_the_end(
     });
     // A closed channel cannot be: a sender lives in the service.
     log::info(&format!("ending ({:?})", why.unwrap_or(End::Signal)));
-    match service.retire() {
+    let retired = service.retire();
+    names.remove();
+    match retired {
         Ok(()) => std::process::exit(0),
-        Err(source) => {
-            log::error(&ServiceError::Image { path: path.display().to_string(), source }.to_string());
+        Err(e) => {
+            log::error(&format!("{}: {e}", path.display()));
             std::process::exit(1);
         }
     }

@@ -40,6 +40,12 @@ pub enum CommandError {
         /// Response code.
         code: u32,
     },
+    /// It was not powered on just now.
+    #[error(
+        "Startup: the TPM runs already, so it continues from a state that somebody saved, and its PCRs are not those of this \
+         boot; power it off and drop the saved state"
+    )]
+    Running,
     /// The answer is too short.
     #[error("{0}: the TPM's response is malformed")]
     Malformed(&'static str),
@@ -143,10 +149,12 @@ pub fn run_with_handles(
     Err(CommandError::Code { what, code: 0x922 })
 }
 
-/// `TPM2_Startup(CLEAR)`; a TPM that has been started already is fine.
+/// `TPM2_Startup(CLEAR)`, for a TPM that has just been powered on. One that runs already is another one than its caller takes it
+/// for: its PCRs are not those of this boot.
 pub fn startup_clear(tpm: &mut dyn Transport) -> Result<(), CommandError> {
     match run(tpm, "Startup", 0x144, &[], &[0, 0]) {
-        Ok(_) | Err(CommandError::Code { code: 0x100, .. }) => Ok(()),
+        Ok(_) => Ok(()),
+        Err(CommandError::Code { code: 0x100, .. }) => Err(CommandError::Running),
         Err(e) => Err(e),
     }
 }

@@ -214,6 +214,25 @@ fn wrong_command_lines_say_what_to_do() {
         let (ok, text) = run(args);
         assert!(!ok && text.contains(word), "{args:?}: {text}");
     }
+    // Each option of swtpm that has no counterpart says what to do instead.
+    for (args, word) in [
+        (&["-p", "2321"][..], "--server type=tcp,port=N"),
+        (&["--fd", "3"], "clientfd=N"),
+        (&["--migration-key", "file=k"], "--state-export"),
+        (&["--chroot", "/tmp"], "gives up the whole file system"),
+        (&["--profile", "name=x"], "no profiles"),
+        (&["--print-profiles"], "no profiles"),
+        (&["--pcap", "file=x"], "not recorded"),
+        (&["--print-states"], "vmgs list"),
+        (&["--print-info", "1"], "swtpm_ioctl"),
+        (&["--runas", "nobody"], "start the service as that user"),
+        (&["--key", "file=k"], "--key-file"),
+    ] {
+        let (ok, text) = run(&[&["--tpm2", "--vmgs", &image][..], args].concat());
+        let option = args[0].trim_start_matches('-');
+        assert!(!ok && text.contains(word) && text.contains(option), "{args:?}: {text}");
+        assert!(!text.contains("Usage"), "{args:?}: {text}");
+    }
     let socket = format!("type=unixio,path={}", site.path("s").display());
     let (ok, text) = run(&["--tpm2", "--ctrl", &socket, "--vmgs", &image]);
     assert!(!ok && text.contains("--key-file"), "{text}");
@@ -254,4 +273,98 @@ fn a_second_instance_and_an_old_copy_are_refused() {
     image[table + 60 * 64..table + 61 * 64].fill(0);
     std::fs::write(&gone, &image).expect("write");
     refuse(&mut fresh(&again), "gone", "has been removed without its key");
+}
+
+/// The command line of a service on the usual sockets of a site, with another image.
+fn socket_command(site: &Site, image: &str) -> std::process::Command {
+    let mut c = common::program();
+    c.args(["socket", "--tpm2", "--ctrl", &format!("type=unixio,path={}", site.path("c").display())]);
+    c.args(["--server", &format!("type=unixio,path={}", site.path("d").display())]);
+    c.arg("--vmgs").arg(site.path(image)).arg("--key-file").arg(site.path("key"));
+    c.arg("--anchor").arg(site.path("anchor"));
+    c
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_sockets_of_a_service_that_runs() {
+    let site = Site::new();
+    let service = site.start(&["--flags", "startup-clear", "--terminate"]);
+    let mut kept = service.connect_control();
+    let made =
+        site.vmgs(&["create", "--size", "1M", "--anchor"], &[&site.path("anchor"), &site.path("other")]);
+    assert!(made.0, "{}", made.1);
+    for (image, word) in [
+        ("vmgs", "another process has this file open"),
+        ("none", "none"),
+        ("other", "another process serves on it"),
+    ] {
+        let (ok, text) = output(&mut socket_command(&site, image));
+        assert!(!ok && text.contains(word), "{image}: {text}");
+        assert_eq!(code(&tpm(&mut service.connect_data(), GET_RANDOM_8).expect("served")), 0, "{image}");
+    }
+    // Nor was it ended by a look: with `--terminate` a control client that goes away ends it.
+    assert_eq!(control(&mut kept, &words(&[1])), words(&[0, 0x1_ffff]));
+}
+
+#[test]
+fn names_that_the_service_made_go_with_it() {
+    let site = Site::new();
+    let (pid, held) = (site.path("pid"), format!("file={}", site.path("pid").display()));
+    for end in ["shutdown", "signal", "kill", "none is left in the way"] {
+        let mut service = site.start(&["--pid", &held, "--flags", "startup-clear"]);
+        assert_eq!(std::fs::read_to_string(&pid).expect("pid").trim(), service.child.id().to_string());
+        match end {
+            "kill" => {
+                service.kill();
+                assert!(site.path("c").exists() && pid.exists(), "killed: nobody cleans up");
+                continue;
+            }
+            "signal" => {
+                let kill = output(std::process::Command::new("kill").arg(service.child.id().to_string()));
+                assert!(kill.0, "{}", kill.1);
+            }
+            _ => assert_eq!(control(&mut service.connect_control(), &words(&[3])), words(&[0])),
+        }
+        assert!(service.child.wait().expect("wait").success(), "{end}: {}", site.log());
+        for name in ["c", "d", "pid"] {
+            assert!(!site.path(name).exists(), "{end}: {name}");
+        }
+    }
+}
+
+#[test]
+fn the_background_begins_when_the_service_is_ready_and_failure_is_said() {
+    let site = Site::new();
+    let held = format!("file={}", site.path("pid").display());
+    let log = format!("file={}", site.path("log").display());
+    let mut c = socket_command(&site, "vmgs");
+    c.args(["--daemon", "--pid", &held, "--log", &log, "--flags", "startup-clear"]);
+    assert!(c.status().expect("run").success(), "{}", site.log());
+    // No waiting: it is there.
+    let mut data = std::os::unix::net::UnixStream::connect(site.path("d")).expect("connect");
+    assert_eq!(code(&tpm(&mut data, GET_RANDOM_8).expect("served")), 0);
+    let mut second = socket_command(&site, "vmgs");
+    second.args(["--daemon", "--log", &log]);
+    assert_eq!(second.status().expect("run").code(), Some(1), "{}", site.log());
+    let mut ctrl = std::os::unix::net::UnixStream::connect(site.path("c")).expect("connect");
+    assert_eq!(control(&mut ctrl, &words(&[3])), words(&[0]));
+}
+
+/// A file that the parent had open is not there any more in the process that parses hostile bytes.
+#[test]
+fn descriptors_that_were_left_open_are_closed() {
+    let site = Site::new();
+    let mut sh = std::process::Command::new("sh");
+    // 8 is a mistake of the parent's; 9 is where the key comes from.
+    sh.args(["-c", "exec 8</etc/passwd 9<\"$1\"; shift; exec \"$@\"", "sh"]).arg(site.path("key"));
+    sh.arg(env!("CARGO_BIN_EXE_vtpm-svc")).args(["socket", "--tpm2", "--key-file", "/dev/fd/9", "--ctrl"]);
+    sh.arg(format!("type=unixio,path={}", site.path("c").display())).arg("--vmgs").arg(site.path("vmgs"));
+    sh.arg("--anchor").arg(site.path("anchor"));
+    let service = Service::spawn(sh, site.path("log"), site.path("c"), site.path("d"));
+    let names =
+        output(std::process::Command::new("ls").arg("-l").arg(format!("/proc/{}/fd", service.child.id())));
+    // Only root may look into a process without core dumps.
+    if names.0 {
+        assert!(names.1.contains("/vmgs") && !names.1.contains("passwd"), "{}", names.1);
+    }
 }

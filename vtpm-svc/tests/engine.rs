@@ -88,8 +88,8 @@ fn a_tpm_is_made_only_when_allowed_and_fails_closed() {
     // The state survives a power cycle without permission to manufacture, and can be validated.
     let blob = tpm.state(Blob::Permanent).expect("state");
     tpm.stop();
-    tpm.validate(Blob::Permanent, &blob).expect("own state is valid");
-    assert!(tpm.validate(Blob::Permanent, &blob[..blob.len() / 2]).is_err(), "half a state is not");
+    tpm.validate(Blob::Permanent, &blob, None).expect("own state is valid");
+    assert!(tpm.validate(Blob::Permanent, &blob[..blob.len() / 2], None).is_err(), "half a state is not");
     tpm.start(false).expect("restart");
     assert_eq!(code(&tpm.process(0, STARTUP_CLEAR).expect("process")), 0);
     assert_eq!(code(&tpm.process(0, &nv_define()).expect("process")), 0x14c, "TPM_RC_NV_DEFINED");

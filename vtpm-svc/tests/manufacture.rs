@@ -21,6 +21,10 @@ for c in ek-rsa ek-ecc ak; do
 done
 openssl x509 -in ek-rsa.pem -noout -text | grep -q '2.23.133.8.1'
 openssl x509 -in ek-rsa.pem -noout -text | grep -q '2.23.133.2.1=id:49424D00'
+# Each names the VM of the image, as the image's own tool prints it.
+for c in ek-rsa ek-ecc ak; do
+    openssl x509 -in $c.pem -noout -ext subjectAltName | grep -q "URI:urn:uuid:$VM\b"
+done
 # Each certificate is for the key that the TPM makes from the standard template.
 tpm2_createek -Q -c ek.ctx -G rsa -f pem -u made-rsa.pub; tpm2_flushcontext -t
 tpm2_createek -Q -c ek.ctx -G ecc -f pem -u made-ecc.pub; tpm2_flushcontext -t
@@ -42,6 +46,11 @@ echo CERTIFICATES-GOOD
 #[test]
 fn a_new_tpm_has_certificates_that_other_tools_accept() {
     let site = Site::new();
+    let (read, text) = site.vmgs(&["inspect", "--json"], &[&site.path("vmgs")]);
+    assert!(read, "{text}");
+    let (_, vm) = text.split_once("\"vm\": \"").expect("the VM's identity");
+    let vm = vm.split('"').next().expect("its end").to_owned();
+    assert_eq!(vm.len(), 36, "{vm}");
     let (data, control) = common::neighbouring_ports();
     let ca = site.path("ca").display().to_string();
     let (ctrl, server) = (format!("type=tcp,port={control}"), format!("type=tcp,port={data}"));
@@ -51,7 +60,9 @@ fn a_new_tpm_has_certificates_that_other_tools_accept() {
     c.arg("--vmgs").arg(site.path("vmgs")).arg("--key-file").arg(site.path("key"));
     c.arg("--anchor").arg(site.path("anchor"));
     let _service = common::serve_tcp(&site, c, data);
+    // A running service holds the image; it was looked at before.
     let mut sh = Command::new("timeout");
+    sh.env("VM", vm);
     sh.args(["120", "sh", "-c", SCRIPT]).current_dir(site.dir.path());
     let (ok, text) = output(sh.env("TPM2TOOLS_TCTI", format!("swtpm:host=127.0.0.1,port={data}")));
     assert!(ok && text.contains("CERTIFICATES-GOOD"), "{text}\n{}", site.log());

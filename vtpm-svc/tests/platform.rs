@@ -223,3 +223,70 @@ fn a_platform_certificate_is_read_back_from_its_index() {
     let (ok, text) = output(c.arg("--anchor").arg(other.path("anchor")));
     assert!(!ok && text.contains("platform certificate") && text.contains("DER"), "{text}");
 }
+
+/// A guest that writes the register in a loop: the host neither stores nor says anything for what changes nothing, and not
+/// often for what does.
+#[test]
+fn a_guest_cannot_fill_the_host_s_disk_or_log_with_requests() {
+    let site = Site::new();
+    let (mut service, _) = start(&site, &[]);
+    let control = Client::connect(&site.path("c")).expect("connect").control();
+    for _ in 0..500 {
+        assert_eq!(control.submit_ppi(CLEAR, 0).expect("submit"), 0);
+    }
+    assert_eq!(site.log().matches("physical-presence operation").count(), 1, "{}", site.log());
+    let answers: Vec<u32> =
+        (0..500).map(|n| control.submit_ppi(5 + 9 * (n % 2), 0).expect("submit")).collect();
+    assert!(answers.contains(&2), "at some point it is refused");
+    assert!(site.log().lines().count() < 40, "{}", site.log());
+    // The last one that was accepted waits.
+    let [pending, ..] = control.ppi().expect("state");
+    assert!(matches!(pending, 5 | 14));
+    service.kill();
+    let generation = |text: &str| {
+        let (_, rest) = text.split_once("generation").expect("a generation");
+        let digits: String =
+            rest.chars().skip_while(|c| !c.is_ascii_digit()).take_while(char::is_ascii_digit).collect();
+        digits.parse::<u64>().expect("number")
+    };
+    let (ok, text) = site.vmgs(&["inspect"], &[&site.path("vmgs")]);
+    assert!(ok && generation(&text) < 40, "{text}");
+}
+
+/// Each store is two flushes of the host's disk, so a guest that stores in a loop is slowed down. The clock stands for it here.
+#[test]
+fn stores_have_a_bound_in_the_long_run() {
+    let site = Site::new();
+    let (_service, _) = start(&site, &["--store-limit", "20"]);
+    let control = Client::connect(&site.path("c")).expect("connect").control();
+    let begun = std::time::Instant::now();
+    for n in 0..240 {
+        control.set_clock(n).expect("set");
+    }
+    // Ten seconds' worth at once, then twenty a second.
+    let took = begun.elapsed().as_millis();
+    assert!(took >= 1500, "{took} ms");
+    let begun = std::time::Instant::now();
+    for _ in 0..200 {
+        control.set_clock(239).expect("set");
+    }
+    assert!(begun.elapsed().as_millis() < 1500, "nothing changes, so nothing is stored");
+}
+
+/// `mv copy image`: the service goes on in a file that nobody will ever open again.
+#[test]
+fn an_image_that_was_replaced_takes_no_more_writes() {
+    let site = Site::new();
+    let (mut service, mut s) = start(&site, &[]);
+    std::fs::copy(site.path("vmgs"), site.path("copy")).expect("copy");
+    std::fs::rename(site.path("copy"), site.path("vmgs")).expect("replace");
+    let control = Client::connect(&site.path("c")).expect("connect").control();
+    assert!(matches!(control.set_clock(1), Err(ClientError::Refused { .. })));
+    let public = Bytes::default().u32(INDEX).u16(0x0b).u32(0x0002_0002).u16(0).u16(8);
+    let p = Bytes::default().u16(0).sized(&public.0);
+    let refused = tpm2::run(&mut transport(&mut s), "NV_DefineSpace", 0x12a, &[handle::OWNER], &p.0);
+    assert!(refused.is_err(), "not acknowledged");
+    assert!(site.log().contains("removed or replaced"), "{}", site.log());
+    control.shutdown().expect("shutdown");
+    assert_eq!(service.child.wait().expect("wait").code(), Some(1));
+}

@@ -19,6 +19,7 @@ use super::data;
 use super::data::Received;
 use super::socket::Stream;
 use super::wire::INIT_DELETE_VOLATILE;
+use super::wire::code;
 use super::wire::number;
 
 /// Longest wait for the answer to a control request. Powering on may take long: it makes the TPM, and its certified keys.
@@ -54,6 +55,9 @@ pub enum ClientError {
     /// A response that is not one.
     #[error("the TPM service's response is malformed")]
     Malformed,
+    /// The data connection was given up after an earlier error.
+    #[error("the connection to the TPM was closed after an answer that could not be used")]
+    Closed,
 }
 
 fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ClientError {
@@ -167,6 +171,12 @@ impl Control {
         self.call("clock-set", number::CLOCK_SET, &offset.to_be_bytes(), 0).map(|_| ())
     }
 
+    /// Forgets a volatile state that was stored, so that the next power-on is a fresh one. A service that does not know the
+    /// request (stock swtpm) refuses it.
+    pub fn cold(&self) -> Result<(), ClientError> {
+        self.call("cold", number::COLD, &[], 0).map(|_| ())
+    }
+
     /// Ends the service.
     pub fn shutdown(&self) -> Result<(), ClientError> {
         self.call("shutdown", number::SHUTDOWN, &[], 0).map(|_| ())
@@ -177,6 +187,8 @@ impl Control {
 pub struct Client {
     control: Control,
     data: Stream,
+    /// Whether the next bytes on the data socket are the answer to the next command.
+    in_step: bool,
     locality: u8,
 }
 
@@ -208,7 +220,7 @@ impl Client {
         if missing != 0 {
             return Err(ClientError::Capabilities { path: name.to_owned(), missing });
         }
-        Ok(Self { control, data: Stream::Unix(ours), locality: 0 })
+        Ok(Self { control, data: Stream::Unix(ours), in_step: true, locality: 0 })
     }
 
     /// The control connection.
@@ -216,9 +228,15 @@ impl Client {
         self.control.clone()
     }
 
-    /// Power cycle, as at a reset of the guest: off, buffer of `buffer` bytes (0: leave it), on.
+    /// Power cycle, as at a reset of the guest: off, buffer of `buffer` bytes (0: leave it), on, from the beginning.
     pub fn reset(&mut self, buffer: u32) -> Result<(), ClientError> {
         self.control.stop()?;
+        // Without this the TPM would go on where somebody saved it. swtpm has no such request; a TPM of its that was saved
+        // answers the start-up that follows with an error.
+        match self.control.cold() {
+            Ok(()) | Err(ClientError::Refused { code: code::BAD_ORDINAL, .. }) => {}
+            Err(e) => return Err(e),
+        }
         if buffer != 0 {
             self.control.buffer_size(buffer)?;
         }
@@ -228,11 +246,25 @@ impl Client {
     }
 
     /// Runs one command and returns its response, however long it takes.
+    ///
+    /// After an answer that was none, or none at all, the connection is closed: a late one would be taken for the next one's.
     pub fn execute(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>, ClientError> {
+        if !self.in_step {
+            return Err(ClientError::Closed);
+        }
         if locality != self.locality {
             self.control.set_locality(locality)?;
             self.locality = locality;
         }
+        let answer = self.transmit(command);
+        if answer.is_err() {
+            self.in_step = false;
+            self.data.shutdown();
+        }
+        answer
+    }
+
+    fn transmit(&mut self, command: &[u8]) -> Result<Vec<u8>, ClientError> {
         self.data.write_all(command).map_err(io_error("command"))?;
         match data::receive(&mut self.data).map_err(io_error("response"))? {
             Received::Command(response) if response.prefix.is_none() => Ok(response.command),

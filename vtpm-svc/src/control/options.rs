@@ -44,6 +44,10 @@ pub struct SocketArgs {
     /// End when the control client is gone
     #[arg(short = 't', long)]
     pub terminate: bool,
+    /// Most stores of the guest's state a second in the long run, ten seconds' worth at once; 0 is no limit. Each is two flushes
+    /// of the host's disk, and a guest that wants more waits
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub store_limit: u32,
     /// Go to the background once everything is ready
     #[arg(short = 'd', long)]
     pub daemon: bool,
@@ -74,6 +78,73 @@ pub struct SocketArgs {
     /// Not taken: start as that user
     #[arg(short = 'r', long, hide = true, value_name = "USER")]
     pub runas: Option<String>,
+    /// Options of swtpm that have another form here, or none
+    #[command(flatten)]
+    pub foreign: ForeignArgs,
+}
+
+/// Options of swtpm that are not taken. They are parsed so that each can be answered with a sentence.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[allow(missing_docs)]
+pub struct ForeignArgs {
+    #[arg(short = 'p', long, hide = true, value_name = "PORT")]
+    pub port: Option<String>,
+    #[arg(short = 'f', long, hide = true, value_name = "FD")]
+    pub fd: Option<String>,
+    #[arg(long, hide = true, value_name = "SETTINGS")]
+    pub migration_key: Option<String>,
+    #[arg(short = 'R', long, hide = true, value_name = "DIR")]
+    pub chroot: Option<String>,
+    #[arg(long, hide = true, value_name = "SETTINGS")]
+    pub profile: Option<String>,
+    #[arg(long, hide = true, value_name = "SETTINGS")]
+    pub pcap: Option<String>,
+    #[arg(long, hide = true)]
+    pub print_states: bool,
+    #[arg(long, hide = true)]
+    pub print_profiles: bool,
+    #[arg(long, hide = true, value_name = "FLAGS")]
+    pub print_info: Option<String>,
+}
+
+impl ForeignArgs {
+    /// The first that was given, and what to do instead.
+    fn answer(&self) -> Option<(&'static str, &'static str)> {
+        [
+            (self.port.is_some(), "port", "give the data channel as --server type=tcp,port=N"),
+            (
+                self.fd.is_some(),
+                "fd",
+                "give the data channel as --server type=unixio,clientfd=N if it is connected, fd=N if it listens",
+            ),
+            (
+                self.migration_key.is_some(),
+                "migration-key",
+                "state that leaves with --state-export allow is not encrypted again: send it through a channel that is",
+            ),
+            (
+                self.chroot.is_some(),
+                "chroot",
+                "is not needed: the service gives up the whole file system before it reads the TPM's state",
+            ),
+            (self.profile.is_some(), "profile", "the engine (libtpms 0.9) has no profiles"),
+            (self.print_profiles, "print-profiles", "the engine (libtpms 0.9) has no profiles"),
+            (
+                self.pcap.is_some(),
+                "pcap",
+                "commands can carry passwords and are not recorded; record at the client, for instance with the TCTI `pcap` of \
+                 tpm2-tss",
+            ),
+            (self.print_states, "print-states", "`vtpm-svc vmgs list FILE --key-file FILE` shows what the image holds"),
+            (
+                self.print_info.is_some(),
+                "print-info",
+                "ask the service that runs: `swtpm_ioctl --unix SOCKET --info FLAGS`",
+            ),
+        ]
+        .into_iter()
+        .find_map(|(given, option, answer)| given.then_some((option, answer)))
+    }
 }
 
 /// Options about rollback and clones; shared by every command that opens an image.
@@ -183,7 +254,8 @@ pub fn channel(option: &'static str, text: &str) -> Result<(Channel, bool), Opti
         ("unixio" | "", None, None, Some(n), None) => as_fd(n).map(Channel::Listening),
         ("unixio" | "", None, None, None, Some(n)) => as_fd(n).map(Channel::Connected),
         ("unixio", Some(path), None, None, None) => Some(Channel::Unix { path, mode }),
-        ("tcp", None, Some(port), None, None) => {
+        // As with swtpm, a port needs no type.
+        ("tcp" | "", None, Some(port), None, None) => {
             let address: std::net::IpAddr = match address.unwrap_or("127.0.0.1").parse() {
                 Ok(a) => a,
                 Err(_) => return refuse(format!("bindaddr `{}` is not an address", address.unwrap_or(""))),
@@ -232,6 +304,9 @@ impl SocketArgs {
         }
         if self.runas.is_some() {
             return refuse("runas", "start the service as that user (see the systemd units)");
+        }
+        if let Some((option, answer)) = self.foreign.answer() {
+            return refuse(option, answer);
         }
         if !self.tpm2 {
             return refuse("tpm2", "is required: this service has no TPM 1.2");
@@ -285,7 +360,8 @@ mod tests {
         let unix = Channel::Unix { path: "/run/c".into(), mode: 0o660 };
         assert_eq!(channel("ctrl", "type=unixio,path=/run/c,mode=0660,terminate"), Ok((unix, true)));
         let tcp = Channel::Tcp { address: "127.0.0.1:2321".parse().expect("address") };
-        assert_eq!(channel("server", "type=tcp,port=2321"), Ok((tcp, false)));
+        assert_eq!(channel("server", "type=tcp,port=2321"), Ok((tcp.clone(), false)));
+        assert_eq!(channel("server", "port=2321"), Ok((tcp, false)));
         assert_eq!(channel("ctrl", "type=unixio,fd=3"), Ok((Channel::Listening(3), false)));
     }
 

@@ -7,6 +7,9 @@
 use super::server::Service;
 use super::wire::Response;
 use super::wire::code;
+use crate::engine::Blob;
+use crate::engine::StateStore;
+use crate::engine::state::WriteError;
 use crate::log;
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
@@ -22,11 +25,13 @@ enum PlatformError {
     #[error(transparent)]
     Image(#[from] VmgsError),
     #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error(transparent)]
     Record(#[from] RecordError),
 }
 
 fn failed(what: &str, error: &PlatformError) -> Response {
-    log::error(&format!("{what}: {error}"));
+    log::often(&format!("{what}: {error}"));
     Response::refused(code::FAIL)
 }
 
@@ -50,18 +55,41 @@ impl<F: BlockFile + 'static> Service<F> {
         // A TPM that is being powered on may be carrying out the last request.
         let _engine = self.engine();
         let submitted = self.stored_ppi().and_then(|mut ppi| {
+            let before = ppi;
             let answer = ppi.submit(operation, argument);
-            if answer == Submitted::Accepted {
-                log::warn(&format!(
+            if answer == Submitted::Accepted && ppi != before {
+                // The guest decides how often it asks; the host's disk and log are not its own.
+                if !self.requests.allow() {
+                    log::often("physical-presence requests come too often; one was refused");
+                    return Ok(Submitted::Failure);
+                }
+                log::often(&format!(
                     "physical-presence operation {operation} was asked for; it is done at the next start of the TPM"
                 ));
-                self.state.vmgs().commit(&[Change::Put(FileId::TPM_PPI, &ppi.to_bytes())])?;
+                self.state.commit(&[Change::Put(FileId::TPM_PPI, &ppi.to_bytes())])?;
             }
             Ok(answer)
         });
         match submitted {
             Ok(answer) => Response::ok().word(answer as u32),
             Err(e) => failed("storing the physical-presence request", &e),
+        }
+    }
+
+    /// A volatile state that was stored is for the power-on that continues it; here somebody wants another one.
+    pub(super) fn forget_volatile(&self) -> Response {
+        let engine = self.engine();
+        if engine.is_running() {
+            return Response::refused(code::BAD_ORDINAL);
+        }
+        match self.state.clone().delete(Blob::Volatile) {
+            Ok(existed) => {
+                if existed {
+                    log::warn("a stored volatile state was dropped: the TPM starts anew");
+                }
+                Response::ok()
+            }
+            Err(_) => Response::refused(code::FAIL),
         }
     }
 
@@ -81,9 +109,15 @@ impl<F: BlockFile + 'static> Service<F> {
 
     pub(super) fn set_clock(&self, skew: RtcSkew) -> Response {
         let Some(skew) = skew.checked() else { return Response::refused(code::BAD_PARAMETER) };
-        match self.state.vmgs().commit(&[Change::Put(FileId::RTC_SKEW, &skew.to_bytes())]) {
-            Ok(_) => Response::ok(),
-            Err(e) => failed("storing the clock's offset", &e.into()),
+        let bytes = skew.to_bytes();
+        let stored = self.state.vmgs().read_optional(FileId::RTC_SKEW).map_err(PlatformError::from);
+        let stored = stored.and_then(|now| match now {
+            Some(now) if **now == bytes => Ok(()),
+            _ => Ok(self.state.commit(&[Change::Put(FileId::RTC_SKEW, &bytes)])?),
+        });
+        match stored {
+            Ok(()) => Response::ok(),
+            Err(e) => failed("storing the clock's offset", &e),
         }
     }
 }

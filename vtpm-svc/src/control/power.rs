@@ -9,11 +9,14 @@ use std::sync::atomic::Ordering;
 
 use super::server::Service;
 use super::server::Startup;
+use crate::engine::Blob;
 use crate::engine::Engine;
 use crate::engine::EngineError;
+use crate::engine::StateStore;
 use crate::engine::state::is_virgin;
 use crate::log;
 use crate::manufacture;
+use crate::manufacture::Subject;
 use crate::presence;
 use crate::tpm2;
 use crate::vmgs::block::BlockFile;
@@ -21,18 +24,57 @@ use crate::vmgs::records;
 use crate::vmgs::records::Operation;
 use crate::vmgs::records::Ppi;
 
+/// Powers the TPM off in good order, whether or not its user has.
+pub(super) fn power_off(engine: &mut Engine) {
+    if let Err(e) = engine.shut_down() {
+        log::warn(&format!(
+            "the TPM was not shut down in good order ({e}); its next start counts that as a failed try of every PIN"
+        ));
+    }
+}
+
 impl<F: BlockFile + 'static> Service<F> {
     /// Powers the TPM on. A TPM is manufactured only if the image says that it never had one.
     ///
     /// `startup` is for a service that starts with a running TPM; at a client's `INIT`, as with swtpm, the client or
-    /// the firmware behind it sends `TPM2_Startup`.
+    /// the firmware behind it sends `TPM2_Startup`. A TPM that is to be started does not continue from a stored volatile state.
     pub fn power_on(&self, delete_volatile: bool, startup: Startup) -> Result<(), EngineError> {
         let mut engine = self.engine();
-        engine.stop();
+        // Nothing that runs from here on is for a client to cancel.
+        *self.powering() = true;
+        let result = self.power_on_with(&mut engine, delete_volatile, startup);
+        *self.powering() = false;
+        result
+    }
+
+    fn power_on_with(
+        &self,
+        engine: &mut Engine,
+        delete_volatile: bool,
+        startup: Startup,
+    ) -> Result<(), EngineError> {
+        power_off(engine);
+        self.state.upkeep().begin();
         let virgin = is_virgin(&self.state.vmgs());
-        let certified = self.making.lock().unwrap_or_else(PoisonError::into_inner).authority.is_some();
         self.state.hold();
-        let started = self.start(&mut engine, virgin, startup);
+        if startup != Startup::None {
+            self.state.start_afresh();
+        }
+        if self.state.continues() && self.state.clone().load(Blob::Volatile).is_err() {
+            // What is wrong with it has been said. The library would take it for absent.
+            self.cannot_continue("it cannot be read");
+        }
+        let continues = self.state.continues();
+        let mut started = self.start(engine, virgin, startup);
+        if let Err(e) = &started
+            && continues
+        {
+            self.state.hold();
+            self.cannot_continue(&e.to_string());
+            started = self.start(engine, virgin, startup);
+        } else if continues {
+            log::warn("the TPM continues from a stored volatile state; its PCRs are those of then");
+        }
         let settled = match started {
             Ok(()) => self.state.settle(delete_volatile).map_err(|e| {
                 log::error(&format!("storing the state of the TPM that was started: {e}"));
@@ -49,10 +91,19 @@ impl<F: BlockFile + 'static> Service<F> {
         }
         self.locality.store(0, Ordering::SeqCst);
         if virgin {
-            let certificates = if certified { "with" } else { "without" };
+            // The authority's key is not needed any more. Until here a start that failed is tried again with it.
+            let making = std::mem::take(&mut *self.making.lock().unwrap_or_else(PoisonError::into_inner));
+            let certificates = if making.authority.is_some() { "with" } else { "without" };
             log::info(&format!("manufactured a new TPM {certificates} certificates"));
         }
         Ok(())
+    }
+
+    fn cannot_continue(&self, why: &str) {
+        log::warn(&format!(
+            "the stored volatile state cannot be continued ({why}); the TPM starts without it"
+        ));
+        self.state.start_afresh();
     }
 
     fn start(&self, engine: &mut Engine, virgin: bool, startup: Startup) -> Result<(), EngineError> {
@@ -119,12 +170,13 @@ impl<F: BlockFile + 'static> Service<F> {
 
     /// Makes a TPM; its state is held until it is complete.
     fn make(&self, engine: &mut Engine) -> Result<(), EngineError> {
-        let making = std::mem::take(&mut *self.making.lock().unwrap_or_else(PoisonError::into_inner));
+        let making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         let made = engine.start(true).map_err(|e| e.to_string()).and_then(|()| {
             let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
             let platform = making.platform_certificate.as_deref();
-            let version = self.state.engine_version();
-            manufacture::finish(&mut transport, making.authority.as_ref(), platform, version)
+            let vm = self.state.vmgs().root().vm;
+            let subject = Subject { version: self.state.engine_version(), vm };
+            manufacture::finish(&mut transport, making.authority.as_ref(), platform, subject)
                 .map_err(|e| e.to_string())
         });
         engine.stop();

@@ -15,13 +15,17 @@ use std::sync::atomic::AtomicU8;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
+use super::clients::Clients;
+use super::clients::MAX_CLIENTS;
+use super::clients::Seat;
 use super::data;
 use super::data::Received;
+use super::power::power_off;
 use super::socket::Listener;
 use super::socket::Stream;
 use super::wire;
-use super::wire::Parsed;
 use super::wire::Request;
 use super::wire::Response;
 use super::wire::code;
@@ -32,15 +36,14 @@ use crate::engine::EngineError;
 use crate::engine::HashStep;
 use crate::engine::StateStore;
 use crate::engine::state::VmgsState;
+use crate::engine::state::WriteError;
 use crate::log;
 use crate::manufacture::Authority;
+use crate::pace::Pace;
 use crate::vmgs::Change;
 use crate::vmgs::block::BlockFile;
 use crate::vmgs::records::RtcSkew;
 use crate::vmgs::root::FLAG_EXPORTED;
-
-/// Clients of one kind that are served at a time.
-const MAX_CLIENTS: usize = 16;
 
 /// What `TPM2_Startup` the service sends by itself when it starts with a running TPM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -54,6 +57,10 @@ pub enum Startup {
     State,
 }
 
+/// A physical-presence request is for the next start, so a person who makes some in a row is served.
+const REQUEST_INTERVAL: Duration = Duration::from_secs(10);
+const REQUEST_BURST: u32 = 16;
+
 /// What clients may do.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Policy {
@@ -61,7 +68,7 @@ pub struct Policy {
     pub state_export: bool,
     /// Commands in locality 4 are refused.
     pub reject_locality_4: bool,
-    /// The service ends when the control client is gone.
+    /// The service ends when the control client, or the last of several, is gone.
     pub terminate: bool,
 }
 
@@ -92,7 +99,12 @@ pub struct Service<F> {
     pub(super) state: VmgsState<F>,
     /// Only there until the TPM has been made.
     pub(super) making: Mutex<Making>,
-    policy: Policy,
+    pub(super) policy: Policy,
+    pub(super) control_clients: AtomicUsize,
+    /// How often the guest may change its physical-presence request.
+    pub(super) requests: Pace,
+    /// The TPM is being powered on, and made if it must be.
+    pub(super) powering: Mutex<bool>,
     pub(super) locality: AtomicU8,
     data_fd_in_use: AtomicBool,
     end: Sender<End>,
@@ -102,13 +114,13 @@ pub struct Service<F> {
 struct Acceptor<F> {
     listener: Listener,
     name: &'static str,
-    serve: fn(&Arc<Service<F>>, Stream),
-    clients: AtomicUsize,
+    serve: fn(&Arc<Service<F>>, Stream, &Seat),
+    clients: Arc<Clients>,
 }
 
 impl<F> Acceptor<F> {
-    fn new(listener: Listener, name: &'static str, serve: fn(&Arc<Service<F>>, Stream)) -> Arc<Self> {
-        Arc::new(Self { listener, name, serve, clients: AtomicUsize::new(0) })
+    fn new(listener: Listener, name: &'static str, serve: fn(&Arc<Service<F>>, Stream, &Seat)) -> Arc<Self> {
+        Arc::new(Self { listener, name, serve, clients: Arc::default() })
     }
 }
 
@@ -127,6 +139,9 @@ impl<F: BlockFile + 'static> Service<F> {
             state,
             making: Mutex::new(making),
             policy,
+            control_clients: AtomicUsize::new(0),
+            requests: Pace::new(REQUEST_INTERVAL, REQUEST_BURST),
+            powering: Mutex::new(false),
             locality: AtomicU8::new(0),
             data_fd_in_use: AtomicBool::new(false),
             end,
@@ -137,11 +152,15 @@ impl<F: BlockFile + 'static> Service<F> {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn powering(&self) -> MutexGuard<'_, bool> {
+        self.powering.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn vmgs(&self) -> MutexGuard<'_, crate::vmgs::Vmgs<F>> {
         self.state.vmgs()
     }
 
-    fn finish(&self, why: End) {
+    pub(super) fn finish(&self, why: End) {
         // The receiver is gone only when the service is ending anyway.
         let _ = self.end.send(why);
     }
@@ -154,30 +173,35 @@ impl<F: BlockFile + 'static> Service<F> {
     /// Serves data clients, the first of them on this thread: a client that is waiting already is answered without a
     /// change of threads. Returns when that client is gone; others are then served by other threads.
     pub fn serve_data_here(self: &Arc<Self>, listener: Listener) {
-        self.accept_loop(Acceptor::new(listener, "data", |service, stream| service.data_client(stream)));
+        self.accept_loop(Acceptor::new(listener, "data", |service, stream, seat| {
+            service.data_client(stream, Some(seat));
+        }));
     }
 
     /// Serves control clients until the process ends.
     pub fn serve_control(self: &Arc<Self>, listener: Listener) {
         self.spawn("control", move |service| {
-            service.accept_loop(Acceptor::new(listener, "control", |s, stream| s.control_client(stream)));
+            service.accept_loop(Acceptor::new(listener, "control", |service, stream, seat| {
+                service.control_client(stream, Some(seat));
+            }));
         });
     }
 
     /// Serves one data client that is connected already.
     pub fn serve_data_stream(self: &Arc<Self>, stream: Stream) {
-        self.spawn("data", move |service| service.data_client(stream));
+        self.spawn("data", move |service| service.data_client(stream, None));
     }
 
     /// Powers the TPM off and ends the anchor's lease in good order.
-    pub fn retire(&self) -> Result<(), crate::vmgs::VmgsError> {
-        self.engine().stop();
-        self.vmgs().release()
+    pub fn retire(&self) -> Result<(), WriteError> {
+        power_off(&mut self.engine());
+        self.vmgs().release()?;
+        Ok(self.state.upkeep().look()?)
     }
 
     /// Serves one control client that is connected already.
     pub fn serve_control_stream(self: &Arc<Self>, stream: Stream) {
-        self.spawn("control", move |service| service.control_client(stream));
+        self.spawn("control", move |service| service.control_client(stream, None));
     }
 
     /// Whether there is a thread for it now.
@@ -202,36 +226,38 @@ impl<F: BlockFile + 'static> Service<F> {
                     continue;
                 }
             };
-            // Clients that have just left may not be counted off yet.
-            let mut patience = 200;
-            while clients.load(Ordering::SeqCst) >= MAX_CLIENTS && patience > 0 {
-                patience -= 1;
-                std::thread::sleep(std::time::Duration::from_millis(10));
-            }
-            // One thread at a time counts up: the one that accepts.
-            if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
-                clients.fetch_sub(1, Ordering::SeqCst);
-                log::warn(&format!("more than {MAX_CLIENTS} {name} clients; one was turned away"));
-                continue;
-            }
+            // One thread at a time takes places: the one that accepts.
+            let seat = match clients.admit(&stream) {
+                Ok(Some(seat)) => seat,
+                Ok(None) => {
+                    log::often(&format!(
+                        "more than {MAX_CLIENTS} {name} clients are at work; one was turned away"
+                    ));
+                    continue;
+                }
+                Err(e) => {
+                    log::error(&format!("taking a {name} client: {e}"));
+                    continue;
+                }
+            };
             let next = acceptor.clone();
             let relieved = self.spawn(name, move |service| service.accept_loop(next));
             if relieved {
-                serve(self, stream);
-            }
-            clients.fetch_sub(1, Ordering::SeqCst);
-            if relieved {
-                return;
+                return serve(self, stream, &seat);
             }
         }
     }
 
-    fn data_client(self: &Arc<Self>, mut stream: Stream) {
+    fn data_client(self: &Arc<Self>, mut stream: Stream, seat: Option<&Seat>) {
         let Ok(incoming) = stream.try_clone() else { return };
         // A command usually comes in one piece, and is then read with one system call.
         let mut incoming = std::io::BufReader::with_capacity(data::MAX_COMMAND, incoming);
         loop {
-            let (reply, last) = match data::receive(&mut incoming) {
+            let received = data::receive(&mut incoming);
+            if let Some(seat) = seat {
+                seat.busy();
+            }
+            let (reply, last) = match received {
                 Ok(Received::Command(incoming)) => {
                     let locality = incoming.prefix.unwrap_or_else(|| self.locality.load(Ordering::SeqCst));
                     let response = self.execute(locality, &incoming.command);
@@ -243,8 +269,11 @@ impl<F: BlockFile + 'static> Service<F> {
             if stream.write_all(&reply).is_err() {
                 return;
             }
+            if let Some(seat) = seat {
+                seat.answered();
+            }
             if last {
-                return stream.drain();
+                return stream.take_leave();
             }
         }
     }
@@ -263,53 +292,21 @@ impl<F: BlockFile + 'static> Service<F> {
         }
     }
 
-    fn control_client(self: &Arc<Self>, mut stream: Stream) {
-        loop {
-            // Room for the largest fixed message; what is announced beyond it is read on demand.
-            let (mut message, mut fd) = match stream.receive(4096 + 64) {
-                Ok((m, fd)) if !m.is_empty() => (m, fd),
-                _ => break,
-            };
-            let mut parsed = wire::parse(&message);
-            while let Parsed::Announces(total) = parsed {
-                match stream.receive(total - message.len()) {
-                    Ok((more, _)) if !more.is_empty() => message.extend_from_slice(&more),
-                    _ => return self.control_client_gone(),
-                }
-                parsed = wire::parse(&message);
-            }
-            let (response, ends) = match parsed {
-                Parsed::Whole(Request::Shutdown) => (Response::ok(), true),
-                Parsed::Whole(Request::SetDataFd) => (self.take_data_fd(fd.take()), false),
-                Parsed::Whole(request) => (self.answer(request), false),
-                Parsed::Refused(code) => (Response::refused(code), false),
-                Parsed::Announces(_) => (Response::refused(code::BAD_PARAMETER), false),
-            };
-            zeroize::Zeroize::zeroize(&mut message);
-            let sent = stream.write_all(response.as_bytes());
-            if ends {
-                return self.finish(End::Shutdown);
-            }
-            if sent.is_err() {
-                break;
-            }
-        }
-        self.control_client_gone();
-    }
-
-    fn control_client_gone(&self) {
-        if self.policy.terminate {
-            self.finish(End::ClientGone);
-        }
-    }
-
-    fn take_data_fd(self: &Arc<Self>, fd: Option<std::os::fd::OwnedFd>) -> Response {
+    pub(super) fn take_data_fd(self: &Arc<Self>, fd: Option<std::os::fd::OwnedFd>) -> Response {
         let Some(fd) = fd else { return Response::refused(code::BAD_PARAMETER) };
         if self.data_fd_in_use.swap(true, Ordering::SeqCst) {
             return Response::refused(code::IO);
         }
+        let stream = match Stream::handed_over(fd) {
+            Ok(stream) => stream,
+            Err(e) => {
+                log::error(&format!("the data socket that a client handed over: {e}"));
+                self.data_fd_in_use.store(false, Ordering::SeqCst);
+                return Response::refused(code::IO);
+            }
+        };
         let spawned = self.spawn("data", move |service| {
-            service.data_client(Stream::from_fd(fd));
+            service.data_client(stream, None);
             service.data_fd_in_use.store(false, Ordering::SeqCst);
         });
         if spawned {
@@ -319,7 +316,7 @@ impl<F: BlockFile + 'static> Service<F> {
         Response::refused(code::IO)
     }
 
-    fn answer(&self, request: Request) -> Response {
+    pub(super) fn answer(&self, request: Request) -> Response {
         let done = |result: Result<(), EngineError>| match result {
             Ok(()) => Response::ok(),
             Err(e) => refusal(&e),
@@ -333,7 +330,7 @@ impl<F: BlockFile + 'static> Service<F> {
                 }))
             }
             Request::Stop => {
-                self.engine().stop();
+                power_off(&mut self.engine());
                 Response::ok()
             }
             Request::SetLocality(l) if l > 4 => Response::refused(code::BAD_LOCALITY),
@@ -368,6 +365,7 @@ impl<F: BlockFile + 'static> Service<F> {
             Request::PpiSubmit { operation, argument } => self.submit_ppi(operation, argument),
             Request::ClockGet => self.clock(),
             Request::ClockSet(skew) => self.set_clock(RtcSkew(skew)),
+            Request::Cold => self.forget_volatile(),
             Request::Shutdown | Request::SetDataFd => Response::refused(code::BAD_ORDINAL),
         }
     }
@@ -375,7 +373,10 @@ impl<F: BlockFile + 'static> Service<F> {
     /// Does not wait for the engine: that is the point of it.
     fn cancel_command(&self) -> Response {
         let off = self.engine.try_lock().is_ok_and(|engine| !engine.is_running());
-        if off {
+        // While the TPM is being powered on, the commands that run are the platform's. The lock is held over the call, which
+        // only sets a flag.
+        let powering = self.powering();
+        if off || *powering {
             return Response::refused(code::BAD_ORDINAL);
         }
         match self.cancel.cancel() {
@@ -385,22 +386,26 @@ impl<F: BlockFile + 'static> Service<F> {
     }
 
     fn store_volatile(&self) -> Result<(), EngineError> {
-        let engine = self.engine();
+        let mut engine = self.engine();
         if !engine.is_running() {
             return Err(EngineError::State("off"));
         }
         let blob = zeroize::Zeroizing::new(engine.state(Blob::Volatile)?);
-        self.state.clone().store(Blob::Volatile, &blob).map_err(|_| EngineError::Refused(9))
+        self.state.clone().store(Blob::Volatile, &blob).map_err(|_| EngineError::Refused(9))?;
+        engine.saved();
+        Ok(())
     }
 
     fn export(&self, kind: u32, offset: u32) -> Response {
         let Some(blob) = Blob::from_protocol(kind) else { return Response::refused(code::BAD_PARAMETER) };
-        let engine = self.engine();
+        let mut engine = self.engine();
         if !engine.is_running() {
             return Response::refused(code::BAD_ORDINAL);
         }
         if !self.policy.state_export {
-            log::warn("a client asked for TPM state; refused (start with --state-export allow to permit it)");
+            log::often(
+                "a client asked for TPM state; refused (start with --state-export allow to permit it)",
+            );
             return Response::refused(code::FAIL);
         }
         let data = match blob {
@@ -413,9 +418,13 @@ impl<F: BlockFile + 'static> Service<F> {
         log::warn(&format!(
             "TPM state ({blob:?}) leaves through the control channel: this identity can now live twice"
         ));
-        if let Err(e) = self.vmgs().commit(&[Change::Flag(FLAG_EXPORTED)]) {
+        if let Err(e) = self.state.commit(&[Change::Flag(FLAG_EXPORTED)]) {
             log::error(&format!("recording the export: {e}"));
             return Response::refused(code::FAIL);
+        }
+        if blob == Blob::Volatile {
+            // It goes on elsewhere.
+            engine.saved();
         }
         let rest = data.get(offset as usize..).unwrap_or_default();
         Response::ok().word(0).word(data.len() as u32).word(rest.len() as u32).bytes(rest)
@@ -428,16 +437,24 @@ impl<F: BlockFile + 'static> Service<F> {
             return Response::refused(code::BAD_ORDINAL);
         }
         if !self.policy.state_export || flags & wire::STATE_ENCRYPTED != 0 {
-            log::warn("a client tried to replace TPM state; refused");
+            log::often("a client tried to replace TPM state; refused");
             return Response::refused(code::FAIL);
         }
         if data.is_empty() {
             return Response::ok();
         }
-        if blob == Blob::Permanent
-            && let Err(e) = engine.validate(blob, data)
-        {
-            log::warn(&format!("TPM state from the control channel is not valid: {e}"));
+        let valid = match blob {
+            Blob::Permanent => engine.validate(blob, data, None),
+            // A volatile state is worth nothing without the permanent one that it was saved with.
+            Blob::Volatile => match self.state.clone().load(Blob::Permanent) {
+                Ok(Some(permanent)) => engine.validate(blob, data, Some(&permanent)),
+                Ok(None) => Err(EngineError::State("without the permanent state that this one belongs to")),
+                Err(_) => return Response::refused(code::FAIL),
+            },
+            Blob::Save => Ok(()),
+        };
+        if let Err(e) = valid {
+            log::warn(&format!("TPM state ({blob:?}) from the control channel is not valid: {e}"));
             return refusal(&e);
         }
         log::warn(&format!("TPM state ({blob:?}) was replaced through the control channel"));

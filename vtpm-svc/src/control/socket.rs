@@ -5,12 +5,15 @@ use std::io;
 use std::io::Read;
 use std::io::Write;
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::net::TcpListener;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
+use std::time::Instant;
 
 use rustix::net::RecvAncillaryBuffer;
 use rustix::net::RecvAncillaryMessage;
@@ -18,6 +21,10 @@ use rustix::net::RecvFlags;
 use rustix::net::SendAncillaryBuffer;
 use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
+
+/// How long a client that has lost its connection may pause between what it still sends, and how long it may go on in all.
+const LEAVE: Duration = Duration::from_millis(200);
+const LONGEST_LEAVE: Duration = Duration::from_secs(2);
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -32,6 +39,30 @@ impl Stream {
     /// A UNIX stream from a descriptor that a client handed over.
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self::Unix(UnixStream::from(fd))
+    }
+
+    /// The same, where the client may have made it for an event loop: threads here wait in reads.
+    pub fn handed_over(fd: OwnedFd) -> io::Result<Self> {
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        rustix::fs::fcntl_setfl(&fd, flags - rustix::fs::OFlags::NONBLOCK)?;
+        Ok(Self::from_fd(fd))
+    }
+
+    /// How long a read waits; `None` is for ever.
+    pub fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Unix(s) => s.set_read_timeout(patience),
+            Self::Tcp(s) => s.set_read_timeout(patience),
+        }
+    }
+
+    /// Ends the connection under whoever reads from it.
+    pub fn shutdown(&self) {
+        // It may be over already.
+        let _ = match self {
+            Self::Unix(s) => s.shutdown(Shutdown::Both),
+            Self::Tcp(s) => s.shutdown(Shutdown::Both),
+        };
     }
 
     /// A second handle on the same socket.
@@ -68,18 +99,24 @@ impl Stream {
         Ok((data, first))
     }
 
-    /// Drops what has arrived: closing a socket with unread bytes would take back the answer that was just sent.
-    pub fn drain(&self) {
-        let mut junk = [0; 4096];
+    /// Says nothing more, and drops what still comes: closing a socket with unread bytes would take back the answer that was
+    /// just sent, and a client that is still sending would not get to read it.
+    pub fn take_leave(&self) {
+        let done = match self {
+            Self::Unix(s) => s.shutdown(Shutdown::Write),
+            Self::Tcp(s) => s.shutdown(Shutdown::Write),
+        };
+        if done.and_then(|()| self.set_patience(Some(LEAVE))).is_err() {
+            return;
+        }
+        let (mut junk, started) = ([0; 4096], Instant::now());
         let fd = match self {
             Self::Unix(s) => s.as_fd(),
             Self::Tcp(s) => s.as_fd(),
         };
-        for _ in 0..64 {
-            if !matches!(rustix::net::recv(fd, &mut junk, RecvFlags::DONTWAIT), Ok((1.., _))) {
-                return;
-            }
-        }
+        while started.elapsed() < LONGEST_LEAVE
+            && matches!(rustix::net::recv(fd, &mut junk, RecvFlags::empty()), Ok((1.., _)))
+        {}
     }
 
     /// Sends a message with a descriptor.

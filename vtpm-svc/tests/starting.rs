@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Starts that wait, and output that does not reach its place.
+
+mod common;
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::process::Stdio;
+use std::time::Duration;
+use std::time::Instant;
+
+use common::Site;
+use common::output;
+use common::program;
+
+/// A hook that does not answer for a long time.
+fn slow_hook(site: &Site) -> std::path::PathBuf {
+    let hook = site.path("hook");
+    std::fs::write(&hook, "#!/bin/sh\nexec sleep 30\n").expect("write");
+    std::fs::set_permissions(&hook, PermissionsExt::from_mode(0o700)).expect("mode");
+    hook
+}
+
+/// Waits until the log has this word.
+fn wait_for(site: &Site, word: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !site.log().contains(word) {
+        assert!(Instant::now() < deadline, "{word}: {}", site.log());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_start_that_waits_says_for_what_and_ends_with_who_started_it() {
+    let site = Site::new();
+    let (ours, theirs) = UnixStream::pair().expect("pair");
+    rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).expect("flag");
+    let mut c = program();
+    c.args([
+        "socket",
+        "--tpm2",
+        "--terminate",
+        "--ctrl",
+        &format!("type=unixio,clientfd={}", theirs.as_raw_fd()),
+    ]);
+    c.arg("--vmgs").arg(site.path("vmgs")).arg("--anchor").arg(site.path("anchor"));
+    c.arg("--key-hook").arg(slow_hook(&site));
+    let log = std::fs::File::create(site.path("log")).expect("log");
+    let started = Instant::now();
+    let mut child = c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("start");
+    drop(theirs);
+    wait_for(&site, "waiting for the key");
+    assert!(started.elapsed() >= Duration::from_secs(2), "a quick start says nothing");
+    assert!(site.log().contains("hook"), "{}", site.log());
+    assert!(child.try_wait().expect("wait").is_none());
+    drop(ours);
+    assert_eq!(child.wait().expect("wait").code(), Some(1));
+    assert!(site.log().contains("whoever started the service is gone"), "{}", site.log());
+}
+
+#[test]
+fn a_start_that_waits_hears_signals() {
+    let site = Site::new();
+    let mut c = program();
+    c.args(["socket", "--tpm2", "--ctrl", &format!("type=unixio,path={}", site.path("c").display())]);
+    c.arg("--vmgs").arg(site.path("vmgs")).arg("--anchor").arg(site.path("anchor"));
+    c.arg("--key-hook").arg(slow_hook(&site));
+    let log = std::fs::File::create(site.path("log")).expect("log");
+    let mut child = c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("start");
+    wait_for(&site, "waiting for the key");
+    assert!(output(Command::new("kill").arg(child.id().to_string())).0);
+    let started = Instant::now();
+    assert!(!child.wait().expect("wait").success());
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(!site.path("c").exists(), "it has made nothing yet");
+}
+
+/// What was asked for did not arrive, and the exit code says so.
+#[test]
+fn capabilities_that_cannot_be_written_are_an_error() {
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("/dev/full");
+    let out = program().args(["socket", "--print-capabilities"]).stdout(full).output().expect("run");
+    assert_eq!(out.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("writing the capabilities"));
+}
