@@ -46,6 +46,8 @@ pub trait Evidence {
 pub struct KeyRequest<'a> {
     /// The image's unique id, from its container: public, and bound to the key by whoever gives the key out.
     pub image: [u8; 16],
+    /// The VM that the image has to belong to, if the caller knows.
+    pub vm: Option<[u8; 16]>,
     /// What the key is for.
     pub purpose: Purpose,
     /// Proof, if the service has any to offer.
@@ -222,7 +224,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn request() -> KeyRequest<'static> {
-        KeyRequest { image: [0x11; 16], purpose: Purpose::Open, evidence: None }
+        KeyRequest { image: [0x11; 16], vm: Some([0x22; 16]), purpose: Purpose::Open, evidence: None }
     }
 
     fn write(dir: &tempfile::TempDir, name: &str, data: &[u8], mode: u32) -> PathBuf {
