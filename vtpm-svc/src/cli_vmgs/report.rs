@@ -142,7 +142,8 @@ fn check_chain(
     said.proved.push("container, headers and file table are well formed, in range and disjoint".into());
     match &layout.headers.slots[1 - layout.headers.active] {
         Ok(h) if h.keys != layout.header.keys => said.open.push(
-            "that no older key opens the file: the inactive header wraps other keys, which is normal after a write; after              a rekey, run it again"
+            "that no older key opens the file: the inactive header wraps other keys, which is normal after a write; after \
+             a rekey, run it again"
                 .into(),
         ),
         Ok(_) => said.proved.push("both headers carry the same wrapped key".into()),

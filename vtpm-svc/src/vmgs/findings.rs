@@ -220,47 +220,55 @@ pub fn sentences<'a>(findings: impl IntoIterator<Item = &'a Finding>) -> Vec<Str
     out
 }
 
-/// The findings that were not accepted.
+/// What is odd about an image that was not opened, and the words that would have to be said.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal(pub Vec<Finding>);
-
-impl Refusal {
-    /// Whether a file is named as missing.
-    pub fn misses(&self, id: FileId) -> bool {
-        self.0.contains(&Finding::Missing(id))
-    }
+pub struct Refusal {
+    /// Everything that needs a word, accepted or not: a backup ends all of it, so all of it is told.
+    pub findings: Vec<Finding>,
+    needs_repair: bool,
+    options: Option<&'static str>,
 }
 
 impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&sentences(&self.0).join("; "))?;
-        let accept = Accept::default();
-        let any = |needs| self.0.iter().any(|x| x.needs(&accept) == needs);
-        if any(Needs::Repair) {
-            return Ok(());
+        f.write_str(&sentences(&self.findings).join("; "))?;
+        match (self.needs_repair, self.options) {
+            (true, None) => Ok(()),
+            (true, Some(options)) => write!(f, ". For the rest, the repair needs {options}"),
+            (false, options) => write!(
+                f,
+                ". Put a backup back with `vmgs restore`, or accept exactly this with {}",
+                options.unwrap_or("--adopt")
+            ),
         }
-        let options =
-            if any(Needs::AdoptAndRollback) { "--adopt and --accept-rollback together" } else { "--adopt" };
-        write!(f, ". Put a backup back with `vmgs restore`, or accept exactly this with {options}")
     }
 }
 
 /// Refuses everything that was not accepted, in one answer.
 pub fn decide(findings: &[Finding], accept: &Accept) -> Result<(), VmgsError> {
-    let refused = |finding: &&Finding| match finding.needs(accept) {
-        Needs::Nothing => false,
+    let zero_key = findings.iter().any(|f| matches!(f, Finding::ZeroKey(_)));
+    let accepted = |finding: &Finding| match finding.needs(accept) {
+        Needs::Nothing => true,
         // Nothing in an image whose keys anyone knows is anybody's; that it has no root is no news to who repairs it.
-        Needs::Adopt if accept.zero_key && **finding == Finding::NeverRooted => {
-            !findings.iter().any(|f| matches!(f, Finding::ZeroKey(_)))
-        }
-        Needs::Adopt => !accept.foreign,
-        Needs::AdoptAndRollback => !(accept.foreign && accept.rollback),
-        Needs::Repair => !accept.zero_key,
+        Needs::Adopt if *finding == Finding::NeverRooted && zero_key && accept.zero_key => true,
+        Needs::Adopt => accept.foreign,
+        Needs::AdoptAndRollback => accept.foreign && accept.rollback,
+        Needs::Repair => accept.zero_key,
     };
-    if !findings.iter().any(|f| refused(&f)) {
+    let refused: Vec<Needs> = findings.iter().filter(|f| !accepted(f)).map(|f| f.needs(accept)).collect();
+    if refused.is_empty() {
         return Ok(());
     }
-    // A backup or a repair ends all of it, so all of it is told.
-    let told = findings.iter().filter(|f| f.needs(accept) != Needs::Nothing).cloned().collect();
-    Err(VmgsError::Refused(Refusal(told)))
+    let told = findings.iter().filter(|f| f.needs(accept) != Needs::Nothing);
+    Err(VmgsError::Refused(Refusal {
+        findings: told.cloned().collect(),
+        needs_repair: refused.contains(&Needs::Repair),
+        options: if refused.contains(&Needs::AdoptAndRollback) {
+            Some("--adopt and --accept-rollback together")
+        } else if refused.contains(&Needs::Adopt) {
+            Some("--adopt")
+        } else {
+            None
+        },
+    }))
 }

@@ -42,7 +42,7 @@ fn open_with(image: &[u8], accept: Accept) -> Result<Vmgs<MemFile>, VmgsError> {
 /// What an image is refused for.
 fn refused_for(image: &[u8]) -> Vec<Finding> {
     match refusal(image) {
-        VmgsError::Refused(refusal) => refusal.0,
+        VmgsError::Refused(refusal) => refusal.findings,
         other => panic!("{other}"),
     }
 }
@@ -391,7 +391,7 @@ fn a_zero_metadata_key_is_found_without_any_key() {
     });
     let found = Vmgs::open(MemFile(bad), None, None, Accept::default()).map(|_| ());
     assert!(
-        matches!(found, Err(VmgsError::Refused(r)) if r.0.contains(&Finding::ZeroKey(super::zero_key::ZeroKey::Active)))
+        matches!(found, Err(VmgsError::Refused(r)) if r.findings.contains(&Finding::ZeroKey(super::zero_key::ZeroKey::Active)))
     );
 }
 

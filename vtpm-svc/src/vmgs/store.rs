@@ -111,6 +111,7 @@ pub struct Vmgs<F> {
     pub(super) container: [u8; 16],
     anchor: Option<Box<dyn Anchor>>,
     findings: Vec<Finding>,
+    accept: Accept,
     poisoned: bool,
     /// Nothing is on disk yet, so no block is in use.
     fresh: bool,
@@ -171,6 +172,7 @@ impl<F: BlockFile> Vmgs<F> {
             container: image,
             anchor: anchors.map(|a| a.lease(&image)).transpose()?,
             findings: Vec::new(),
+            accept: Accept::default(),
             poisoned: false,
             fresh: true,
             unsettled: false,
@@ -253,6 +255,7 @@ impl<F: BlockFile> Vmgs<F> {
             container,
             anchor,
             findings,
+            accept,
             poisoned: false,
             fresh: false,
             unsettled,
@@ -267,14 +270,10 @@ impl<F: BlockFile> Vmgs<F> {
 
     /// What was odd at open, in sentences.
     pub fn warnings(&self) -> Vec<String> {
-        let (mut accepted, mut told): (Vec<_>, Vec<_>) =
-            self.findings.iter().partition(|f| f.unsettles(&Accept::default()));
-        accepted.dedup();
-        let mut out: Vec<String> =
-            sentences(accepted).into_iter().map(|text| format!("ADOPTED: {text}")).collect();
-        told.dedup();
-        out.extend(sentences(told));
-        out
+        let adopted = |f: &&Finding| f.unsettles(&self.accept) && !matches!(f, Finding::ZeroKey(_));
+        let (adopted, told): (Vec<_>, Vec<_>) = self.findings.iter().partition(adopted);
+        let adopted = sentences(adopted).into_iter().map(|text| format!("ADOPTED: {text}"));
+        adopted.chain(sentences(told)).collect()
     }
 
     /// Whether something was adopted that the next commit will write anew.
