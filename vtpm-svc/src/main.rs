@@ -26,17 +26,16 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result: Result<(), Box<dyn std::error::Error>> = match Cli::parse().command {
-        Command::Socket(args) => vtpm_svc::service::run(&args).map_err(Into::into),
-        Command::Vmgs(args) => {
-            vtpm_svc::cli_vmgs::run(&args, &mut std::io::stdout().lock()).map_err(Into::into)
-        }
+    let result = match Cli::parse().command {
+        Command::Socket(args) => vtpm_svc::service::run(&args).map_err(|e| (e.to_string(), 1)),
+        Command::Vmgs(args) => vtpm_svc::cli_vmgs::run(&args, &mut std::io::stdout().lock())
+            .map_err(|e| (e.to_string(), e.exit_code())),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            vtpm_svc::log::error(&e.to_string());
-            ExitCode::FAILURE
+        Err((message, code)) => {
+            vtpm_svc::log::error(&message);
+            ExitCode::from(code)
         }
     }
 }

@@ -37,10 +37,15 @@ use crate::log;
 use crate::manufacture::ManufactureError;
 use crate::process;
 use crate::sandbox;
+use crate::vmgs::Demand;
+use crate::vmgs::FileId;
 use crate::vmgs::FsFile;
 use crate::vmgs::Vmgs;
 use crate::vmgs::VmgsError;
+use crate::vmgs::history;
 use crate::vmgs::image;
+use crate::vmgs::root::FLAG_PROVISIONED;
+use crate::vmgs::root::parse_uuid;
 
 mod channels;
 mod names;
@@ -60,6 +65,9 @@ pub enum ServiceError {
     /// Command line.
     #[error(transparent)]
     Option(#[from] OptionError),
+    /// The id of a VM that is none.
+    #[error("--vm-uuid: {0}")]
+    VmUuid(String),
     /// A required option is missing.
     #[error("{0}")]
     Missing(&'static str),
@@ -108,23 +116,53 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServiceError {
     move |source| ServiceError::Io { what: what.into(), source }
 }
 
+/// Opens the image for this service, or refuses it before anything of it or of its anchor was changed.
 fn open_image(args: &SocketArgs, path: &Path) -> Result<Vmgs<FsFile>, ServiceError> {
     let at = |source| ServiceError::Image { path: path.display().to_string(), source };
+    let vm = args.vm_uuid.as_deref().map(parse_uuid).transpose();
+    let vm = vm.map_err(|e| ServiceError::VmUuid(e.to_string()))?;
     let file = FsFile::open(path).map_err(VmgsError::opening).map_err(at)?;
     let provider = args.key.provider().ok_or(ServiceError::Missing(
         "a key is needed: --key-file, --passphrase-file, --key-credential or --key-hook",
     ))?;
-    let request =
-        KeyRequest { image: image::unique_id(&file).map_err(at)?, purpose: Purpose::Open, evidence: None };
-    let key = provider.obtain(&request)?;
-    let vmgs = Vmgs::open(file, Some(key), Some(&args.anchor.folder()), args.anchor.accept()).map_err(at)?;
-    if !vmgs.is_encrypted() {
-        return Err(at(VmgsError::NotEncrypted));
-    }
+    let image = image::unique_id(&file).map_err(at)?;
+    let key = provider.obtain(&KeyRequest { image, vm, purpose: Purpose::Open, evidence: None })?;
+    let demand = Demand { encrypted: true, vm };
+    let folder = args.anchor.folder();
+    let mut vmgs =
+        Vmgs::open_for(file, Some(key), Some(&folder), args.anchor.accept(), demand).map_err(at)?;
     for warning in vmgs.warnings() {
         log::warn(&format!("{}: {warning}", path.display()));
     }
+    tpm_is_whole(&vmgs).map_err(at)?;
+    if vmgs.is_unsettled() {
+        // What was adopted once is this program's own from now on.
+        vmgs.commit(&[]).map_err(at)?;
+    }
+    let file = path.display().to_string();
+    let event = history::Event {
+        what: "serve",
+        file: &file,
+        root: vmgs.root(),
+        findings: vmgs.findings(),
+        detail: "",
+        reason: args.anchor.history.reason.as_deref(),
+    };
+    if let Err(e) = history::record(&folder, &event) {
+        log::warn(&format!("the history of {file} could not be written: {e}"));
+    }
     Ok(vmgs)
+}
+
+/// A TPM that was made is there and can be read; if not, the operator is told of the way back.
+fn tpm_is_whole(vmgs: &Vmgs<FsFile>) -> Result<(), VmgsError> {
+    let made = vmgs.root().flags & FLAG_PROVISIONED != 0;
+    let there = vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_STATE);
+    if vmgs.is_damaged(FileId::VTPM_STATE) || (made && !there) {
+        let spare = vmgs.read_optional(FileId::VTPM_STATE_GOOD).is_ok_and(|data| data.is_some());
+        return Err(VmgsError::TpmLost { spare });
+    }
+    Ok(())
 }
 
 /// Runs the service until a client or a signal ends it.

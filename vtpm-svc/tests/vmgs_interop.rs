@@ -56,7 +56,7 @@ fn a_second_reader_agrees_after_a_thousand_mixed_writes_and_a_rekey() {
             }
         }
         let other = [0x77; 32];
-        v.rekey(key(&other)).expect("rekey");
+        v.rekey(key(&other), 0).expect("rekey");
         let image = v.close().expect("close").0;
         check(&image, &other, true, &expected);
         assert!(decode(&image, &KEY).is_err(), "the old key");

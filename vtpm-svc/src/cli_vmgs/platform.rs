@@ -7,16 +7,17 @@ use serde_json::Value;
 use serde_json::json;
 
 use super::CliError;
+use super::Looked;
 use super::Outcome;
 use super::at;
-use super::open_to_read;
+use super::close;
+use super::look;
 use super::open_to_write;
 use crate::control::options::AnchorArgs;
 use crate::keys::KeyArgs;
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
-use crate::vmgs::FsFile;
-use crate::vmgs::Vmgs;
+use crate::vmgs::VmgsError;
 use crate::vmgs::records::Ppi;
 use crate::vmgs::records::RESPONSE_FAILURE;
 use crate::vmgs::records::RESPONSE_SUCCESS;
@@ -31,14 +32,19 @@ pub(super) fn ppi(
     key: &KeyArgs,
     anchor: &AnchorArgs,
 ) -> Outcome {
-    let stored = |vmgs: &Vmgs<FsFile>| -> Result<Ppi, CliError> {
-        let bytes = vmgs.read_optional(FileId::TPM_PPI).map_err(at(file))?;
-        let parsed = bytes.map(|b| Ppi::parse(&b)).transpose();
-        Ok(parsed.map_err(|e| CliError::Usage(format!("{}: {e}", file.display())))?.unwrap_or_default())
+    let Some(number) = request else {
+        let looked = look(file, key)?;
+        looked.note(file, &anchor.history, "ppi", "");
+        return Ok(match looked.record(file, FileId::TPM_PPI)?.map(|b| Ppi::parse(&b)).transpose() {
+            Ok(ppi) => report(&ppi.unwrap_or_default()),
+            Err(e) => json!({ "fault": e.to_string() }),
+        }
+        .into());
     };
-    let Some(number) = request else { return Ok((report(&stored(&open_to_read(file, key)?)?), None)) };
-    let mut vmgs = open_to_write(file, key, anchor, anchor.accept())?;
-    let mut ppi = stored(&vmgs)?;
+    let mut vmgs = open_to_write(file, key, anchor, anchor.accept().replacing(FileId::TPM_PPI))?;
+    // What cannot be read is no request, and is replaced by this one.
+    let stored = vmgs.read_optional(FileId::TPM_PPI).ok().flatten();
+    let mut ppi = stored.and_then(|b| Ppi::parse(&b).ok()).unwrap_or_default();
     let refusal = match ppi.submit(number, argument) {
         Submitted::Accepted => {
             vmgs.commit(&[Change::Put(FileId::TPM_PPI, &ppi.to_bytes())]).map_err(at(file))?;
@@ -51,10 +57,15 @@ pub(super) fn ppi(
             "argument {argument:#x} of operation 23 is not a set of the banks SHA-256 (2) and SHA-384 (4)"
         )),
     };
-    vmgs.close().map_err(at(file))?;
     match refusal {
-        Some(text) => Err(CliError::Usage(text)),
-        None => Ok((report(&ppi), None)),
+        Some(text) => {
+            vmgs.close().map_err(at(file))?;
+            Err(CliError::Usage(text))
+        }
+        None => {
+            close(vmgs, file, anchor, "ppi", &format!("operation {number}, argument {argument:#x}"))?;
+            Ok(report(&ppi).into())
+        }
     }
 }
 
@@ -75,13 +86,27 @@ fn report(ppi: &Ppi) -> Value {
 pub(super) fn clock(file: &Path, set: Option<i64>, key: &KeyArgs, anchor: &AnchorArgs) -> Outcome {
     if let Some(seconds) = set {
         let skew = RtcSkew::from_seconds(seconds).map_err(at(file))?;
-        let mut vmgs = open_to_write(file, key, anchor, anchor.accept())?;
+        let mut vmgs = open_to_write(file, key, anchor, anchor.accept().replacing(FileId::RTC_SKEW))?;
         vmgs.commit(&[Change::Put(FileId::RTC_SKEW, &skew.to_bytes())]).map_err(at(file))?;
-        vmgs.close().map_err(at(file))?;
-        return Ok((json!({ "seconds_ahead_of_utc": skew.seconds() }), None));
+        close(vmgs, file, anchor, "clock", &format!("{seconds} seconds"))?;
+        return Ok(json!({ "seconds_ahead_of_utc": skew.seconds() }).into());
     }
-    let bytes = open_to_read(file, key)?.read_optional(FileId::RTC_SKEW).map_err(at(file))?;
-    let skew = bytes.map(|b| RtcSkew::parse(&b)).transpose();
-    let skew = skew.map_err(|e| CliError::Usage(format!("{}: {e}", file.display())))?;
-    Ok((json!({ "seconds_ahead_of_utc": skew.map(RtcSkew::seconds) }), None))
+    let looked = look(file, key)?;
+    looked.note(file, &anchor.history, "clock", "");
+    Ok(match looked.record(file, FileId::RTC_SKEW)?.map(|b| RtcSkew::parse(&b)).transpose() {
+        Ok(skew) => json!({ "seconds_ahead_of_utc": skew.map(RtcSkew::seconds) }),
+        Err(e) => json!({ "seconds_ahead_of_utc": null, "fault": e.to_string() }),
+    }
+    .into())
+}
+
+impl Looked {
+    /// A small file that need not exist.
+    fn record(&self, path: &Path, id: FileId) -> Result<Option<zeroize::Zeroizing<Vec<u8>>>, CliError> {
+        match self.view.read_file(&self.raw, id) {
+            Ok(data) => Ok(Some(data)),
+            Err(VmgsError::NotFound(_)) => Ok(None),
+            Err(e) => Err(at(path)(e)),
+        }
+    }
 }

@@ -6,11 +6,15 @@ use serde_json::json;
 
 use crate::vmgs::AnchorFolder;
 use crate::vmgs::FileId;
+use crate::vmgs::Finding;
 use crate::vmgs::FsFile;
 use crate::vmgs::Key;
-use crate::vmgs::Vmgs;
+use crate::vmgs::View;
 use crate::vmgs::VmgsError;
-use crate::vmgs::anchor::AnchorSource;
+use crate::vmgs::anchor::AnchorError;
+use crate::vmgs::anchor::Known;
+use crate::vmgs::findings::Accept;
+use crate::vmgs::findings::sentences;
 use crate::vmgs::format::BLOCK;
 use crate::vmgs::format::ENCRYPTED;
 use crate::vmgs::image;
@@ -21,15 +25,24 @@ use crate::vmgs::root::FLAG_PROVISIONED;
 use crate::vmgs::root::Root;
 use crate::vmgs::root::uuid_text;
 use crate::vmgs::uefi;
+use crate::vmgs::view::RootState;
+use crate::vmgs::zero_key;
+use crate::vmgs::zero_key::ZeroKey;
 
-/// The files of an open image.
-pub(super) fn files(vmgs: &Vmgs<FsFile>) -> Vec<Value> {
-    vmgs.list()
-        .into_iter()
+/// Files of an image.
+pub(super) fn files(list: &[(FileId, u64, bool)]) -> Vec<Value> {
+    list.iter()
         .map(|(id, bytes, encrypted)| {
             json!({ "id": id.number(), "name": id.name(), "bytes": bytes, "encrypted": encrypted })
         })
         .collect()
+}
+
+/// What a look without the anchor cannot vouch for.
+pub(super) fn not_proved(view: &View) -> Vec<String> {
+    let mut out = sentences(&view.findings);
+    out.push("that this is the newest copy (`vmgs check` asks the anchor)".into());
+    out
 }
 
 fn flags(root: &Root) -> Vec<&'static str> {
@@ -44,8 +57,8 @@ fn flags(root: &Root) -> Vec<&'static str> {
     .collect()
 }
 
-/// What can be seen.
-pub(super) fn inspect(file: &FsFile, key: Option<&Key>) -> Result<Value, VmgsError> {
+/// What can be seen, and with the key what there is behind it.
+pub(super) fn inspect(file: &FsFile, key: Option<&Key>) -> Result<(Value, Option<View>), VmgsError> {
     let layout = Layout::read(file)?;
     let slot = |n: usize| match &layout.headers.slots[n] {
         Ok(h) => json!({
@@ -59,11 +72,13 @@ pub(super) fn inspect(file: &FsFile, key: Option<&Key>) -> Result<Value, VmgsErr
         Err(fault) => json!({ "fault": fault.to_string() }),
     };
     let used: u64 = layout.table.0.iter().map(|e| u64::from(e.blocks)).sum();
+    let zero = zero_key::find(file, &layout)?;
     let mut report = json!({
         "container": { "unique_id": uuid_text(&image::unique_id(file)?), "payload_bytes": layout.payload },
         "headers": [slot(0), slot(1)],
         "bytes_in_use": used * BLOCK as u64,
-        "zero_metadata_key": layout.has_zero_metadata_key(file)?,
+        "zero_metadata_key": zero == Some(ZeroKey::Active),
+        "open_to_anyone": zero.map(|place| place.to_string()),
         "table": layout.table.files().map(|(id, e)| json!({
             "id": id.number(),
             "name": id.name(),
@@ -74,100 +89,116 @@ pub(super) fn inspect(file: &FsFile, key: Option<&Key>) -> Result<Value, VmgsErr
         "vtpm_mode": "host-served",
         "trust": crate::service::TRUST,
     });
-    if key.is_some() || !layout.header.encrypted {
-        let extended = image::unlock(file, &layout, key)?;
-        let root = image::read_root(file, &layout, &extended)?;
-        report["root"] = json!({
-            "image": uuid_text(&root.image),
-            "vm": uuid_text(&root.vm),
-            "generation": root.generation,
-            "flags": flags(&root),
-        });
-        let nvram = image::read_file(file, &layout.table, &extended, FileId::BIOS_NVRAM);
-        report["uefi_variables"] = match nvram.map(|bytes| uefi::parse(&bytes)) {
-            Ok(Ok(variables)) => variables
-                .iter()
-                .map(|v| json!({ "name": v.name_text(), "bytes": v.data.len(), "attributes": v.attributes }))
-                .collect(),
-            Ok(Err(e)) => json!({ "fault": e.to_string() }),
-            Err(VmgsError::NotFound(_)) => json!([]),
-            Err(e) => return Err(e),
-        };
+    if key.is_none() && layout.header.encrypted {
+        return Ok((report, None));
     }
-    Ok(report)
+    let view = View::read(file, key)?;
+    report["not_proved"] = not_proved(&view).into();
+    report["root"] = match view.state {
+        RootState::Proven(_) => json!({
+            "image": uuid_text(&view.root.image),
+            "vm": uuid_text(&view.root.vm),
+            "generation": view.root.generation,
+            "flags": flags(&view.root),
+        }),
+        _ => Value::Null,
+    };
+    let nvram = view.read_file(file, FileId::BIOS_NVRAM);
+    report["uefi_variables"] = match nvram.map(|bytes| uefi::parse(&bytes)) {
+        Ok(Ok(variables)) => variables
+            .iter()
+            .map(|v| json!({ "name": v.name_text(), "bytes": v.data.len(), "attributes": v.attributes }))
+            .collect(),
+        Ok(Err(e)) => json!({ "fault": e.to_string() }),
+        Err(VmgsError::NotFound(_)) => json!([]),
+        Err(e) => json!({ "fault": e.to_string() }),
+    };
+    Ok((report, Some(view)))
 }
 
-/// What can be proved; each failed step ends the chain, because the next one would build on it.
+/// What can be proved. Each step builds on the one before; the files' own faults are told side by side.
 pub(super) fn check(file: &FsFile, key: Option<&Key>, anchors: &AnchorFolder) -> Value {
-    let mut proved: Vec<String> = Vec::new();
-    let mut failed: Vec<String> = Vec::new();
-    let mut open: Vec<String> = Vec::new();
-    if let Err(e) = check_chain(file, key, anchors, &mut proved, &mut open) {
-        failed.push(e.to_string());
+    let mut said = Said::default();
+    if let Err(e) = check_chain(file, key, anchors, &mut said) {
+        said.failed.push(e.to_string());
     }
-    json!({ "proved": proved, "not_proved": open, "failed": failed })
+    json!({ "proved": said.proved, "not_proved": said.open, "failed": said.failed })
+}
+
+#[derive(Default)]
+struct Said {
+    proved: Vec<String>,
+    open: Vec<String>,
+    failed: Vec<String>,
 }
 
 fn check_chain(
     file: &FsFile,
     key: Option<&Key>,
     anchors: &AnchorFolder,
-    proved: &mut Vec<String>,
-    open: &mut Vec<String>,
+    said: &mut Said,
 ) -> Result<(), VmgsError> {
     let layout = Layout::read(file)?;
-    proved.push("container, headers and file table are well formed, in range and disjoint".into());
+    said.proved.push("container, headers and file table are well formed, in range and disjoint".into());
     match &layout.headers.slots[1 - layout.headers.active] {
-        Ok(h) if h.keys != layout.header.keys => {
-            open.push(
-                "the inactive header wraps other keys: normal after a write, but after a rekey run it again"
-                    .into(),
-            );
-        }
-        Ok(_) => proved.push("both headers carry the same wrapped key".into()),
-        Err(fault) if layout.headers.may_be_older() => {
-            open.push(format!("the inactive header slot {fault}: it may have been the newer one"));
-        }
+        Ok(h) if h.keys != layout.header.keys => said.open.push(
+            "that no older key opens the file: the inactive header wraps other keys, which is normal after a write; after \
+             a rekey, run it again"
+                .into(),
+        ),
+        Ok(_) => said.proved.push("both headers carry the same wrapped key".into()),
         Err(_) => {}
     }
-    if layout.has_zero_metadata_key(file)? {
-        return Err(VmgsError::ZeroMetadataKey);
-    }
-    if layout.header.encrypted {
-        proved.push("the file tables do not open with the zero key".into());
-    }
     if layout.header.encrypted && key.is_none() {
-        open.push("without the key: that any file is genuine, present, or the newest".into());
-        return Ok(());
-    }
-    let extended = image::unlock(file, &layout, key)?;
-    image::check_files(&layout, &extended, false)?;
-    proved.push(
-        "the key opens the image; no encrypted file was removed and no plain-text file was planted".into(),
-    );
-    let root = image::read_root(file, &layout, &extended)?;
-    image::compare(file, &layout, &extended, &root)?.refuse()?;
-    proved.push(format!(
-        "every file is authentic and listed in the integrity root of generation {}",
-        root.generation
-    ));
-    if root.flags & FLAG_DISCLOSED != 0 {
-        open.push("secrecy: the contents were readable without a key before they were repaired".into());
-    }
-    if root.flags & FLAG_EXPORTED != 0 {
-        open.push("uniqueness: the TPM's state has left this image at least once".into());
-    }
-    if !anchors.record_path(&root.image).exists() {
-        open.push(format!("freshness: no anchor record in {}", anchors.path.display()));
-        return Ok(());
-    }
-    let expectation = anchors.lease(&root.image)?.expectation()?;
-    match expectation {
-        Some(e) if e.accepts(&root.mark()) => proved.push("it is the copy that the anchor expects".into()),
-        Some(e) => {
-            return Err(VmgsError::StaleGeneration { have: root.generation, want: e.in_words() });
+        match zero_key::find(file, &layout)? {
+            Some(place) => said.failed.push(Finding::ZeroKey(place).to_string()),
+            None => said.proved.push("no table in the file opens with the zero key".into()),
         }
-        None => open.push("freshness: the anchor record is empty".into()),
+        said.open.push("without the key: that any file is genuine, present, or the newest".into());
+        return Ok(());
+    }
+    let view = View::read(file, key)?;
+    let (faults, odd): (Vec<&Finding>, Vec<&Finding>) = view.findings.iter().partition(|f| {
+        matches!(f, Finding::Damaged(..) | Finding::Malformed(..))
+            || f.unsettles(&Accept::default())
+            || matches!(f, Finding::FooterId { .. })
+    });
+    said.open.extend(sentences(odd));
+    if layout.header.encrypted && !faults.iter().any(|f| matches!(f, Finding::ZeroKey(_))) {
+        said.proved.push("the key opens the image, and no table in the file opens with the zero key".into());
+    }
+    said.failed.extend(sentences(faults.iter().copied()));
+    if faults.is_empty() {
+        said.proved.push(format!(
+            "every file is authentic and listed in the integrity root of generation {}",
+            view.root.generation
+        ));
+    }
+    if view.root.flags & FLAG_DISCLOSED != 0 {
+        said.open.push("secrecy: the contents were readable without a key before they were repaired".into());
+    }
+    if view.root.flags & FLAG_EXPORTED != 0 {
+        said.open.push("uniqueness: the TPM's state has left this image at least once".into());
+    }
+    let RootState::Proven(mark) = view.state else { return Ok(()) };
+    match anchors.look(&view.root.image)? {
+        Known::Record(e) if e.accepts(&mark, &view.root.previous) => {
+            said.proved.push("it is the copy that the anchor expects".into());
+        }
+        Known::Record(e) => {
+            let (have, want, folder) = (mark.generation, e.in_words(), anchors.path.display().to_string());
+            return Err(if have > e.highest {
+                VmgsError::AheadOfAnchor { have, want, folder }
+            } else {
+                VmgsError::StaleGeneration { have, want, folder }
+            });
+        }
+        Known::Damaged => {
+            return Err(AnchorError::Damaged(anchors.record_path(&view.root.image)).into());
+        }
+        Known::Nothing => {
+            said.open.push(format!("freshness: no anchor record in {}", anchors.path.display()))
+        }
     }
     Ok(())
 }
@@ -193,7 +224,7 @@ fn write(value: &Value, depth: usize, out: &mut String) {
                 }
             }
         }
-        Value::Array(list) if list.is_empty() => out.push_str(&format!("{pad}-\n")),
+        Value::Array(list) if list.is_empty() => out.push_str(&format!("{pad}nothing\n")),
         Value::Array(list) => {
             for v in list {
                 match v {

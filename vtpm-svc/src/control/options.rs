@@ -29,6 +29,9 @@ pub struct SocketArgs {
     /// Guest-state file; make one with `vmgs create`
     #[arg(long, value_name = "FILE")]
     pub vmgs: Option<PathBuf>,
+    /// Id of the VM that the image has to belong to; another VM's image is refused
+    #[arg(long, value_name = "UUID")]
+    pub vm_uuid: Option<String>,
     /// Where the datastore key comes from
     #[command(flatten)]
     pub key: KeyArgs,
@@ -147,20 +150,44 @@ impl ForeignArgs {
     }
 }
 
+/// Where an image's history is kept; shared by every command that looks at an image.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct HistoryArgs {
+    /// Folder outside of the image that remembers which copy is the newest, and who did what to it [default:
+    /// /var/lib/cvmm/anchors, or $XDG_STATE_HOME/cvmm/anchors for users]
+    #[arg(long, value_name = "DIR")]
+    pub anchor: Option<PathBuf>,
+    /// Why this is done; noted with the event in the anchor folder
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+}
+
+impl HistoryArgs {
+    /// The folder.
+    pub fn path(&self) -> PathBuf {
+        self.anchor.clone().unwrap_or_else(|| default_folder("anchors"))
+    }
+
+    /// The anchor folder, for who only looks.
+    pub fn folder(&self) -> crate::vmgs::AnchorFolder {
+        crate::vmgs::AnchorFolder { path: self.path(), durability: Default::default() }
+    }
+}
+
 /// Options about rollback and clones; shared by every command that opens an image.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct AnchorArgs {
-    /// Folder outside of the image that remembers which copy is the newest [default: /var/lib/cvmm/anchors, or
-    /// $XDG_STATE_HOME/cvmm/anchors for users]
-    #[arg(long, value_name = "DIR")]
-    pub anchor: Option<PathBuf>,
-    /// Make the anchor durable at each write; one more flush per write, exact even after a power loss
+    /// Where the history is kept
+    #[command(flatten)]
+    pub history: HistoryArgs,
+    /// Make the anchor durable at each write; two more flushes per write, exact even after a power loss
     #[arg(long)]
     pub anchor_strict: bool,
     /// Accept an image that is older than the anchor says, or unknown to it; what was written since is lost. Logged
     #[arg(long)]
     pub accept_rollback: bool,
-    /// Accept files that another tool wrote, removed or left in plain text. Logged
+    /// Accept files that another tool wrote, removed or left in plain text, and write the whole image anew. Logged. Together
+    /// with --accept-rollback also an image whose integrity root is lost
     #[arg(long)]
     pub adopt: bool,
 }
@@ -169,14 +196,14 @@ impl AnchorArgs {
     /// The anchor folder.
     pub fn folder(&self) -> crate::vmgs::AnchorFolder {
         use crate::vmgs::anchor::Durability;
-        let path = self.anchor.clone().unwrap_or_else(|| default_folder("anchors"));
+        let path = self.history.path();
         let durability = if self.anchor_strict { Durability::Strict } else { Durability::Leased };
         crate::vmgs::AnchorFolder { path, durability }
     }
 
     /// What the operator accepts.
     pub fn accept(&self) -> crate::vmgs::Accept {
-        crate::vmgs::Accept { rollback: self.accept_rollback, foreign: self.adopt, zero_key: false }
+        crate::vmgs::Accept { rollback: self.accept_rollback, foreign: self.adopt, ..Default::default() }
     }
 }
 

@@ -18,8 +18,8 @@ pub struct KeyFile {
     pub path: PathBuf,
 }
 
-/// Nothing that holds a secret is read beyond this size.
-const MOST: u64 = 4096;
+/// The longest secret. One byte more is read, so that a longer one is noticed.
+pub(super) const MOST: u64 = 4096;
 
 /// Reads a secret, and refuses one that every user of the host can read.
 pub(super) fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, KeyError> {
@@ -31,8 +31,8 @@ pub(super) fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, KeyError> {
         return Err(KeyError::Exposed { path: path.to_path_buf(), mode });
     }
     // One allocation that never grows, so that no copy of the secret is left behind.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(MOST as usize));
-    file.take(MOST).read_to_end(&mut bytes).map_err(io)?;
+    let mut bytes = Zeroizing::new(Vec::with_capacity(MOST as usize + 1));
+    file.take(MOST + 1).read_to_end(&mut bytes).map_err(io)?;
     Ok(bytes)
 }
 

@@ -46,6 +46,8 @@ pub trait Evidence {
 pub struct KeyRequest<'a> {
     /// The image's unique id, from its container: public, and bound to the key by whoever gives the key out.
     pub image: [u8; 16],
+    /// The VM that the image has to belong to, if the caller knows.
+    pub vm: Option<[u8; 16]>,
     /// What the key is for.
     pub purpose: Purpose,
     /// Proof, if the service has any to offer.
@@ -87,8 +89,13 @@ pub enum KeyError {
         found: String,
     },
     /// A passphrase that is no passphrase.
-    #[error("the passphrase in {0} is empty")]
-    EmptyPassphrase(PathBuf),
+    #[error("the passphrase in {path} {why}")]
+    Passphrase {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// Key derivation failed.
     #[error("deriving the key from the passphrase: {0}")]
     Derivation(String),
@@ -107,6 +114,17 @@ pub enum KeyError {
         status: String,
         /// What it printed on standard error, one line.
         message: String,
+    },
+    /// The hook gave no answer.
+    #[error(
+        "key hook {program} did not end within {seconds} seconds and was stopped; run it by hand with the request on its \
+         standard input to see what it waits for"
+    )]
+    HookSilent {
+        /// The program.
+        program: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
     },
     /// A key of zeros.
     #[error("the key is all zero")]
@@ -191,12 +209,16 @@ fn provider_of(
     if let Some(name) = credential {
         return Some(Box::new(file::Credential { name: name.clone() }));
     }
-    program.as_ref().map(|path| Box::new(hook::Hook { program: path.clone() }) as Box<dyn KeyProvider>)
+    program.as_ref().map(|path| Box::new(hook::Hook::new(path.clone())) as Box<dyn KeyProvider>)
 }
 
 /// A key from bytes that are either the key itself or its hexadecimal form.
 fn decode(origin: String, bytes: &[u8]) -> Result<Key, KeyError> {
     let zero = |_| KeyError::Zero;
+    let printable = |b: &u8| b.is_ascii_graphic() || b.is_ascii_whitespace();
+    if bytes.len() == 32 && bytes.iter().all(printable) {
+        return Err(KeyError::NotAKey { origin, found: "32 characters of text, as of a passphrase".into() });
+    }
     if let Ok(raw) = <&[u8; 32]>::try_from(bytes) {
         return Key::from_bytes(raw).map_err(zero);
     }
@@ -222,7 +244,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn request() -> KeyRequest<'static> {
-        KeyRequest { image: [0x11; 16], purpose: Purpose::Open, evidence: None }
+        KeyRequest { image: [0x11; 16], vm: Some([0x22; 16]), purpose: Purpose::Open, evidence: None }
     }
 
     fn write(dir: &tempfile::TempDir, name: &str, data: &[u8], mode: u32) -> PathBuf {
@@ -268,13 +290,57 @@ mod tests {
     #[test]
     fn a_hook_gets_the_request_and_gives_the_key_or_a_reason() {
         let dir = tempfile::tempdir().expect("tempdir");
-        let good =
-            write(&dir, "good", b"#!/bin/sh\ngrep -q '\"purpose\":\"open\"' && printf %064d 1\n", 0o700);
-        let key = hook::Hook { program: good }.obtain(&request()).expect("key");
+        let good = write(
+            &dir,
+            "good",
+            b"#!/bin/sh\nread -r q\ncase $q in *'\"purpose\":\"open\"'*'\"vm\":\"22222222-2222-'*) printf %064d 1;; esac\n",
+            0o700,
+        );
+        let key = hook::Hook::new(good).obtain(&request()).expect("key");
         assert_eq!(key.expose()[31], 1);
         let bad =
             write(&dir, "bad", b"#!/bin/sh\necho 'policy: debug guests get no key' >&2\nexit 3\n", 0o700);
-        let text = hook::Hook { program: bad }.obtain(&request()).expect_err("refused").to_string();
+        let text = hook::Hook::new(bad).obtain(&request()).expect_err("refused").to_string();
         assert!(text.contains("policy: debug guests") && text.contains('3'), "{text}");
+    }
+
+    /// The reason comes first and is long, the key after it: neither pipe may fill up while the other is read.
+    #[test]
+    fn a_hook_that_talks_much_is_heard_to_its_end() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let script = b"#!/bin/sh\nhead -c 300000 /dev/zero >&2\nprintf %064d 1\n";
+        let path = write(&dir, "hook", script, 0o700);
+        assert_eq!(hook::Hook::new(path).obtain(&request()).expect("key").expose()[31], 1);
+        let endless = write(&dir, "endless", b"#!/bin/sh\nexec cat /dev/zero\n", 0o700);
+        let text = hook::Hook::new(endless).obtain(&request()).expect_err("no key").to_string();
+        assert!(text.contains("signal") || text.contains("bytes"), "{text}");
+    }
+
+    #[test]
+    fn a_hook_without_an_end_is_stopped_and_a_child_that_it_leaves_is_not_waited_for() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let began = std::time::Instant::now();
+        let sleeper = write(&dir, "sleeper", b"#!/bin/sh\nexec sleep 600\n", 0o700);
+        let limit = std::time::Duration::from_secs(1);
+        let silent = hook::Hook { program: sleeper, limit }.obtain(&request());
+        assert!(matches!(silent, Err(KeyError::HookSilent { seconds: 1, .. })));
+        let leaves = write(&dir, "leaves", b"#!/bin/sh\nsleep 20 &\nprintf %064d 1\n", 0o700);
+        assert_eq!(hook::Hook::new(leaves).obtain(&request()).expect("key").expose()[31], 1);
+        assert!(began.elapsed() < std::time::Duration::from_secs(15), "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn text_is_not_taken_for_a_key_nor_cut_off_as_a_passphrase() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let text = write(&dir, "text", b"correct horse battery staple 12\n", 0o600);
+        let found = file::KeyFile { path: text }.obtain(&request()).expect_err("refused").to_string();
+        assert!(found.contains("passphrase") && !found.contains("horse"), "{found}");
+        let refused = |name: &str, bytes: &[u8]| {
+            let path = write(&dir, name, bytes, 0o600);
+            passphrase::Passphrase { path }.obtain(&request()).expect_err("refused").to_string()
+        };
+        assert!(refused("long", &[b'x'; 4097]).contains("4096"));
+        assert!(refused("dos", b"correct horse\r\n").contains("carriage return"));
+        assert!(refused("none", b"\nsecond line").contains("empty"));
     }
 }

@@ -9,10 +9,13 @@
 //! [`FileAnchor`] keeps this in a file of the host. It is as trustworthy as the folder it lies in: whoever can put back
 //! an old image *and* an old anchor is not stopped by it. A key broker implements the same trait with better standing.
 //!
-//! *Strict* mode makes each announcement durable before the image changes (one more flush per commit). *Leased* mode,
-//! the default, lets the operating system write the record when it likes: while the host stays up this is as exact as
-//! strict mode, whatever happens to the process; after a power loss the record may be older than the image, and then (and
-//! only then, known by the host's boot id) an image that is *ahead* of the record is accepted.
+//! *Strict* mode makes each announcement durable before the image changes, and each confirmation before the commit is
+//! acknowledged (two more flushes per commit). *Leased* mode, the default, lets the operating system write the record when
+//! it likes: while the host stays up this is as exact as strict mode, whatever happens to the process; after a power loss
+//! the record may be older than the image, and then (and only then, known by the host's boot id) an image that is *ahead*
+//! of every generation in the record is accepted, if it names the recorded one as the one before it where it should.
+//!
+//! The record is read under its lock: what was read before could be another instance's past.
 
 use std::fs::File;
 use std::io;
@@ -48,8 +51,21 @@ pub enum AnchorError {
         folder: PathBuf,
     },
     /// Neither copy of the record is readable.
-    #[error("the anchor record {0} is damaged; inspect the image, then set it again with `vmgs restore`")]
+    #[error(
+        "the anchor record {0} is damaged, so nothing says which copy of the image is the newest. If you know that this one \
+         is, say so with --accept-rollback (which writes the record anew) or with `vmgs restore FILE FILE --confirm`"
+    )]
     Damaged(PathBuf),
+    /// Somebody else may change the records.
+    #[error("the anchor folder {path} {why}, who could undo what it is for; {cure}")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+        /// What to do.
+        cure: String,
+    },
     /// The operating system refused.
     #[error("anchor {path}: {source}")]
     Io {
@@ -61,30 +77,54 @@ pub enum AnchorError {
 }
 
 /// What an anchor knows when an image is opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Known {
+    /// This image was never anchored here.
+    Nothing,
+    /// There is a record and it cannot be read.
+    Damaged,
+    /// A record.
+    Record(Expectation),
+}
+
+/// A record's word on which image is the newest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Expectation {
     /// The last confirmed mark.
-    pub confirmed: Mark,
+    pub confirmed: Option<Mark>,
     /// The mark that was announced and not confirmed.
     pub pending: Option<Mark>,
+    /// The highest generation that was ever announced.
+    pub highest: u64,
     /// The host went down during a lease, so an image that is ahead of the record is possible.
     pub may_be_ahead: bool,
+    /// The image was encrypted once.
+    pub sealed: bool,
 }
 
 impl Expectation {
-    /// Whether an image at `mark` is the newest one.
-    pub fn accepts(&self, mark: &Mark) -> bool {
-        *mark == self.confirmed
-            || self.pending == Some(*mark)
-            || (self.may_be_ahead && mark.generation > self.confirmed.generation)
+    /// Whether an image at `mark`, that names `previous` as the root before it, is the newest one.
+    pub fn accepts(&self, mark: &Mark, previous: &[u8; 32]) -> bool {
+        if self.marks().any(|m| m == mark) {
+            return true;
+        }
+        let next_to_newest = self.highest.checked_add(1) == Some(mark.generation);
+        let mut newest = self.marks().filter(|m| m.generation == self.highest).peekable();
+        let continues = !next_to_newest || newest.peek().is_none() || newest.any(|m| m.digest == *previous);
+        self.may_be_ahead && mark.generation > self.highest && continues
+    }
+
+    fn marks(&self) -> impl Iterator<Item = &Mark> {
+        self.confirmed.iter().chain(&self.pending)
     }
 
     /// In words, for a refusal.
     pub fn in_words(&self) -> String {
         let show = |m: &Mark| format!("{} (root {})", m.generation, short(&m.digest));
-        match &self.pending {
-            Some(p) if *p != self.confirmed => format!("generation {} or {}", show(&self.confirmed), show(p)),
-            _ => format!("generation {}", show(&self.confirmed)),
+        match (&self.confirmed, &self.pending) {
+            (Some(c), Some(p)) if p != c => format!("generation {} or {}", show(c), show(p)),
+            (Some(m), _) | (None, Some(m)) => format!("generation {}", show(m)),
+            (None, None) => "nothing".into(),
         }
     }
 }
@@ -95,12 +135,16 @@ fn short(digest: &[u8; 32]) -> String {
 
 /// One live lease on an image's history. Dropping it without [`Anchor::release`] is a crash.
 pub trait Anchor: Send {
-    /// What is known; `None` for an image that was never anchored here.
-    fn expectation(&self) -> Result<Option<Expectation>, AnchorError>;
+    /// What is known of the image.
+    fn known(&self) -> Known;
+    /// Where it is known, for messages.
+    fn place(&self) -> String;
+    /// The refusal of an image of which nothing is known, or nothing readable.
+    fn refusal(&self) -> AnchorError;
     /// Says that `next` is about to be written.
     fn announce(&mut self, next: Mark) -> Result<(), AnchorError>;
-    /// Says that `mark` is durable, and burns everything else.
-    fn confirm(&mut self, mark: Mark) -> Result<(), AnchorError>;
+    /// Says that `mark` is durable, and burns everything else; whether that image is an encrypted one.
+    fn confirm(&mut self, mark: Mark, sealed: bool) -> Result<(), AnchorError>;
     /// Makes the record durable and ends the lease in good order.
     fn release(&mut self) -> Result<(), AnchorError>;
 }
@@ -117,7 +161,7 @@ pub enum Durability {
     /// At the start and at the end of the lease.
     #[default]
     Leased,
-    /// At every announcement.
+    /// At every announcement and every confirmation.
     Strict,
 }
 
@@ -147,6 +191,8 @@ struct Record {
     boot: [u8; 16],
     confirmed: Option<Mark>,
     pending: Option<Mark>,
+    highest: u64,
+    sealed: bool,
     pid: u32,
 }
 
@@ -156,6 +202,7 @@ impl Record {
         b[..8].copy_from_slice(MAGIC);
         b[8..16].copy_from_slice(&self.sequence.to_le_bytes());
         b[16] = self.leased.into();
+        b[17] = self.sealed.into();
         b[20..24].copy_from_slice(&self.pid.to_le_bytes());
         b[24..40].copy_from_slice(&self.boot);
         for (mark, at) in [(self.confirmed, 40), (self.pending, 88)] {
@@ -165,6 +212,7 @@ impl Record {
                 b[at + 16..at + 48].copy_from_slice(&mark.digest);
             }
         }
+        b[136..144].copy_from_slice(&self.highest.to_le_bytes());
         let crc = crc32fast::hash(&b[..RECORD - 4]);
         b[RECORD - 4..].copy_from_slice(&crc.to_le_bytes());
         b
@@ -186,12 +234,16 @@ impl Record {
         };
         let mut boot = [0; 16];
         boot.copy_from_slice(&b[24..40]);
+        let (confirmed, pending) = (mark(40), mark(88));
+        let named = confirmed.iter().chain(&pending).map(|m| m.generation).max().unwrap_or(0);
         Some(Self {
             sequence: word(8),
             leased: b[16] == 1,
             boot,
-            confirmed: mark(40),
-            pending: mark(88),
+            confirmed,
+            pending,
+            highest: word(136).max(named),
+            sealed: b[17] == 1,
             pid: (word(16) >> 32) as u32,
         })
     }
@@ -204,15 +256,37 @@ pub struct FileAnchor {
     image: [u8; 16],
     file: File,
     record: Record,
-    found: Option<Record>,
+    found: Found,
     boot: [u8; 16],
     durability: Durability,
+    /// The record on disk says that this lease was taken.
+    announced: bool,
+    /// How often the record was made durable.
+    flushes: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    Damaged,
+    Record(Record),
 }
 
 impl AnchorFolder {
     /// The record's path.
     pub fn record_path(&self, image: &[u8; 16]) -> PathBuf {
         self.path.join(format!("{}.anchor", uuid_text(image)))
+    }
+
+    /// What is known of an image, for who only looks: nothing is made, locked or changed.
+    pub fn look(&self, image: &[u8; 16]) -> Result<Known, AnchorError> {
+        let path = self.record_path(image);
+        let found = match File::open(&path) {
+            Ok(file) => read_newest(&file),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Found::Nothing),
+            Err(e) => Err(e),
+        };
+        found.map(|f| known(f, boot_id())).map_err(|source| AnchorError::Io { path, source })
     }
 }
 
@@ -230,9 +304,9 @@ impl FileAnchor {
             let path = path.to_path_buf();
             move |source| AnchorError::Io { path, source }
         };
-        // Whoever can write here can undo what the anchor is for.
         let mut folder = std::fs::DirBuilder::new();
         folder.recursive(true).mode(0o700).create(&from.path).map_err(io(&from.path))?;
+        only_ours(&from.path, &std::fs::metadata(&from.path).map_err(io(&from.path))?)?;
         let file = File::options()
             .read(true)
             .write(true)
@@ -241,31 +315,38 @@ impl FileAnchor {
             .mode(0o600)
             .open(&path)
             .map_err(io(&path))?;
-        let newest = read_newest(&file).map_err(io(&path))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {
-                let holder = match &newest {
-                    Ok(Some(r)) => format!("process {}", r.pid),
+                let holder = match read_newest(&file) {
+                    Ok(Found::Record(r)) => format!("process {}", r.pid),
                     _ => "unknown".into(),
                 };
                 return Err(AnchorError::InUse { image: uuid_text(image), holder });
             }
             Err(std::fs::TryLockError::Error(source)) => return Err(AnchorError::Io { path, source }),
         }
-        let found = match newest {
-            Ok(found) => found,
-            Err(()) => return Err(AnchorError::Damaged(path)),
-        };
+        #[cfg(test)]
+        tests::between_lock_and_read();
+        let found = read_newest(&file).map_err(io(&path))?;
+        if found == Found::Nothing {
+            // A record whose name is lost with the power would make the image unknown.
+            File::open(&from.path).and_then(|d| d.sync_all()).map_err(io(&from.path))?;
+        }
         let boot = boot_id();
-        let record = found.unwrap_or(Record {
-            sequence: 0,
-            leased: false,
-            boot,
-            confirmed: None,
-            pending: None,
-            pid: std::process::id(),
-        });
+        let record = match found {
+            Found::Record(record) => record,
+            _ => Record {
+                sequence: 0,
+                leased: false,
+                boot,
+                confirmed: None,
+                pending: None,
+                highest: 0,
+                sealed: false,
+                pid: std::process::id(),
+            },
+        };
         Ok(Self {
             path,
             folder: from.path.clone(),
@@ -275,12 +356,9 @@ impl FileAnchor {
             found,
             boot,
             durability: from.durability,
+            announced: false,
+            flushes: 0,
         })
-    }
-
-    /// The error for an image that this anchor has never seen.
-    pub fn unknown(&self) -> AnchorError {
-        AnchorError::Unknown { image: uuid_text(&self.image), folder: self.folder.clone() }
     }
 
     fn write(&mut self, durable: bool) -> Result<(), AnchorError> {
@@ -288,17 +366,44 @@ impl FileAnchor {
         self.record.boot = self.boot;
         self.record.pid = std::process::id();
         let at = (self.record.sequence % 2) * SLOT;
+        // Of a damaged record neither half may come back as the newest one.
+        if self.found == Found::Damaged {
+            self.found = Found::Nothing;
+            let io = |source| AnchorError::Io { path: self.path.clone(), source };
+            self.file.write_all_at(&[0; RECORD], SLOT - at).map_err(io)?;
+        }
         let io = |source| AnchorError::Io { path: self.path.clone(), source };
         self.file.write_all_at(&self.record.to_bytes(), at).map_err(io)?;
         if durable {
             self.file.sync_data().map_err(io)?;
+            self.flushes += 1;
         }
         Ok(())
     }
 }
 
-/// The newest readable record: `Ok(None)` for a new file, `Err(())` when both copies are bad.
-fn read_newest(file: &File) -> io::Result<Result<Option<Record>, ()>> {
+/// Refuses a folder that somebody else could change.
+fn only_ours(path: &Path, folder: &std::fs::Metadata) -> Result<(), AnchorError> {
+    use std::os::unix::fs::MetadataExt;
+    let refuse = |why: String, cure: String| AnchorError::Folder { path: path.to_path_buf(), why, cure };
+    let own = rustix::process::geteuid().as_raw();
+    if folder.uid() != own && folder.uid() != 0 {
+        return Err(refuse(
+            format!("belongs to user {}", folder.uid()),
+            format!("run as that user, or name a folder of user {own} with --anchor"),
+        ));
+    }
+    if folder.mode() & 0o022 != 0 {
+        return Err(refuse(
+            "can be written by other users".into(),
+            format!("run `chmod go-w {}`", path.display()),
+        ));
+    }
+    Ok(())
+}
+
+/// The newest readable record.
+fn read_newest(file: &File) -> io::Result<Found> {
     let mut newest: Option<Record> = None;
     let mut dirty = false;
     for at in [0, SLOT] {
@@ -317,32 +422,63 @@ fn read_newest(file: &File) -> io::Result<Result<Option<Record>, ()>> {
             None => dirty = true,
         }
     }
-    Ok(if newest.is_none() && dirty { Err(()) } else { Ok(newest) })
+    Ok(match newest {
+        Some(record) => Found::Record(record),
+        None if dirty => Found::Damaged,
+        None => Found::Nothing,
+    })
+}
+
+fn known(found: Found, boot: [u8; 16]) -> Known {
+    match found {
+        Found::Record(r) if r.confirmed.is_some() || r.pending.is_some() => Known::Record(Expectation {
+            confirmed: r.confirmed,
+            pending: r.pending,
+            highest: r.highest,
+            may_be_ahead: r.leased && r.boot != boot,
+            sealed: r.sealed,
+        }),
+        Found::Damaged => Known::Damaged,
+        _ => Known::Nothing,
+    }
 }
 
 impl Anchor for FileAnchor {
-    fn expectation(&self) -> Result<Option<Expectation>, AnchorError> {
-        Ok(self.found.and_then(|r| {
-            Some(Expectation {
-                confirmed: r.confirmed?,
-                pending: r.pending,
-                may_be_ahead: r.leased && r.boot != self.boot,
-            })
-        }))
+    fn known(&self) -> Known {
+        known(self.found, self.boot)
+    }
+
+    fn place(&self) -> String {
+        self.folder.display().to_string()
+    }
+
+    fn refusal(&self) -> AnchorError {
+        match self.found {
+            Found::Damaged => AnchorError::Damaged(self.path.clone()),
+            _ => AnchorError::Unknown { image: uuid_text(&self.image), folder: self.folder.clone() },
+        }
     }
 
     fn announce(&mut self, next: Mark) -> Result<(), AnchorError> {
         self.record.pending = Some(next);
-        // The first record of a lease is durable in both modes: it says that the lease was taken in this boot.
-        let durable = self.durability == Durability::Strict || !self.record.leased;
+        self.record.highest = self.record.highest.max(next.generation);
+        // The first announcement of a lease is durable in both modes: it says that the lease was taken in this boot. What an
+        // unclean end has left in the record says nothing of the kind.
+        let durable = self.durability == Durability::Strict || !self.announced;
         self.record.leased = true;
-        self.write(durable)
+        self.write(durable)?;
+        self.announced = true;
+        Ok(())
     }
 
-    fn confirm(&mut self, mark: Mark) -> Result<(), AnchorError> {
+    fn confirm(&mut self, mark: Mark, sealed: bool) -> Result<(), AnchorError> {
+        let news = self.record.confirmed != Some(mark) || self.record.pending.is_some();
         self.record.confirmed = Some(mark);
         self.record.pending = None;
-        self.write(false)
+        self.record.highest = self.record.highest.max(mark.generation);
+        self.record.sealed |= sealed;
+        // At the start of a lease, what is burnt here must stay burnt.
+        self.write(self.durability == Durability::Strict || (news && !self.announced))
     }
 
     fn release(&mut self) -> Result<(), AnchorError> {
@@ -352,80 +488,5 @@ impl Anchor for FileAnchor {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn mark(generation: u64, fill: u8) -> Mark {
-        Mark { generation, digest: [fill; 32] }
-    }
-
-    fn folder() -> (tempfile::TempDir, AnchorFolder) {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let path = dir.path().join("a");
-        (dir, AnchorFolder { path, durability: Durability::Leased })
-    }
-
-    #[test]
-    fn a_second_lease_is_refused_and_names_the_holder() {
-        let (_dir, f) = folder();
-        let mut a = FileAnchor::lease(&f, &[1; 16]).expect("first");
-        a.announce(mark(1, 1)).expect("announce");
-        let second = FileAnchor::lease(&f, &[1; 16]).map(|_| ());
-        let text = second.expect_err("second").to_string();
-        assert!(text.contains(&std::process::id().to_string()), "{text}");
-        drop(a);
-        FileAnchor::lease(&f, &[1; 16]).expect("after the first ended");
-    }
-
-    #[test]
-    fn both_sides_of_an_unfinished_commit_are_accepted_until_one_is_confirmed() {
-        let (_dir, f) = folder();
-        let mut a = FileAnchor::lease(&f, &[1; 16]).expect("lease");
-        assert_eq!(a.expectation().expect("read"), None);
-        a.confirm(mark(4, 4)).expect("confirm");
-        a.announce(mark(5, 5)).expect("announce");
-        drop(a);
-        let mut a = FileAnchor::lease(&f, &[1; 16]).expect("lease");
-        let e = a.expectation().expect("read").expect("known");
-        assert!(e.accepts(&mark(4, 4)) && e.accepts(&mark(5, 5)));
-        assert!(!e.accepts(&mark(5, 6)) && !e.accepts(&mark(3, 3)) && !e.accepts(&mark(6, 6)));
-        a.confirm(mark(5, 5)).expect("confirm");
-        drop(a);
-        let a = FileAnchor::lease(&f, &[1; 16]).expect("lease");
-        assert!(!a.expectation().expect("read").expect("known").accepts(&mark(4, 4)));
-    }
-
-    #[test]
-    fn an_image_ahead_of_the_record_is_accepted_only_after_the_host_went_down_during_a_lease() {
-        let (_dir, f) = folder();
-        let mut a = FileAnchor::lease(&f, &[1; 16]).expect("lease");
-        a.confirm(mark(4, 4)).expect("confirm");
-        a.announce(mark(5, 5)).expect("announce");
-        drop(a);
-        let mut a = FileAnchor::lease(&f, &[1; 16]).expect("lease");
-        a.boot = [0xee; 16];
-        let e = a.expectation().expect("read").expect("known");
-        assert!(e.accepts(&mark(9, 9)) && !e.accepts(&mark(3, 3)));
-        a.release().expect("release");
-        drop(a);
-        let a = FileAnchor::lease(&f, &[1; 16]).expect("lease");
-        assert!(!a.expectation().expect("read").expect("known").accepts(&mark(9, 9)));
-    }
-
-    #[test]
-    fn one_torn_record_falls_back_to_the_other_and_two_are_damage() {
-        let (_dir, f) = folder();
-        let mut a = FileAnchor::lease(&f, &[1; 16]).expect("lease");
-        a.confirm(mark(1, 1)).expect("confirm");
-        a.confirm(mark(2, 2)).expect("confirm");
-        let path = a.path.clone();
-        drop(a);
-        let file = File::options().write(true).open(&path).expect("open");
-        file.write_all_at(&[0xff; 8], 30).expect("tear slot 0, which holds generation 2");
-        let a = FileAnchor::lease(&f, &[1; 16]).expect("lease");
-        assert_eq!(a.expectation().expect("read").expect("known").confirmed, mark(1, 1));
-        drop(a);
-        file.write_all_at(&[0xff; 8], SLOT + 30).expect("tear slot 1");
-        assert!(matches!(FileAnchor::lease(&f, &[1; 16]), Err(AnchorError::Damaged(_))));
-    }
-}
+#[path = "anchor_test.rs"]
+mod tests;

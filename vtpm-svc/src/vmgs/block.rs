@@ -38,6 +38,9 @@ impl FsFile {
     /// Opens for reading only, with a shared lock.
     pub fn open_read_only(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
+        if file.metadata()?.is_dir() {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
         file.try_lock_shared().map_err(lock_error)?;
         Ok(Self { file })
     }
@@ -49,15 +52,24 @@ impl FsFile {
     pub fn create(path: &Path, len: u64) -> io::Result<Self> {
         use std::os::unix::fs::OpenOptionsExt;
         let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        let new = Self::locked(file)?;
         let zeros = [0; 1 << 16];
         for at in (0..len).step_by(zeros.len()) {
             let rest = usize::try_from(len - at).unwrap_or(usize::MAX).min(zeros.len());
-            file.write_all_at(&zeros[..rest], at)?;
+            new.file.write_all_at(&zeros[..rest], at)?;
         }
-        Self::locked(file)
+        Ok(new)
+    }
+
+    /// The file itself, for its owner and mode.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     fn locked(file: File) -> io::Result<Self> {
+        if file.metadata()?.is_dir() {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
         file.try_lock().map_err(lock_error)?;
         Ok(Self { file })
     }

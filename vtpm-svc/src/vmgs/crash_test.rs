@@ -13,11 +13,11 @@ use super::block::BlockFile;
 use super::block::MemFile;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::findings::Accept;
+use super::findings::Finding;
 use super::format::FileId;
-use super::store::Accept;
 use super::store::Change;
 use super::store::Vmgs;
-use super::store::Warning;
 
 const MIB: usize = 1 << 20;
 const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
@@ -62,7 +62,7 @@ fn counter(image: &[u8], keys: &[u8]) -> Result<u64, VmgsError> {
     let mut last = Err(VmgsError::WrongKey);
     for k in keys {
         // A torn header is a damaged slot: what an anchor would accept as "confirmed or pending" is accepted here.
-        let accept = Accept { rollback: true, foreign: false, zero_key: false };
+        let accept = Accept { rollback: true, ..Accept::default() };
         last = Vmgs::open(MemFile(image.to_vec()), Some(key(*k)), None, accept);
         if !matches!(last, Err(VmgsError::WrongKey)) {
             break;
@@ -222,7 +222,7 @@ fn the_generation_before_stays_whole_while_its_header_lives() {
 #[test]
 fn every_power_loss_during_a_rekey_leaves_one_key_that_opens_everything() {
     let (mut v, trace, start) = recorded();
-    v.rekey(key(8)).expect("rekey");
+    v.rekey(key(8), 0).expect("rekey");
     trace.lock().expect("trace").push(Op::Acknowledged(1));
     put(&mut v, 2);
     trace.lock().expect("trace").push(Op::Acknowledged(2));
@@ -234,7 +234,7 @@ fn every_power_loss_during_a_rekey_leaves_one_key_that_opens_everything() {
 #[test]
 fn an_interrupted_rekey_is_noticed_and_ended_by_the_next_commit() {
     let (mut v, trace, mut image) = recorded();
-    v.rekey(key(8)).expect("rekey");
+    v.rekey(key(8), 0).expect("rekey");
     for op in trace.lock().expect("trace").iter() {
         let Op::Write(at, data) = op else { continue };
         image[*at as usize..*at as usize + data.len()].copy_from_slice(data);
@@ -245,10 +245,10 @@ fn an_interrupted_rekey_is_noticed_and_ended_by_the_next_commit() {
     let accept = Accept { rollback: true, ..Accept::default() };
     let open = |image: &[u8]| Vmgs::open(MemFile(image.to_vec()), Some(key(8)), None, accept);
     let mut v = open(&image).expect("the new key opens it");
-    assert!(v.warnings().contains(&Warning::OldKeyInSlot), "{:?}", v.warnings());
+    assert!(v.findings().contains(&Finding::OldKeyInSlot), "{:?}", v.findings());
     v.commit(&[]).expect("commit");
     let image = v.close().expect("close").0;
-    assert!(!open(&image).expect("again").warnings().contains(&Warning::OldKeyInSlot));
+    assert!(!open(&image).expect("again").findings().contains(&Finding::OldKeyInSlot));
     for newest_damaged in [0, 512] {
         let mut image = image.clone();
         image[newest_damaged + 40] ^= 1;

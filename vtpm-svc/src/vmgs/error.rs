@@ -3,6 +3,7 @@
 
 use std::io;
 
+use super::findings::Refusal;
 use super::format::FileId;
 
 /// Why a guest-state file was not opened, read or written.
@@ -62,24 +63,29 @@ pub enum VmgsError {
     /// The file is not in the image and nothing says that it should be.
     #[error("{0} is not in the image")]
     NotFound(FileId),
-    /// The image remembers a file that is gone.
-    #[error(
-        "{0} was in this image and has been removed without its key: either someone with access to the file \
-         deleted it, or a tool deleted it without unlocking the image. Restore a backup, or adopt the loss \
-         explicitly"
-    )]
+    /// A table is gone without which nothing can be opened.
+    #[error("{0} has been removed, and nothing opens without it. Put a backup back with `vmgs restore`")]
     MissingEntry(FileId),
-    /// A file is present which the integrity root does not list.
+    /// The image is odd in ways that the operator has not accepted.
+    #[error("{0}")]
+    Refused(Refusal),
+    /// The image belongs to another VM than the one that it is opened for.
     #[error(
-        "{0} was added to the image without the integrity root knowing it; adopt it explicitly or restore a backup"
+        "this image belongs to VM {found}, and VM {wanted} was asked for: it is another VM's file. Put the right one \
+         here, or name the VM that it belongs to"
     )]
-    UnexpectedEntry(FileId),
-    /// A file that must be encrypted is in plain text.
+    OtherVm {
+        /// Of the root.
+        found: String,
+        /// As demanded.
+        wanted: String,
+    },
+    /// The anchor knows this image as an encrypted one.
     #[error(
-        "{0} must be encrypted in an encrypted image but is plain text: it may have been planted by someone who \
-         has no key. Adopt it only if the image was encrypted after the file was written"
+        "this image is in plain text, and the anchor knows it as an encrypted one: its encryption was stripped, or the \
+         file was planted. Put an encrypted backup back with `vmgs restore`"
     )]
-    UnexpectedPlaintext(FileId),
+    Stripped,
     /// The header says that nothing is encrypted, the tables say otherwise.
     #[error("the header says the image is not encrypted, but {0} is: the encryption was stripped")]
     EncryptionStripped(FileId),
@@ -90,39 +96,40 @@ pub enum VmgsError {
     #[error("the image is encrypted and no key was given; name one of the key options")]
     KeyNeeded,
     /// No key slot opens with the key given.
-    #[error("the key given opens neither key slot of the active header")]
-    WrongKey,
-    /// Anyone can decrypt this image.
     #[error(
-        "the metadata key of this image is all zero, so that anyone can decrypt every file in it without any \
-         key. Treat its contents as disclosed: run `vmgs repair`, then replace the TPM's seeds and every secret \
-         that it held"
+        "the key given opens neither key slot of the active header: it is another image's key, or (for a passphrase, \
+         which is salted with it) the container's id in the last 512 bytes was changed"
     )]
-    ZeroMetadataKey,
+    WrongKey,
+    /// The TPM was made and its state is not there or not readable.
+    #[error(
+        "the TPM's state (file 60) is damaged or gone, and no new TPM takes its place. {}",
+        if *spare {
+            "File 61 holds the state that was last read back: `vmgs export --id 61 -o F`, then `vmgs import --id 60 -i F`, \
+             go back to it"
+        } else {
+            "File 61, the copy of it, cannot be read either: put a backup of the image back with `vmgs restore`"
+        }
+    )]
+    TpmLost {
+        /// The copy in file 61 can be read.
+        spare: bool,
+    },
     /// Authentication of an encrypted object failed.
     #[error("{0} fails authentication: its bytes, its size, its nonce or its tag were changed")]
     AuthFailed(FileId),
     /// An encrypted object is all zero, as after a hole was punched in the image.
     #[error("{0} is marked as encrypted but holds only zero bytes")]
     ZeroCiphertext(FileId),
-    /// The image has no integrity root.
-    #[error(
-        "the image has no integrity root (file 62): it was made by another tool, or the root was removed. Adopt \
-         it explicitly if you trust where it comes from"
-    )]
-    RootMissing,
     /// The integrity root is present but is not a root.
     #[error("the integrity root is malformed: {0}")]
     RootMismatch(String),
-    /// Files differ from the root although whoever wrote them had the key.
-    #[error(
-        "files {0} were written by a tool that does not keep the integrity root (it had the key). Adopt the \
-         change explicitly"
-    )]
-    ForeignWrite(FileList),
+    /// A file is not what was there when the image was opened.
+    #[error("{0} changed while the image was open: somebody else writes to this file")]
+    Changed(FileId),
     /// The image is older (or from another branch of history) than the anchor says.
     #[error(
-        "stale image: it is at generation {have}, the anchor expects {want}. An older copy was put back, or the \
+        "stale image: it is at generation {have}, the anchor {folder} expects {want}. An older copy was put back, or the \
          newest header is damaged. If this is an intended restore, say so with `vmgs restore` or --accept-rollback"
     )]
     StaleGeneration {
@@ -130,13 +137,30 @@ pub enum VmgsError {
         have: u64,
         /// What the anchor knows, in words.
         want: String,
+        /// Where the anchor is.
+        folder: String,
+    },
+    /// The image is newer than the anchor says, or of another branch.
+    #[error(
+        "the image is at generation {have}, ahead of the anchor {folder}, which expects {want}: it was used with another \
+         anchor meanwhile (root and other users have different ones by default; name the right one with --anchor), or \
+         this is another branch of its history. If this copy is the one to go on with, say so with --accept-rollback"
+    )]
+    AheadOfAnchor {
+        /// Generation of the image.
+        have: u64,
+        /// What the anchor knows, in words.
+        want: String,
+        /// Where the anchor is.
+        folder: String,
     },
     /// A second instance, a missing anchor record, or an anchor that cannot be used.
     #[error(transparent)]
     Anchor(#[from] super::anchor::AnchorError),
     /// There is no hole that is large enough outside of the blocks that a live header names.
     #[error(
-        "no space: {need} blocks in one piece are needed and the image has {capacity} blocks in all; recreate it with a larger --size"
+        "no space: {need} blocks in one piece are needed and the image has {capacity} blocks in all; make a larger copy \
+         with `vmgs clone --keep-identity --size`, or remove a file with `vmgs delete`"
     )]
     NoSpace {
         /// Blocks that did not fit.
@@ -156,25 +180,34 @@ pub enum VmgsError {
     /// The old key still opens something after a rekey.
     #[error("after the rekey the old key still opens {0}; the rekey is not complete, run it again")]
     OldKeyStillOpens(&'static str),
-}
-
-/// A list of file ids that prints as one.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileList(pub Vec<FileId>);
-
-impl std::fmt::Display for FileList {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (n, id) in self.0.iter().enumerate() {
-            if n > 0 {
-                f.write_str(", ")?;
-            }
-            write!(f, "{id}")?;
-        }
-        Ok(())
-    }
+    /// Bytes of an earlier generation are left.
+    #[error("after the rewrite block {0} still holds bytes of an earlier generation; run the command again")]
+    OldBytesLeft(u64),
+    /// A file cannot be written anew because it cannot be read.
+    #[error(
+        "{0} cannot be carried over, so nothing was changed ({1}). Put it back with `vmgs import --id {n}` or remove it with \
+         `vmgs delete --id {n}`, then run this again", n = .0.number()
+    )]
+    NotCarried(FileId, String),
+    /// Too large to be written anew.
+    #[error(
+        "an image of {0} bytes is not rewritten in place; copy it with `vmgs clone --keep-identity --size 64M`"
+    )]
+    TooLargeToRewrite(u64),
+    /// The new key is the old one.
+    #[error("the new key is the key that the image has; nothing was changed")]
+    SameKey,
+    /// The counter of generations has no next value.
+    #[error("generation {0} is the last one that an image can have; make a new one with `vmgs clone`")]
+    LastGeneration(u64),
 }
 
 impl VmgsError {
+    /// A new image cannot be written.
+    pub fn creating(source: io::Error) -> Self {
+        Self::Io { what: "writing a new image", source }
+    }
+
     /// The image file cannot be opened.
     pub fn opening(source: io::Error) -> Self {
         Self::Io { what: "opening the image", source }

@@ -323,14 +323,13 @@ impl Headers {
     /// The other slot is damaged in a way that leaves open which of the two was newer.
     ///
     /// A torn header write looks like this, and so does an attacker who wants the older generation back; only the
-    /// anchor can tell them apart. A slot that still claims the preceding sequence number, or that is empty beside a
-    /// first header, is harmless.
+    /// anchor can tell them apart. Nothing in a damaged slot is believed, its sequence number neither. Only a slot that is
+    /// empty beside a first header is harmless.
     pub fn may_be_older(&self) -> bool {
         let Ok(active) = &self.slots[self.active] else { return true };
         match &self.slots[1 - self.active] {
             Ok(_) => false,
             Err(HeaderFault::Zero) => active.sequence != 1,
-            Err(HeaderFault::Crc { sequence, .. }) => *sequence != active.sequence.wrapping_sub(1),
             Err(_) => true,
         }
     }
@@ -438,8 +437,9 @@ impl FileTable {
                     format!("{} bytes do not fit into {} blocks", entry.valid, entry.blocks),
                 ));
             }
-            if entry.valid > MAX_FILE {
-                return Err(VmgsError::TooLarge(id, entry.valid));
+            let claimed = u64::from(entry.blocks) * BLOCK as u64;
+            if claimed > MAX_FILE {
+                return Err(VmgsError::TooLarge(id, claimed));
             }
             spans.push((range, id));
         }

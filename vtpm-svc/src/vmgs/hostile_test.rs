@@ -3,6 +3,8 @@
 //!
 //! Offsets are written as numbers from the format's description, not taken from the parser's constants.
 
+#![allow(clippy::panic)]
+
 use proptest::prelude::*;
 
 use super::anchor::AnchorFolder;
@@ -10,11 +12,11 @@ use super::anchor::Durability;
 use super::block::MemFile;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::findings::Accept;
+use super::findings::Finding;
 use super::format::FileId;
-use super::store::Accept;
 use super::store::Change;
 use super::store::Vmgs;
-use super::store::Warning;
 
 const MIB: usize = 1 << 20;
 const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
@@ -35,6 +37,24 @@ fn open(image: &[u8]) -> Result<Vmgs<MemFile>, VmgsError> {
 
 fn open_with(image: &[u8], accept: Accept) -> Result<Vmgs<MemFile>, VmgsError> {
     Vmgs::open(MemFile(image.to_vec()), Some(key(7)), None, accept)
+}
+
+/// What an image is refused for.
+fn refused_for(image: &[u8]) -> Vec<Finding> {
+    match refusal(image) {
+        VmgsError::Refused(refusal) => refusal.findings,
+        other => panic!("{other}"),
+    }
+}
+
+/// What is said of a file that cannot be read, while all others can.
+fn blocked(image: &[u8], id: FileId) -> VmgsError {
+    let v = open(image).expect("one damaged file does not lock the others");
+    assert!(v.is_damaged(id), "{:?}", v.findings());
+    for (other, _, _) in v.list().into_iter().filter(|(other, _, _)| !v.is_damaged(*other)) {
+        v.read(other).expect("the others can be read");
+    }
+    v.read(id).map(|_| ()).expect_err("the file itself is blocked")
 }
 
 fn refusal(image: &[u8]) -> VmgsError {
@@ -85,7 +105,7 @@ fn a_good_image_opens_and_reads_back() {
     let v = open(&image()).expect("open");
     assert_eq!(v.read(STATE).expect("read").as_slice(), SECRET);
     assert_eq!(v.root().generation, 3);
-    assert_eq!(v.warnings(), [Warning::NoAnchor]);
+    assert_eq!(v.findings(), [Finding::NoAnchor]);
 }
 
 #[test]
@@ -136,7 +156,7 @@ fn a_damaged_active_header_is_not_silently_an_older_generation() {
     ] {
         let bad = edit(damage);
         assert!(matches!(refusal(&bad), VmgsError::StaleGeneration { have: 2, .. }));
-        let accepted = open_with(&bad, Accept { rollback: true, foreign: false, zero_key: false })
+        let accepted = open_with(&bad, Accept { rollback: true, foreign: false, ..Accept::default() })
             .expect("operator accepts");
         assert_eq!(accepted.root().generation, 2);
     }
@@ -144,11 +164,16 @@ fn a_damaged_active_header_is_not_silently_an_older_generation() {
 
 #[test]
 fn a_damaged_inactive_header_is_a_warning_and_healed_by_the_next_commit() {
-    let mut v = open(&edit(|i| i[512 + 40] ^= 1)).expect("open");
-    assert!(matches!(v.warnings()[0], Warning::DamagedSlot(_)));
+    let bad = edit(|i| i[512 + 40] ^= 1);
+    assert!(
+        matches!(refusal(&bad), VmgsError::StaleGeneration { have: 3, .. }),
+        "nothing in a damaged slot says that it is the older one"
+    );
+    let mut v = open_with(&bad, Accept { rollback: true, ..Accept::default() }).expect("open");
+    assert!(matches!(v.findings()[0], Finding::MayBeOlder(_)));
     v.commit(&[]).expect("commit");
     let healed = v.close().expect("close").0;
-    assert_eq!(open(&healed).expect("open").warnings(), [Warning::NoAnchor]);
+    assert_eq!(open(&healed).expect("open").findings(), [Finding::NoAnchor]);
 }
 
 #[test]
@@ -236,17 +261,17 @@ fn changed_ciphertext_is_refused() {
         let n = u32_at(i, e + 8);
         put32(i, e + 8, n - 1);
     });
-    assert!(matches!(refusal(&shorter), VmgsError::AuthFailed(STATE)));
+    assert!(matches!(blocked(&shorter, STATE), VmgsError::AuthFailed(STATE)));
     let flipped = edit(|i| {
         let d = data_at(i, 60);
         i[d] ^= 1;
     });
-    assert!(matches!(refusal(&flipped), VmgsError::AuthFailed(STATE)));
+    assert!(matches!(blocked(&flipped, STATE), VmgsError::AuthFailed(STATE)));
     let zeroed = edit(|i| {
         let d = data_at(i, 60);
         i[d..d + 4096].fill(0);
     });
-    assert!(matches!(refusal(&zeroed), VmgsError::ZeroCiphertext(STATE)));
+    assert!(matches!(blocked(&zeroed, STATE), VmgsError::ZeroCiphertext(STATE)));
     let zero_table = edit(|i| {
         let d = data_at(i, 63);
         i[d..d + 4096].fill(0);
@@ -275,7 +300,11 @@ fn a_deleted_entry_is_noticed_without_any_anchor() {
             let e = entry_at(i, 0, id);
             i[e..e + 64].fill(0);
         });
-        assert!(matches!(refusal(&gone), VmgsError::MissingEntry(f) if f.index() == id));
+        let found = refused_for(&gone);
+        match id {
+            62 => assert!(matches!(found[..], [Finding::RootLost(_)]), "{found:?}"),
+            _ => assert_eq!(found, [Finding::Missing(FileId::user(id as u32).expect("id"))]),
+        }
     }
     let no_extended = edit(|i| {
         let e = entry_at(i, 0, 63);
@@ -292,7 +321,8 @@ fn two_entries_that_were_swapped_are_noticed() {
             i.swap(a + n, b + n);
         }
     });
-    assert!(matches!(refusal(&swapped), VmgsError::AuthFailed(_)));
+    assert!(matches!(blocked(&swapped, STATE), VmgsError::AuthFailed(_)));
+    assert!(matches!(blocked(&swapped, FileId::BIOS_NVRAM), VmgsError::AuthFailed(_)));
 }
 
 #[test]
@@ -306,10 +336,10 @@ fn a_planted_plaintext_file_is_noticed() {
             i[200 * 4096..200 * 4096 + 9].copy_from_slice(b"my secret");
         })
     };
-    assert!(matches!(refusal(&planted(3)), VmgsError::UnexpectedPlaintext(FileId::TPM_NVRAM)));
-    assert!(matches!(refusal(&planted(9)), VmgsError::UnexpectedEntry(_)));
-    let adopted =
-        open_with(&planted(9), Accept { rollback: false, foreign: true, zero_key: false }).expect("adopt");
+    assert!(refused_for(&planted(3)).contains(&Finding::Planted(FileId::TPM_NVRAM)));
+    assert!(matches!(refused_for(&planted(9))[..], [Finding::Unexpected(_)]));
+    let adopted = open_with(&planted(9), Accept { rollback: false, foreign: true, ..Accept::default() })
+        .expect("adopt");
     assert_eq!(adopted.read(FileId::user(9).expect("id")).expect("read").as_slice(), b"my secret");
 }
 
@@ -360,7 +390,9 @@ fn a_zero_metadata_key_is_found_without_any_key() {
         i[e + 28..e + 44].copy_from_slice(&tag);
     });
     let found = Vmgs::open(MemFile(bad), None, None, Accept::default()).map(|_| ());
-    assert!(matches!(found, Err(VmgsError::ZeroMetadataKey)));
+    assert!(
+        matches!(found, Err(VmgsError::Refused(r)) if r.findings.contains(&Finding::ZeroKey(super::zero_key::ZeroKey::Active)))
+    );
 }
 
 #[test]
@@ -373,10 +405,14 @@ fn a_foreign_write_is_reported_with_its_ids_and_can_be_adopted() {
     // Splice: the new image, but with the root of the old one re-sealed in it, is what such a tool leaves behind.
     let old_root = open(&before).expect("open").root().clone();
     let foreign = reroot(after, &old_root);
-    assert!(matches!(refusal(&foreign), VmgsError::ForeignWrite(ids) if ids.0 == [STATE]));
+    assert_eq!(refused_for(&foreign), [Finding::Changed(STATE)]);
     let adopted =
-        open_with(&foreign, Accept { rollback: false, foreign: true, zero_key: false }).expect("adopt");
-    assert!(matches!(adopted.warnings()[0], Warning::Adopted(_)));
+        open_with(&foreign, Accept { rollback: false, foreign: true, ..Accept::default() }).expect("adopt");
+    assert!(
+        adopted.is_unsettled() && adopted.warnings()[0].starts_with("ADOPTED: file 60"),
+        "{:?}",
+        adopted.warnings()
+    );
     assert_eq!(adopted.read(STATE).expect("read").as_slice(), b"changed by another tool");
 }
 
@@ -462,7 +498,7 @@ fn after_a_rekey_the_old_key_opens_nothing_and_old_blocks_are_gone() {
     let before = image();
     let old_state = before[data_at(&before, 60)..][..SECRET.len()].to_vec();
     let mut v = open(&before).expect("open");
-    v.rekey(key(8)).expect("rekey");
+    v.rekey(key(8), 0).expect("rekey");
     let after = v.close().expect("close").0;
     assert!(!after.windows(old_state.len()).any(|w| w == old_state), "an old ciphertext is still there");
     for damage in [None, Some(0), Some(512)] {
@@ -470,7 +506,7 @@ fn after_a_rekey_the_old_key_opens_nothing_and_old_blocks_are_gone() {
         if let Some(at) = damage {
             i[at + 40] ^= 1;
         }
-        let accept = Accept { rollback: true, foreign: true, zero_key: false };
+        let accept = Accept { rollback: true, foreign: true, ..Accept::default() };
         let old = Vmgs::open(MemFile(i.clone()), Some(key(7)), None, accept).map(|_| ());
         assert!(matches!(old, Err(VmgsError::WrongKey)), "slot {damage:?}");
         let new = Vmgs::open(MemFile(i), Some(key(8)), None, accept).expect("new key");
@@ -498,15 +534,17 @@ fn rollback_fork_and_second_copy_are_refused_by_the_anchor() {
     assert!(matches!(stale, Err(VmgsError::StaleGeneration { have: 2, .. })));
 
     // A fork: the old copy is accepted on purpose once, moves on, and then the other branch is the stale one.
-    let mut fork =
-        anchored(&old, Accept { rollback: true, foreign: false, zero_key: false }).expect("operator accepts");
-    assert!(matches!(fork.warnings()[0], Warning::RollbackAccepted { have: 2, .. }));
+    let mut fork = anchored(&old, Accept { rollback: true, foreign: false, ..Accept::default() })
+        .expect("operator accepts");
+    assert!(matches!(fork.findings()[0], Finding::RollbackAccepted { have: 2, .. }));
     fork.commit(&[Change::Put(STATE, b"other")]).expect("commit");
     let forked = fork.close().expect("close").0;
     let loser = anchored(&new, Accept::default()).map(|_| ());
-    assert!(
-        matches!(loser, Err(VmgsError::StaleGeneration { have: 3, .. })),
-        "same generation, other digest"
+    assert!(matches!(loser, Err(VmgsError::StaleGeneration { have: 3, .. })), "the branch that was given up");
+    assert_eq!(
+        anchored(&forked, Accept::default()).expect("open").root().generation,
+        4,
+        "3 was used already"
     );
     anchored(&forked, Accept::default()).expect("the branch that was accepted");
 
@@ -560,8 +598,12 @@ proptest! {
         if let Ok(v) = open(&i) {
             match v.root().generation {
                 3 => {
-                    prop_assert!(v.read(STATE).expect("read").as_slice() == SECRET);
-                    prop_assert!(v.read(FileId::BIOS_NVRAM).expect("read").as_slice() == b"variables");
+                    for (id, expected) in [(STATE, SECRET), (FileId::BIOS_NVRAM, b"variables")] {
+                        match v.read(id) {
+                            Ok(data) => prop_assert!(data.as_slice() == expected),
+                            Err(e) => prop_assert!(v.is_damaged(id), "{e}"),
+                        }
+                    }
                 }
                 // Whoever forges a header can point at the older generation; that is the anchor's to notice.
                 2 if reseal => {}
@@ -575,9 +617,9 @@ proptest! {
         let mut i = image();
         let t = entry_at(&i, 0, 0);
         i[t + 64..t + 4096].copy_from_slice(&bytes[64..]);
-        let _ = open_with(&i, Accept { rollback: true, foreign: true, zero_key: false });
+        let _ = open_with(&i, Accept { rollback: true, foreign: true, ..Accept::default() });
         i[..168].copy_from_slice(&slots[..168]);
         i[512..680].copy_from_slice(&slots[168..]);
-        let _ = open_with(&i, Accept { rollback: true, foreign: true, zero_key: false });
+        let _ = open_with(&i, Accept { rollback: true, foreign: true, ..Accept::default() });
     }
 }

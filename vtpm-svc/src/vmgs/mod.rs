@@ -10,24 +10,34 @@ pub mod anchor;
 pub mod block;
 pub mod crypto;
 pub mod error;
+pub mod findings;
 pub mod format;
+pub mod history;
 pub mod image;
+mod judge;
 mod place;
 pub mod records;
+mod rewrite;
 pub mod root;
+pub mod spans;
 pub mod store;
 pub mod uefi;
 pub mod vhd;
+pub mod view;
+pub mod zero_key;
 
 pub use anchor::AnchorFolder;
 pub use block::FsFile;
 pub use crypto::Key;
 pub use error::VmgsError;
+pub use findings::Accept;
+pub use findings::Finding;
 pub use format::FileId;
-pub use store::Accept;
 pub use store::Change;
+pub use store::Demand;
 pub use store::Identity;
 pub use store::Vmgs;
+pub use view::View;
 
 #[cfg(test)]
 mod crash_test;

@@ -5,8 +5,6 @@
 //! what is flushed is one run of sectors and one write; if the free blocks are too scattered, each piece goes where
 //! it fits.
 
-use std::collections::BTreeSet;
-
 use super::crypto;
 use super::crypto::Draws;
 use super::crypto::Key;
@@ -21,6 +19,7 @@ use super::format::FIRST_BLOCK;
 use super::format::FileId;
 use super::format::FileTable;
 use super::format::KeySlot;
+use super::spans::Spans;
 
 /// One commit's pieces: sealed, placed, and not written yet.
 pub(super) struct Placer {
@@ -39,7 +38,7 @@ pub(super) fn blocks_of(bytes: usize) -> u32 {
 
 impl Placer {
     /// For a commit of about `expected` blocks that may use every block but the live ones.
-    pub(super) fn new(capacity: u32, live: [&BTreeSet<u32>; 2], encrypted: bool, expected: u32) -> Self {
+    pub(super) fn new(capacity: u32, live: &Spans, encrypted: bool, expected: u32) -> Self {
         let mut space = Space::new(capacity, live);
         space.prefer(expected);
         Self { space, draws: Draws::default(), encrypted, capacity, pieces: Vec::new() }
@@ -82,7 +81,7 @@ impl Placer {
         table.0[FileId::FILE_TABLE.index()] = Entry { block: table_block, ..whole };
         let mut keys = [KeySlot::default(); 2];
         let mut entry = Entry { block: extended_block, ..whole };
-        let bytes = match key {
+        let bytes = match key.filter(|_| self.encrypted) {
             Some(datastore) => {
                 let (metadata, seal, bytes) = crypto::seal_once(&mut self.draws, &extended.to_block())?;
                 entry.seal = seal;
@@ -91,6 +90,8 @@ impl Placer {
                 keys[0] = KeySlot { seal, wrapped };
                 bytes
             }
+            // A table of no keys in an image that needs them could never be opened by anybody.
+            None if self.encrypted => return Err(VmgsError::KeyNeeded),
             None => vec![0; BLOCK],
         };
         table.0[FileId::EXTENDED.index()] = entry;
@@ -99,16 +100,15 @@ impl Placer {
         Ok(keys)
     }
 
-    /// What is to be written: neighbours as one run, the rest of a piece's last block as zeros.
+    /// What is to be written: neighbours as one run, and every piece in whole blocks, so that what a block held before is
+    /// gone from its rest too.
     pub(super) fn runs(mut self) -> Vec<(u32, Vec<u8>)> {
         self.pieces.sort_by_key(|(block, _)| *block);
         let mut runs: Vec<(u32, Vec<u8>)> = Vec::new();
-        for (block, data) in self.pieces {
+        for (block, mut data) in self.pieces {
+            data.resize(blocks_of(data.len()) as usize * BLOCK, 0);
             match runs.last_mut() {
-                Some((start, run)) if *start + blocks_of(run.len()) == block => {
-                    run.resize(run.len().next_multiple_of(BLOCK), 0);
-                    run.extend_from_slice(&data);
-                }
+                Some((start, run)) if *start + blocks_of(run.len()) == block => run.extend_from_slice(&data),
                 _ => runs.push((block, data)),
             }
         }
@@ -125,15 +125,9 @@ struct Space {
 }
 
 impl Space {
-    fn new(capacity: u32, live: [&BTreeSet<u32>; 2]) -> Self {
-        let mut holes = Vec::new();
-        let mut start = FIRST_BLOCK;
-        for block in live[0].union(live[1]).copied().chain([capacity]) {
-            if block > start {
-                holes.push((start, block - start));
-            }
-            start = start.max(block.saturating_add(1));
-        }
+    fn new(capacity: u32, live: &Spans) -> Self {
+        let holes =
+            live.gaps(FIRST_BLOCK, capacity).into_iter().map(|r| (r.start, r.end - r.start)).collect();
         Self { holes, preferred: None }
     }
 
@@ -166,28 +160,28 @@ mod tests {
     #[test]
     fn a_commit_is_one_run_where_there_is_room_and_scattered_where_there_is_none() {
         // Blocks 2 to 9, of which 4 is live: holes of two and of five blocks.
-        let live = BTreeSet::from([4]);
-        let mut space = Space::new(10, [&live, &live]);
+        let live = Spans::new(std::iter::once(4..5).collect());
+        let mut space = Space::new(10, &live);
         space.prefer(3);
         assert_eq!([space.take(1), space.take(1), space.take(1)], [Some(5), Some(6), Some(7)]);
-        let mut space = Space::new(10, [&live, &live]);
+        let mut space = Space::new(10, &live);
         space.prefer(6);
         assert_eq!([space.take(2), space.take(4), space.take(2)], [Some(2), Some(5), None]);
     }
 
     #[test]
     fn neighbouring_pieces_are_written_together_and_padded_with_zeros() {
-        let none = BTreeSet::new();
-        let mut placer = Placer::new(8, [&none, &none], false, 3);
+        let mut placer = Placer::new(8, &Spans::default(), false, 3);
         placer.file(&[1; 10]).expect("first");
         placer.file(&[2; BLOCK + 1]).expect("second");
         let runs = placer.runs();
         assert_eq!(runs.len(), 1);
         let (start, bytes) = &runs[0];
-        assert_eq!((*start, bytes.len()), (2, 2 * BLOCK + 1));
+        assert_eq!((*start, bytes.len()), (2, 3 * BLOCK), "whole blocks, the last one too");
         assert_eq!(
             (&bytes[..11], bytes[BLOCK - 1], bytes[BLOCK]),
             (&[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0][..], 0, 2)
         );
+        assert!(bytes[2 * BLOCK + 1..].iter().all(|b| *b == 0));
     }
 }

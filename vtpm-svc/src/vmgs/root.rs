@@ -25,6 +25,13 @@ pub const FLAG_EXPORTED: u32 = 2;
 /// The contents were readable without a key at some time; see `vmgs repair`.
 pub const FLAG_DISCLOSED: u32 = 4;
 
+/// No image gets here by writing; a number beyond it would wrap some day.
+const MOST_GENERATIONS: u64 = 1 << 56;
+/// The root remembers when the key was changed in steps of this many generations.
+const KEY_STEP: u64 = 1 << 20;
+/// One key wraps one metadata key per generation under a random 96-bit nonce: half of the 2^32 that are safe.
+const WORN: u64 = 1 << 31;
+
 /// Point in the history of an image: what the anchor remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark {
@@ -58,6 +65,8 @@ pub struct Root {
     pub generation: u64,
     /// SHA-256 of the preceding root.
     pub previous: [u8; 32],
+    /// The generation of the last change of key, in steps of 2^20.
+    pub keyed: u32,
     /// Every file but the tables and the root.
     pub files: BTreeMap<FileId, Listed>,
 }
@@ -76,7 +85,7 @@ fn take<const N: usize>(b: &[u8], at: usize) -> [u8; N] {
 impl Root {
     /// A root before its first commit.
     pub fn new(image: [u8; 16], vm: [u8; 16]) -> Self {
-        Self { flags: 0, image, vm, generation: 0, previous: [0; 32], files: BTreeMap::new() }
+        Self { flags: 0, image, vm, generation: 0, previous: [0; 32], keyed: 0, files: BTreeMap::new() }
     }
 
     /// Parses the plain text.
@@ -114,11 +123,16 @@ impl Root {
                 },
             );
         }
+        let generation = u64::from_le_bytes(take(bytes, 48));
+        if generation > MOST_GENERATIONS {
+            return refuse(format!("generation {generation} at offset 48 is none that an image reaches"));
+        }
         Ok(Self {
             flags: u32::from_le_bytes(take(bytes, 12)),
             image: take(bytes, 16),
             vm: take(bytes, 32),
-            generation: u64::from_le_bytes(take(bytes, 48)),
+            generation,
+            keyed: u32::from_le_bytes(take(bytes, 92)),
             previous: take(bytes, 56),
             files,
         })
@@ -135,7 +149,7 @@ impl Root {
         out.extend_from_slice(&self.generation.to_le_bytes());
         out.extend_from_slice(&self.previous);
         out.extend_from_slice(&(self.files.len() as u32).to_le_bytes());
-        out.extend_from_slice(&[0; 4]);
+        out.extend_from_slice(&self.keyed.to_le_bytes());
         for (id, file) in &self.files {
             out.extend_from_slice(&id.number().to_le_bytes());
             out.extend_from_slice(&file.attributes.to_le_bytes());
@@ -144,6 +158,22 @@ impl Root {
             out.extend_from_slice(&[0; 16]);
         }
         out
+    }
+
+    /// The number of the next generation.
+    pub fn next_generation(&self) -> Result<u64, VmgsError> {
+        let next = self.generation.checked_add(1).filter(|g| *g <= MOST_GENERATIONS);
+        next.ok_or(VmgsError::LastGeneration(self.generation))
+    }
+
+    /// Notes that the generation after this one has another key.
+    pub fn keyed_anew(&mut self) {
+        self.keyed = u32::try_from(self.generation / KEY_STEP).unwrap_or(u32::MAX);
+    }
+
+    /// Whether the key has sealed more generations than it should.
+    pub fn worn(&self) -> bool {
+        self.generation.saturating_sub(u64::from(self.keyed) * KEY_STEP) >= WORN
     }
 
     /// What the anchor has to remember of this root.
@@ -191,6 +221,20 @@ mod tests {
         }
         assert_eq!(root.to_bytes().len(), 4000);
         assert_eq!(Root::parse(&root.to_bytes()).expect("own bytes"), root);
+    }
+
+    #[test]
+    fn a_key_is_worn_after_2_to_the_31_generations_and_generations_end_before_they_wrap() {
+        let mut root = Root::new([1; 16], [2; 16]);
+        root.generation = (1 << 31) + 5;
+        assert!(root.worn());
+        root.keyed_anew();
+        root.generation += (1 << 31) - (1 << 20);
+        assert!(!root.worn() && Root::parse(&root.to_bytes()).expect("own bytes") == root);
+        root.generation = 1 << 56;
+        assert!(matches!(root.next_generation(), Err(VmgsError::LastGeneration(_))));
+        root.generation = u64::MAX - 1;
+        assert!(matches!(Root::parse(&root.to_bytes()), Err(VmgsError::RootMismatch(_))));
     }
 
     #[test]

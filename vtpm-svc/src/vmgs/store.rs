@@ -9,17 +9,19 @@
 //! A failed write or flush poisons the store: what reached the disk is unknown, so nothing may be acknowledged until the
 //! image has been opened again.
 
-use std::collections::BTreeSet;
-
 use zeroize::Zeroizing;
 
 use super::anchor::Anchor;
-use super::anchor::AnchorError;
 use super::anchor::AnchorSource;
+use super::anchor::Known;
 use super::block::BlockFile;
 use super::crypto;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::findings::Accept;
+use super::findings::Finding;
+use super::findings::decide;
+use super::findings::sentences;
 use super::format::BLOCK;
 use super::format::ENTRIES;
 use super::format::Entry;
@@ -33,14 +35,18 @@ use super::format::KeySlot;
 use super::format::MAX_FILE;
 use super::format::SECTOR;
 use super::image;
-use super::image::Layout;
+use super::judge::judge;
 use super::place::Placer;
 use super::place::blocks_of;
 use super::root::Listed;
 use super::root::Mark;
 use super::root::Root;
 use super::root::digest;
+use super::root::uuid_text;
+use super::spans::Spans;
 use super::vhd;
+use super::view::RootState;
+use super::view::View;
 
 /// Smallest image that `create` makes.
 pub const MIN_SIZE: u64 = 1 << 20;
@@ -77,71 +83,51 @@ pub enum Change<'a> {
     Flag(u32),
 }
 
-/// What an operator may accept explicitly when an image is opened.
+/// What an image has to be for whoever opens it; compared before the anchor is touched.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Accept {
-    /// An image that is older than, or unknown to, the anchor.
-    pub rollback: bool,
-    /// Files that were added, changed, removed or left in plain text by another tool; also an image with no root.
-    pub foreign: bool,
-    /// An image whose metadata key is zero: readable by anyone, and to be repaired.
-    pub zero_key: bool,
-}
-
-/// Something that was odd but not refused; to be shown or logged.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Warning {
-    /// The other header slot is damaged; the next commit replaces it.
-    DamagedSlot(String),
-    /// The image was opened without an anchor.
-    NoAnchor,
-    /// The older header is wrapped by another key: a change of key was interrupted. The next commit ends that.
-    OldKeyInSlot,
-    /// A rollback was accepted.
-    RollbackAccepted {
-        /// Generation of the image.
-        have: u64,
-        /// What the anchor expected.
-        want: String,
-    },
-    /// Foreign changes were accepted; the next commit re-roots the image.
-    Adopted(String),
-}
-
-impl std::fmt::Display for Warning {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::DamagedSlot(why) => write!(f, "the inactive header slot {why}; the next write replaces it"),
-            Self::NoAnchor => {
-                f.write_str("opened without an anchor: an older copy cannot be told from the newest")
-            }
-            Self::OldKeyInSlot => f.write_str(
-                "a change of key was interrupted: another key still opens the older header. The next write replaces \
-                 that header; `vmgs rekey` again overwrites the old blocks too and proves it",
-            ),
-            Self::RollbackAccepted { have, want } => {
-                write!(f, "ROLLBACK ACCEPTED: the image is at generation {have}, the anchor expected {want}")
-            }
-            Self::Adopted(what) => write!(f, "ADOPTED: {what}"),
-        }
-    }
+pub struct Demand {
+    /// It must be encrypted.
+    pub encrypted: bool,
+    /// It must belong to this VM.
+    pub vm: Option<[u8; 16]>,
 }
 
 /// An open image.
 pub struct Vmgs<F> {
-    file: F,
-    capacity: u32,
-    header: Header,
-    active: usize,
-    table: FileTable,
+    pub(super) file: F,
+    pub(super) payload: u64,
+    pub(super) capacity: u32,
+    pub(super) header: Header,
+    pub(super) active: usize,
+    pub(super) table: FileTable,
     extended: ExtendedTable,
     /// Blocks named by the header slot that is not active.
-    other: BTreeSet<u32>,
-    key: Option<Key>,
-    root: Root,
+    pub(super) other: Spans,
+    pub(super) key: Option<Key>,
+    pub(super) root: Root,
+    /// The root as it stands on disk, if it does.
+    mark: Option<Mark>,
+    /// The container's id.
+    pub(super) container: [u8; 16],
     anchor: Option<Box<dyn Anchor>>,
-    warnings: Vec<Warning>,
+    findings: Vec<Finding>,
+    accept: Accept,
     poisoned: bool,
+    /// Nothing is on disk yet, so no block is in use.
+    fresh: bool,
+    /// What was adopted is not the store's own yet: the next commit writes everything anew.
+    unsettled: bool,
+    /// The file is not where its anchor will look for it yet.
+    unplaced: bool,
+}
+
+/// What a new generation is made of.
+pub(super) struct Generation<'a> {
+    pub changes: &'a [Change<'a>],
+    /// The key from now on, if it is another one.
+    pub new_key: Option<Key>,
+    /// Every file is written anew, under a new key of its own.
+    pub all: bool,
 }
 
 impl<F: BlockFile> Vmgs<F> {
@@ -167,6 +153,7 @@ impl<F: BlockFile> Vmgs<F> {
         file.write_at(&[0; 2 * SECTOR], 0).and_then(|()| file.write_at(&footer, payload)).map_err(write)?;
         let mut store = Self {
             file,
+            payload,
             capacity: (payload / BLOCK as u64) as u32,
             header: Header {
                 sequence: 0,
@@ -178,12 +165,18 @@ impl<F: BlockFile> Vmgs<F> {
             active: 1,
             table: FileTable([Entry::default(); ENTRIES]),
             extended: ExtendedTable::default(),
-            other: BTreeSet::new(),
+            other: Spans::default(),
             key,
             root: Root::new(image, vm),
+            mark: None,
+            container: image,
             anchor: anchors.map(|a| a.lease(&image)).transpose()?,
-            warnings: Vec::new(),
+            findings: Vec::new(),
+            accept: Accept::default(),
             poisoned: false,
+            fresh: true,
+            unsettled: false,
+            unplaced: false,
         };
         store.commit(&[])?;
         Ok(store)
@@ -196,62 +189,101 @@ impl<F: BlockFile> Vmgs<F> {
         anchors: Option<&dyn AnchorSource>,
         accept: Accept,
     ) -> Result<Self, VmgsError> {
-        let layout = Layout::read(&file)?;
-        let extended = match image::unlock(&file, &layout, key.as_ref()) {
-            Err(VmgsError::ZeroMetadataKey) if accept.zero_key => {
-                image::unlock_with_zero_key(&file, &layout)?
-            }
-            other => other?,
-        };
-        let mut warnings = Vec::new();
-        if let Err(fault) = &layout.headers.slots[1 - layout.headers.active]
-            && !(layout.header.sequence == 1 && *fault == super::format::HeaderFault::Zero)
-        {
-            warnings.push(Warning::DamagedSlot(fault.to_string()));
+        Self::open_for(file, key, anchors, accept, Demand::default())
+    }
+
+    /// Opens an image that has to be a certain one.
+    pub fn open_for(
+        file: F,
+        key: Option<Key>,
+        anchors: Option<&dyn AnchorSource>,
+        accept: Accept,
+        demand: Demand,
+    ) -> Result<Self, VmgsError> {
+        let mut view = View::read(&file, key.as_ref())?;
+        if demand.encrypted && !view.layout.header.encrypted {
+            return Err(VmgsError::NotEncrypted);
         }
-        if let (Ok(older), Some(key)) = (&layout.headers.slots[1 - layout.headers.active], &key) {
-            let mut wraps = older.keys.iter().filter(|slot| !slot.is_empty()).peekable();
-            if wraps.peek().is_some()
-                && !wraps.any(|slot| crypto::open(key.expose(), &slot.seal, &slot.wrapped).is_some())
-            {
-                warnings.push(Warning::OldKeyInSlot);
+        decide(&view.findings, &accept)?;
+        match demand.vm {
+            Some(vm) if !view.vm_known => view.root.vm = vm,
+            Some(vm) if vm != view.root.vm => {
+                return Err(VmgsError::OtherVm { found: uuid_text(&view.root.vm), wanted: uuid_text(&vm) });
             }
+            _ => {}
         }
-        let root = proven_root(&file, &layout, &extended, accept, &mut warnings)?;
-        let mut anchor = anchors.map(|a| a.lease(&root.image)).transpose()?;
+        let mut anchor = anchors.map(|a| a.lease(&view.root.image)).transpose()?;
+        let may_be_older = view.findings.iter().position(|f| matches!(f, Finding::MayBeOlder(_)));
         match &mut anchor {
-            Some(anchor) => judge(anchor.as_mut(), &root, accept, &mut warnings)?,
-            None => {
-                if layout.headers.may_be_older() && !accept.rollback {
-                    return Err(VmgsError::StaleGeneration {
-                        have: root.generation,
-                        want:
-                            "a newer one, perhaps: the other header is damaged and there is no anchor to ask"
-                                .into(),
-                    });
+            Some(anchor) => {
+                let above = judge(anchor.as_mut(), &mut view, &accept)?;
+                // A number is never used twice, so that no copy from before can be taken for this one.
+                view.root.generation = view.root.generation.max(above);
+                if let Some(n) = may_be_older
+                    && let Finding::MayBeOlder(why) = &view.findings[n]
+                {
+                    view.findings[n] = Finding::DamagedSlot(why.clone());
                 }
-                warnings.push(Warning::NoAnchor);
             }
+            None if may_be_older.is_some() && !accept.rollback => {
+                return Err(VmgsError::StaleGeneration {
+                    have: view.root.generation,
+                    want: "a newer one, perhaps, as the other header is damaged".into(),
+                    folder: "(there is none)".into(),
+                });
+            }
+            None => view.findings.push(Finding::NoAnchor),
         }
+        let unsettled = view.findings.iter().any(|f| f.unsettles(&accept));
+        let other = view.layout.other_spans();
+        let View { layout, extended, root, state, container, findings, .. } = view;
         Ok(Self {
             file,
+            payload: layout.payload,
             capacity: layout.capacity,
             active: layout.headers.active,
             header: layout.header,
             table: layout.table,
             extended,
-            other: layout.other,
+            other,
             key,
             root,
+            mark: match state {
+                RootState::Proven(mark) => Some(mark),
+                _ => None,
+            },
+            container,
             anchor,
-            warnings,
+            findings,
+            accept,
             poisoned: false,
+            fresh: false,
+            unsettled,
+            unplaced: false,
         })
     }
 
     /// What was odd at open.
-    pub fn warnings(&self) -> &[Warning] {
-        &self.warnings
+    pub fn findings(&self) -> &[Finding] {
+        &self.findings
+    }
+
+    /// What was odd at open, in sentences.
+    pub fn warnings(&self) -> Vec<String> {
+        let adopted = |f: &&Finding| f.unsettles(&self.accept) && !matches!(f, Finding::ZeroKey(_));
+        let (adopted, told): (Vec<_>, Vec<_>) = self.findings.iter().partition(adopted);
+        let adopted = sentences(adopted).into_iter().map(|text| format!("ADOPTED: {text}"));
+        adopted.chain(sentences(told)).collect()
+    }
+
+    /// Whether something was adopted that the next commit will write anew.
+    pub fn is_unsettled(&self) -> bool {
+        self.unsettled
+    }
+
+    /// Whether a file is there and cannot be read.
+    pub fn is_damaged(&self, id: FileId) -> bool {
+        self.findings.iter().any(|f| matches!(f, Finding::Damaged(d, _) if *d == id))
     }
 
     /// The integrity root.
@@ -278,8 +310,9 @@ impl<F: BlockFile> Vmgs<F> {
     pub fn read(&self, id: FileId) -> Result<Zeroizing<Vec<u8>>, VmgsError> {
         let data = image::read_file(&self.file, &self.table, &self.extended, id)?;
         match self.root.files.get(&id) {
+            _ if id == FileId::ROOT => Ok(data),
             Some(listed) if listed.digest == digest(&data) => Ok(data),
-            _ => Err(VmgsError::ForeignWrite(super::error::FileList(vec![id]))),
+            _ => Err(VmgsError::Changed(id)),
         }
     }
 
@@ -293,40 +326,40 @@ impl<F: BlockFile> Vmgs<F> {
     }
 
     /// Applies all changes at once; when it returns they are durable.
-    pub fn commit(&mut self, changes: &[Change<'_>]) -> Result<Mark, VmgsError> {
-        self.write_generation(changes, None)
-    }
-
-    /// Replaces the datastore key, and with it every key in the image.
     ///
-    /// Both header slots then carry only the new key, the blocks of older generations are overwritten, and the old key
-    /// has been tried on what is left and has failed. The caller must have stored the new key safely *before*.
-    pub fn rekey(&mut self, new: Key) -> Result<Mark, VmgsError> {
-        let old_key = self.key.clone();
-        let old_header = self.header.clone();
-        let mark = self.write_generation(&[], Some(new))?;
-        // The second header names the same tables, so that the slot with the old wrap disappears.
-        let (next, slot) = self.next_header(self.header.table_block, self.header.keys);
-        self.write_header(&next, slot)?;
-        self.header = next;
-        self.active = slot;
-        self.other = image::named_blocks(&self.header, &self.table);
-        self.scrub()?;
-        if let Some(old) = old_key {
-            self.prove_dead(&old, &old_header)?;
+    /// The first commit after something was adopted also writes every file anew and overwrites what was there before.
+    pub fn commit(&mut self, changes: &[Change<'_>]) -> Result<Mark, VmgsError> {
+        if self.unsettled {
+            return self.rewrite(changes, None);
         }
-        Ok(mark)
+        self.write_generation(Generation { changes, new_key: None, all: false })
     }
 
-    /// The next commit's generation will be above this one.
-    pub fn raise_generation(&mut self, above: u64) {
-        self.root.generation = self.root.generation.max(above);
+    /// Takes a lease for a file that is not in its place yet: what is committed is announced, and confirmed only by
+    /// [`Vmgs::placed`]. Until then the anchor accepts what is in that place as well. The next generation is above all that
+    /// the anchor knows.
+    pub fn lease_unplaced(&mut self, anchor: Box<dyn Anchor>) {
+        if let Known::Record(e) = anchor.known() {
+            self.root.generation = self.root.generation.max(e.highest);
+        }
+        self.anchor = Some(anchor);
+        self.unplaced = true;
+    }
+
+    /// Says that the file is where it belongs.
+    pub fn placed(&mut self) -> Result<(), VmgsError> {
+        self.unplaced = false;
+        match (&mut self.anchor, self.mark) {
+            (Some(anchor), Some(mark)) => Ok(anchor.confirm(mark, self.header.encrypted)?),
+            _ => Ok(()),
+        }
     }
 
     /// Ends the lease in good order; nothing can be written after it.
     pub fn release(&mut self) -> Result<(), VmgsError> {
         if let Some(anchor) = &mut self.anchor
             && !self.poisoned
+            && !self.unplaced
         {
             anchor.release()?;
         }
@@ -340,17 +373,24 @@ impl<F: BlockFile> Vmgs<F> {
         Ok(self.file)
     }
 
-    fn write_generation(&mut self, changes: &[Change<'_>], new_key: Option<Key>) -> Result<Mark, VmgsError> {
+    pub(super) fn write_generation(&mut self, next: Generation<'_>) -> Result<Mark, VmgsError> {
         if self.poisoned {
             return Err(VmgsError::Poisoned);
         }
+        let Generation { changes, new_key, all } = next;
         let encrypted = self.header.encrypted || new_key.is_some();
         let (mut table, mut extended, mut root) =
             (self.table.clone(), self.extended.clone(), self.root.clone());
-        let mut live = image::named_blocks(&self.header, &self.table);
-        if self.header.sequence == 0 {
-            live.clear();
-        }
+        let live = if self.fresh { Spans::default() } else { Spans::named(&self.header, &self.table) };
+        let touched = |id: FileId| {
+            changes.iter().any(|c| matches!(c, Change::Put(x, _) | Change::Delete(x) if *x == id))
+        };
+        let carried: Vec<FileId> = self
+            .table
+            .files()
+            .map(|(id, _)| id)
+            .filter(|id| all && *id != FileId::ROOT && !touched(*id))
+            .collect();
         // Files, root and two tables, to lie in one extent if there is one.
         let mut expected = 3;
         for change in changes {
@@ -358,7 +398,8 @@ impl<F: BlockFile> Vmgs<F> {
                 expected += blocks_of(data.len());
             }
         }
-        let mut placer = Placer::new(self.capacity, [&live, &self.other], encrypted, expected);
+        expected += carried.iter().map(|id| self.table.entry(*id).blocks).sum::<u32>();
+        let mut placer = Placer::new(self.capacity, &live.union(&self.other), encrypted, expected);
         let mut put = |id: FileId, data: &[u8], table: &mut FileTable, extended: &mut ExtendedTable| {
             let (entry, truth) = placer.file(data)?;
             table.0[id.index()] = entry;
@@ -366,12 +407,10 @@ impl<F: BlockFile> Vmgs<F> {
             *extended.entry_mut(id) = truth;
             Ok::<_, VmgsError>(Listed { attributes, valid: entry.valid, digest: digest(data) })
         };
-        if new_key.is_some() {
-            for (id, _) in self.table.files().filter(|(id, _)| *id != FileId::ROOT) {
-                let data = self.read(id)?;
-                let listed = put(id, &data, &mut table, &mut extended)?;
-                root.files.insert(id, listed);
-            }
+        for id in carried {
+            let data = self.read(id).map_err(|e| VmgsError::NotCarried(id, e.to_string()))?;
+            let listed = put(id, &data, &mut table, &mut extended)?;
+            root.files.insert(id, listed);
         }
         for change in changes {
             match change {
@@ -392,8 +431,11 @@ impl<F: BlockFile> Vmgs<F> {
         for id in FileId::files().filter(|id| !table.entry(*id).exists()) {
             *extended.entry_mut(id) = ExtendedEntry::default();
         }
-        root.previous = if root.generation == 0 { [0; 32] } else { self.root.mark().digest };
-        root.generation += 1;
+        root.previous = self.mark.map_or([0; 32], |mark| mark.digest);
+        root.generation = root.next_generation()?;
+        if new_key.is_some() {
+            root.keyed_anew();
+        }
         put(FileId::ROOT, &root.to_bytes(), &mut table, &mut extended)?;
         let key = new_key.or_else(|| self.key.clone());
         let keys = placer.tables(&mut table, &extended, key.as_ref())?;
@@ -403,32 +445,30 @@ impl<F: BlockFile> Vmgs<F> {
             anchor.announce(mark)?;
         }
         self.write_all(&placer.runs())?;
-        let was_encrypted = std::mem::replace(&mut self.header.encrypted, encrypted);
-        let (next, slot) = self.next_header(table.entry(FileId::FILE_TABLE).block, keys);
-        if let Err(e) = self.write_header(&next, slot) {
-            self.header.encrypted = was_encrypted;
-            return Err(e);
-        }
+        let header = self.next_header(table.entry(FileId::FILE_TABLE).block, keys, encrypted);
+        self.write_header(header)?;
         self.other = live;
-        (self.header, self.active) = (next, slot);
         (self.table, self.extended, self.root, self.key) = (table, extended, root, key);
-        if let Some(anchor) = &mut self.anchor {
-            anchor.confirm(mark)?;
+        self.mark = Some(mark);
+        self.fresh = false;
+        self.findings.retain(|f| !matches!(f, Finding::Damaged(id, _) if touched(*id)));
+        if let Some(anchor) = &mut self.anchor
+            && !self.unplaced
+        {
+            anchor.confirm(mark, encrypted)?;
         }
         Ok(mark)
     }
 
-    fn next_header(&self, table_block: u32, keys: [KeySlot; 2]) -> (Header, usize) {
-        let sequence = self.header.sequence.wrapping_add(1);
+    pub(super) fn next_header(&self, table_block: u32, keys: [KeySlot; 2], encrypted: bool) -> Header {
         // Bit 0 of the markers asks the next opener to clear it, which a commit does.
-        let header = Header {
-            sequence,
+        Header {
+            sequence: self.header.sequence.wrapping_add(1),
             table_block,
-            encrypted: self.header.encrypted,
+            encrypted,
             markers: self.header.markers & !1,
             keys,
-        };
-        (header, 1 - self.active)
+        }
     }
 
     fn write_all(&mut self, writes: &[(u32, Vec<u8>)]) -> Result<(), VmgsError> {
@@ -439,14 +479,17 @@ impl<F: BlockFile> Vmgs<F> {
         self.guard(BlockFile::sync, "flushing the image")
     }
 
-    fn write_header(&mut self, header: &Header, slot: usize) -> Result<(), VmgsError> {
-        let sector = header.to_sector();
+    /// Writes a header into the slot that is not active, which it then is.
+    pub(super) fn write_header(&mut self, header: Header) -> Result<(), VmgsError> {
+        let (sector, slot) = (header.to_sector(), 1 - self.active);
         self.guard(|f| f.write_at(&sector, (slot * SECTOR) as u64), "writing a header")?;
-        self.guard(BlockFile::sync, "flushing a header")
+        self.guard(BlockFile::sync, "flushing a header")?;
+        (self.header, self.active) = (header, slot);
+        Ok(())
     }
 
     /// Runs one disk operation; a failure poisons the store for good.
-    fn guard(
+    pub(super) fn guard(
         &mut self,
         run: impl FnOnce(&mut F) -> std::io::Result<()>,
         what: &'static str,
@@ -458,39 +501,9 @@ impl<F: BlockFile> Vmgs<F> {
         result.map_err(VmgsError::io(what))
     }
 
-    /// Overwrites every block that no header names.
-    fn scrub(&mut self) -> Result<(), VmgsError> {
-        let live = image::named_blocks(&self.header, &self.table);
-        for block in (FIRST_BLOCK..self.capacity).filter(|b| !live.contains(b)) {
-            if image::read_block(&self.file, block)?.iter().any(|b| *b != 0) {
-                self.guard(|f| f.write_at(&[0; BLOCK], u64::from(block) * BLOCK as u64), "scrubbing")?;
-            }
-        }
-        self.guard(BlockFile::sync, "flushing the scrubbed blocks")
-    }
-
-    /// Tries the old key on everything that is on disk.
-    fn prove_dead(&self, old: &Key, old_header: &Header) -> Result<(), VmgsError> {
-        let layout = Layout::read(&self.file)?;
-        for header in layout.headers.slots.iter().flatten() {
-            for slot in &header.keys {
-                if crypto::open(old.expose(), &slot.seal, &slot.wrapped).is_some() {
-                    return Err(VmgsError::OldKeyStillOpens("a header"));
-                }
-            }
-        }
-        // The metadata key that the old header wraps must not open the current table either.
-        let entry = layout.table.entry(FileId::EXTENDED);
-        let block = image::read_block(&self.file, entry.block)?;
-        for slot in old_header.keys.iter().filter(|slot| !slot.is_empty()) {
-            let Some(metadata) = crypto::open(old.expose(), &slot.seal, &slot.wrapped) else { continue };
-            let mut metadata_key = Zeroizing::new([0; 32]);
-            metadata_key.copy_from_slice(&metadata);
-            if crypto::open(&metadata_key, &entry.seal, &block).is_some() {
-                return Err(VmgsError::OldKeyStillOpens("the extended file table"));
-            }
-        }
-        Ok(())
+    /// Everything in the image is the store's own from now on.
+    pub(super) fn settled(&mut self) {
+        self.unsettled = false;
     }
 }
 
@@ -506,91 +519,5 @@ fn check_put(id: FileId, data: &[u8], encrypted: bool) -> Result<(), VmgsError> 
             "{id}: an encrypted file of no bytes could never be read back; delete it"
         )));
     }
-    Ok(())
-}
-
-/// Root and files are consistent, or the operator has accepted that they are not.
-fn proven_root<F: BlockFile>(
-    file: &F,
-    layout: &Layout,
-    extended: &ExtendedTable,
-    accept: Accept,
-    warnings: &mut Vec<Warning>,
-) -> Result<Root, VmgsError> {
-    image::check_files(layout, extended, false).or_else(|e| adopt_or(e, accept, warnings))?;
-    let mut root = match image::read_root(file, layout, extended) {
-        Ok(root) => root,
-        Err(e @ (VmgsError::RootMissing | VmgsError::RootMismatch(_))) => {
-            adopt_or(e, accept, warnings)?;
-            let fresh = Identity::fresh(None)?;
-            Root::new(fresh.image, fresh.vm)
-        }
-        Err(e) => return Err(e),
-    };
-    let differences = image::compare(file, layout, extended, &root)?;
-    let (missing, adoptable) = (differences.missing.clone(), {
-        let mut ids = differences.unexpected.clone();
-        ids.extend(&differences.changed);
-        ids
-    });
-    if let Err(e) = differences.refuse() {
-        adopt_or(e, accept, warnings)?;
-        for id in missing {
-            root.files.remove(&id);
-        }
-        for id in adoptable {
-            let data = image::read_file(file, &layout.table, extended, id)?;
-            let listed = Listed {
-                attributes: extended.entry(id).attributes,
-                valid: data.len() as u64,
-                digest: digest(&data),
-            };
-            root.files.insert(id, listed);
-        }
-    }
-    Ok(root)
-}
-
-fn adopt_or(error: VmgsError, accept: Accept, warnings: &mut Vec<Warning>) -> Result<(), VmgsError> {
-    if !accept.foreign {
-        return Err(error);
-    }
-    warnings.push(Warning::Adopted(error.to_string()));
-    Ok(())
-}
-
-/// Asks the anchor whether this image is the newest, and burns every other.
-fn judge(
-    anchor: &mut dyn Anchor,
-    root: &Root,
-    accept: Accept,
-    warnings: &mut Vec<Warning>,
-) -> Result<(), VmgsError> {
-    let mark = root.mark();
-    let expectation = anchor.expectation()?;
-    let adopted = warnings.iter().any(|w| matches!(w, Warning::Adopted(_)));
-    match expectation {
-        Some(e) if e.accepts(&mark) => {}
-        // An adopted image is not the one that was written last, by definition; its generation must still be.
-        Some(e) if adopted && root.generation == e.confirmed.generation => {}
-        Some(e) if accept.rollback => {
-            warnings.push(Warning::RollbackAccepted { have: mark.generation, want: e.in_words() });
-        }
-        Some(e) => return Err(VmgsError::StaleGeneration { have: mark.generation, want: e.in_words() }),
-        None if accept.rollback || (adopted && root.generation == 0) => {
-            warnings.push(Warning::RollbackAccepted {
-                have: mark.generation,
-                want: "nothing (no record)".into(),
-            });
-        }
-        None => {
-            return Err(AnchorError::Unknown {
-                image: super::root::uuid_text(&root.image),
-                folder: "the anchor folder".into(),
-            }
-            .into());
-        }
-    }
-    anchor.confirm(mark)?;
     Ok(())
 }

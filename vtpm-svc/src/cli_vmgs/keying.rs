@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `vmgs rekey` and `repair`: every key of an image becomes another one, and nothing of before is left in the file.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::CliError;
+use super::Outcome;
+use super::ask;
+use super::at;
+use super::close;
+use super::needed;
+use super::open_to_write;
+use crate::control::options::AnchorArgs;
+use crate::keys::KeyArgs;
+use crate::keys::NewKeyArgs;
+use crate::keys::Purpose;
+use crate::vmgs::Accept;
+use crate::vmgs::Finding;
+use crate::vmgs::FsFile;
+use crate::vmgs::Vmgs;
+use crate::vmgs::root::FLAG_DISCLOSED;
+
+/// Replaces the key.
+pub(super) fn rekey(file: &Path, key: &KeyArgs, new_key: &NewKeyArgs, anchor: &AnchorArgs) -> Outcome {
+    let provider = needed(new_key.provider(), "new key")?;
+    let mut vmgs = open_to_write(file, key, anchor, anchor.accept())?;
+    let secret = ask(provider.as_ref(), vmgs.root().image, Purpose::Rekey)?;
+    let mark = vmgs.rekey(secret, 0).map_err(at(file))?;
+    close(vmgs, file, anchor, "rekey", "")?;
+    Ok(json!({
+        "rekeyed": file.display().to_string(),
+        "generation": mark.generation,
+        "proved": "the old key opens neither header, and every byte of an older generation is overwritten",
+        "not_proved": "copies of this file that were made earlier can still be read with the old key",
+    })
+    .into())
+}
+
+fn needs_repair(vmgs: &Vmgs<FsFile>) -> bool {
+    vmgs.findings().iter().any(|f| matches!(f, Finding::ZeroKey(_) | Finding::FooterId { .. }))
+}
+
+/// Replaces the keys of an image that anyone can read.
+pub(super) fn repair(
+    file: &Path,
+    force: bool,
+    key: &KeyArgs,
+    new_key: &NewKeyArgs,
+    anchor: &AnchorArgs,
+) -> Outcome {
+    let provider = needed(new_key.provider(), "new key")?;
+    let accept = Accept { zero_key: true, ..anchor.accept() };
+    let mut vmgs = open_to_write(file, key, anchor, accept)?;
+    if !needs_repair(&vmgs) && !force {
+        return Err(CliError::Usage(format!(
+            "{} needs no repair, and a repair would mark its contents as disclosed for good; `vmgs rekey` changes the key. \
+             --force repairs it all the same",
+            file.display()
+        )));
+    }
+    let secret = ask(provider.as_ref(), vmgs.root().image, Purpose::Rekey)?;
+    let accepted = vmgs.warnings();
+    let mark = vmgs.rekey(secret, FLAG_DISCLOSED).map_err(at(file))?;
+    close(vmgs, file, anchor, "repair", "")?;
+    Ok(json!({
+        "repaired": file.display().to_string(),
+        "generation": mark.generation,
+        "found": accepted,
+        "disclosed": "anyone who has an earlier copy can read everything in it: make a new TPM (vmgs clone \
+                      without --keep-identity) and replace every secret that this one protected",
+    })
+    .into())
+}
