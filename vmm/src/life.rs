@@ -37,6 +37,7 @@ use crate::platform::Platform;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::platform::kvm;
 use crate::prefault;
 use crate::prefault::PreFault;
 use crate::tamper::Racer;
@@ -150,8 +151,7 @@ pub(crate) fn boot(
 impl Booted {
     /// Starts the vCPUs, each in its thread; the first that ends the guest says so to `events`.
     pub(crate) fn start(self, life: u32, events: &Sender<Event>) -> Result<Running, MonitorError> {
-        extern "C" fn interrupt(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), interrupt).map_err(|e| {
+        vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), kvm::interrupt).map_err(|e| {
             MonitorError::Host {
                 what: "cannot set the signal that interrupts vCPUs",
                 source: io::Error::from_raw_os_error(e.errno()),
