@@ -104,14 +104,37 @@ pub struct EmulatedVcpu {
 
 /// An exit that the model made, with room for the monitor's answer.
 enum Told {
-    MapGpaRange { range: MapGpaRange, ret: u64 },
-    Certs { gpa: u64, npages: u64, ret: u64 },
-    Io { port: u16, direction: Direction, data: Vec<u8> },
-    Mmio { gpa: u64, len: usize, direction: Direction, data: [u8; 8] },
-    Terminate { data: u64 },
+    MapGpaRange {
+        range: MapGpaRange,
+        ret: u64,
+    },
+    Certs {
+        gpa: u64,
+        npages: u64,
+        ret: u64,
+    },
+    Io {
+        port: u16,
+        direction: Direction,
+        data: Vec<u8>,
+    },
+    Mmio {
+        gpa: u64,
+        len: usize,
+        direction: Direction,
+        data: [u8; 8],
+    },
+    Terminate {
+        data: u64,
+    },
     /// `again`: where the instruction stands that made the access, if it is a replaced one.
-    Fault { gpa: u64, again: Option<u64> },
-    PrivateGhcb { gpa: u64 },
+    Fault {
+        gpa: u64,
+        again: Option<u64>,
+    },
+    PrivateGhcb {
+        gpa: u64,
+    },
 }
 
 /// What KVM calls a vCPU's `mp_state`, as far as it decides what an AP creation does to it (Linux 6.12.117 to 7.3.4, `x86.c`:
