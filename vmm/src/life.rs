@@ -23,16 +23,17 @@ use vmm_sys_util::signal::SIGRTMIN;
 use crate::certs::Certificates;
 use crate::certs::Source;
 use crate::conversion::Conversions;
+use crate::events::Event;
 use crate::implicit::ImplicitSharing;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::Prepared;
 use crate::machine::Machine;
 use crate::memory::GuestRam;
-use crate::monitor::Event;
 use crate::monitor::Guest;
 use crate::monitor::Host;
 use crate::monitor::MonitorError;
+use crate::note::note;
 use crate::platform::Platform;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
@@ -129,7 +130,7 @@ pub(crate) fn boot(
                 cpuid: &guest.cpuid,
             };
             if let Some(diff) = launch::launch_snp(prepared, options)? {
-                eprintln!("cvmm: {}", diff.accepted_note(options.host_cpuid.as_ref()));
+                note(diff.accepted_note(options.host_cpuid.as_ref()));
             }
             Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
         }
@@ -196,7 +197,7 @@ impl Running {
             thread::sleep(KICK_INTERVAL);
         }
         if let Some(statistics) = self.vm.statistics() {
-            eprintln!("cvmm: statistics {statistics}");
+            note(format_args!("statistics {statistics}"));
         }
         for thread in self.threads {
             // A thread that panicked has said so.
