@@ -31,6 +31,7 @@ use snp::image::igvm::IgvmError;
 use snp::image::igvm::ZeroPages;
 use snp::image::igvm::id_block_header;
 use snp::plan::Bytes;
+use snp::plan::PlanError;
 use snp::policy::GuestPolicy;
 use snp::vmsa::VmsaState;
 use zerocopy::FromBytes as _;
@@ -323,6 +324,23 @@ fn malformed_headers_are_named_with_offset_and_expectation() {
 }
 
 /// A small file must not make the digest long: each page of an area is a link of its chain.
+#[test]
+fn a_shared_page_over_a_measured_or_a_shared_one_is_refused_before_the_launch() {
+    let (file, _) = file(&[Step::Data(1, 4096), Step::Shared(2)], &boot_state());
+    assert!(parse(&file, ZeroPages::Normal).unwrap().kvm_plan().is_ok());
+    for gpa in [0x10_0000u64, 0x10_1000] {
+        // PAGE_DATA: address, mask, file offset, flags (bit 2: shared), type.
+        let body =
+            [&gpa.to_le_bytes()[..], &MASK.to_le_bytes(), &[0; 4], &4u32.to_le_bytes(), &[0; 4]].concat();
+        let again = with_header(&file, 0x302, &body);
+        let error = parse(&again, ZeroPages::Normal).unwrap().kvm_plan().unwrap_err();
+        assert!(
+            matches!(&error, IgvmError::Plan(PlanError::Overlap { gpa: at, .. }) if *at == gpa),
+            "{error}"
+        );
+    }
+}
+
 #[test]
 fn what_is_there_twice_is_refused_because_readers_differ_in_which_they_take() {
     let (good, _) = file(&[Step::Parameters(1)], &boot_state());

@@ -29,6 +29,7 @@ use snp::attest::cert_table::TableError;
 
 use crate::memory::GuestRam;
 use crate::memory::PAGE;
+use crate::note::warn;
 
 /// Largest file that is taken, in bytes; five certificates have less than 10 KiB.
 pub const FILE_LIMIT: u64 = 64 << 10;
@@ -88,11 +89,11 @@ impl CertFile {
         let file = CertFile { path: path.to_owned(), complaint: Mutex::default() };
         let (table, _held) = file.read()?;
         if table.len() as u64 > LINUX_GUEST_LIMIT {
-            eprintln!(
-                "cvmm: warning: --certs {}: {} bytes, Linux guests have room for {LINUX_GUEST_LIMIT}",
+            warn(format_args!(
+                "--certs {}: {} bytes, Linux guests have room for {LINUX_GUEST_LIMIT}",
                 path.display(),
                 table.len()
-            );
+            ));
         }
         Ok(file)
     }
@@ -132,7 +133,7 @@ impl CertFile {
         let mut last = self.complaint.lock().unwrap_or_else(PoisonError::into_inner);
         if *last != text {
             if !text.is_empty() {
-                eprintln!("cvmm: warning: the guest asked for certificates and got none: {text}");
+                warn(format_args!("the guest asked for certificates and got none: {text}"));
             }
             *last = text;
         }
@@ -217,7 +218,9 @@ impl Certificates {
         }
         let shared = (0..needed)
             .all(|page| page.checked_mul(PAGE).and_then(|o| gpa.checked_add(o)).is_some_and(&is_shared));
-        let written = gpa.is_multiple_of(PAGE) && shared && self.ram.write(gpa, table).is_ok();
+        // By way of the kernel: another vCPU may make a page private between the look and the write, and an emulated strict run
+        // hides it then. What lands on the shared side of such a page is lost.
+        let written = gpa.is_multiple_of(PAGE) && shared && self.ram.try_write(gpa, table).is_ok();
         match written {
             true => Answer { ret: 0, npages, held },
             false => Answer { ret: libc::EIO, npages, held: None },

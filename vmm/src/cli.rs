@@ -5,7 +5,17 @@ mod certs;
 mod doctor;
 mod emulated;
 mod firmware;
+#[allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the command's own output, with no guest beside it"
+)]
 mod id_block;
+#[allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the command's own output, with no guest beside it"
+)]
 mod measure;
 mod modes;
 mod reboot;
@@ -15,7 +25,6 @@ mod verify;
 mod vtpm;
 
 use std::io;
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::CommandFactory;
@@ -24,9 +33,11 @@ use clap::Parser;
 use clap::Subcommand;
 use vtpm_svc::cli_vmgs::CliError;
 
+use crate::note;
 use crate::outcome::EXIT_CODES;
 use crate::outcome::EXIT_MONITOR_ERROR;
 use crate::outcome::EXIT_USAGE;
+use crate::outcome::Outcome;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -85,6 +96,8 @@ pub enum Failure {
     Usage(String),
     /// The monitor failed.
     Monitor(String),
+    /// The process was told to stop before there was a guest.
+    Stopped(i32),
 }
 
 impl Failure {
@@ -124,9 +137,14 @@ pub fn main() -> ExitCode {
         Ok(code) => return ExitCode::from(code),
         Err(Failure::Usage(message)) => (message, EXIT_USAGE),
         Err(Failure::Monitor(message)) => (message, EXIT_MONITOR_ERROR),
+        Err(Failure::Stopped(signal)) => {
+            let outcome = Outcome::Signal(signal);
+            note::note(&outcome);
+            return ExitCode::from(outcome.exit_code());
+        }
     };
-    // The terminal is back in its usual mode by now. A closed standard error is no reason to fail differently.
-    let _ = writeln!(io::stderr(), "cvmm: error: {message}");
+    // The terminal is back in its usual mode by now.
+    note::error(message);
     ExitCode::from(code)
 }
 

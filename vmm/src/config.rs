@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -44,8 +45,13 @@ pub enum ConfigError {
     Option(String),
 }
 
-/// Reads a file that an option named.
+/// Reads a file that an option named: a regular file or a pipe, to a limit. A launch owns its bytes: a file that is changed or cut
+/// short later changes nothing, and a restart launches the same.
 pub fn read_file(option: &'static str, path: &Path) -> Result<Vec<u8>, ConfigError> {
+    read_limited(option, path, FILE_LIMIT)
+}
+
+fn read_limited(option: &'static str, path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
     let fail = |problem: String| ConfigError::File { option, path: path.to_owned(), problem };
     let why = |e: io::Error| match e.kind() {
         io::ErrorKind::NotFound => "no such file".to_owned(),
@@ -56,14 +62,24 @@ pub fn read_file(option: &'static str, path: &Path) -> Result<Vec<u8>, ConfigErr
     };
     let file = File::open(path).map_err(|e| fail(why(e)))?;
     let meta = file.metadata().map_err(|e| fail(why(e)))?;
-    if meta.is_dir() {
+    let kind = meta.file_type();
+    if kind.is_dir() {
         return Err(fail("is a directory, a file is needed".to_owned()));
     }
-    if meta.len() > FILE_LIMIT {
-        return Err(fail(format!("has {} bytes, more than the limit of 4 GiB", meta.len())));
+    if kind.is_char_device() || kind.is_block_device() {
+        return Err(fail("is a device, a file is needed".to_owned()));
+    }
+    let too_long =
+        |found: String| fail(format!("has {found} bytes, more than the limit of {} MiB", limit >> 20));
+    if meta.len() > limit {
+        return Err(too_long(meta.len().to_string()));
     }
     let mut bytes = Vec::with_capacity(meta.len() as usize);
-    file.take(FILE_LIMIT).read_to_end(&mut bytes).map_err(|e| fail(why(e)))?;
+    // A pipe has no length, and a file may grow.
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| fail(why(e)))?;
+    if bytes.len() as u64 > limit {
+        return Err(too_long(format!("at least {}", bytes.len())));
+    }
     Ok(bytes)
 }
 
@@ -130,6 +146,36 @@ mod tests {
         for bad in ["", "M", "-1M", "1.5G", "12X", "99999999999T", "0x10M"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn no_more_than_the_limit_is_read_whatever_the_file_is() {
+        const LIMIT: u64 = 1 << 20;
+        let folder = tempfile::tempdir().unwrap();
+        let read = |path: &Path| read_limited("--kernel", path, LIMIT).map_err(|e| e.to_string());
+        let device = read(Path::new("/dev/zero")).unwrap_err();
+        assert!(device.ends_with("/dev/zero: is a device, a file is needed"), "{device}");
+        let sparse = folder.path().join("sparse");
+        File::create(&sparse).unwrap().set_len(LIMIT + 1).unwrap();
+        assert!(read(&sparse).unwrap_err().contains("has 1048577 bytes"));
+        File::create(&sparse).unwrap().set_len(LIMIT).unwrap();
+        assert_eq!(read(&sparse).map(|bytes| bytes.len() as u64), Ok(LIMIT));
+        // Files of /proc say that they have no bytes, as pipes do.
+        assert!(!read(Path::new("/proc/self/maps")).unwrap().is_empty());
+        let pipe = |len: u64| {
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            let path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader)));
+            let source = std::thread::spawn(move || {
+                let zeros = vec![0; len as usize];
+                let _ = io::Write::write_all(&mut File::from(writer), &zeros);
+            });
+            let result = read(&path).map(|bytes| bytes.len() as u64);
+            drop(reader);
+            source.join().unwrap();
+            result
+        };
+        assert_eq!(pipe(LIMIT), Ok(LIMIT));
+        assert!(pipe(LIMIT * 4).unwrap_err().contains("has at least 1048577 bytes"));
     }
 
     #[test]

@@ -13,6 +13,8 @@ use std::sync::PoisonError;
 use crate::conversion::Conversions;
 use crate::conversion::RangeState;
 use crate::memory::PAGE;
+use crate::note::note;
+use crate::note::warn;
 
 /// Most pages that a guest may share in this way.
 const PAGES_MAX: usize = 16;
@@ -29,12 +31,12 @@ impl ImplicitSharing {
             return false;
         }
         if let Err(e) = conversions.convert(page, PAGE, false) {
-            eprintln!("cvmm: the page at {page:#x} cannot be made shared: {e}");
+            warn(format_args!("the page at {page:#x} cannot be made shared: {e}"));
             return false;
         }
-        eprintln!(
-            "cvmm: the firmware used the page at {page:#x} as shared memory without asking; it is shared now"
-        );
+        note(format_args!(
+            "the firmware used the page at {page:#x} as shared memory without asking; it is shared now"
+        ));
         true
     }
 

@@ -4,18 +4,22 @@
 //! The walk of the main job: [`config`] → `snp::image` makes a plan → `snp::digest` → [`platform`] and [`launch`] create the
 //! VM from the plan → [`vcpu`] threads run it, and each exit goes to one dispatcher → [`outcome`] says how it ended.
 
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
+
 pub mod certs;
 pub mod cli;
 pub mod config;
 pub mod conversion;
 pub mod cpuid;
 pub mod doctor;
+pub mod events;
 pub mod implicit;
 pub mod launch;
 mod life;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod note;
 pub mod outcome;
 pub mod platform;
 pub mod prefault;

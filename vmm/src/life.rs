@@ -23,20 +23,22 @@ use vmm_sys_util::signal::SIGRTMIN;
 use crate::certs::Certificates;
 use crate::certs::Source;
 use crate::conversion::Conversions;
+use crate::events::Event;
 use crate::implicit::ImplicitSharing;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::Prepared;
 use crate::machine::Machine;
 use crate::memory::GuestRam;
-use crate::monitor::Event;
 use crate::monitor::Guest;
 use crate::monitor::Host;
 use crate::monitor::MonitorError;
+use crate::note::note;
 use crate::platform::Platform;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::platform::kvm;
 use crate::prefault;
 use crate::prefault::PreFault;
 use crate::tamper::Racer;
@@ -128,7 +130,7 @@ pub(crate) fn boot(
                 cpuid: &guest.cpuid,
             };
             if let Some(diff) = launch::launch_snp(prepared, options)? {
-                eprintln!("cvmm: {}", diff.accepted_note(options.host_cpuid.as_ref()));
+                note(diff.accepted_note(options.host_cpuid.as_ref()));
             }
             Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
         }
@@ -150,8 +152,7 @@ pub(crate) fn boot(
 impl Booted {
     /// Starts the vCPUs, each in its thread; the first that ends the guest says so to `events`.
     pub(crate) fn start(self, life: u32, events: &Sender<Event>) -> Result<Running, MonitorError> {
-        extern "C" fn interrupt(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), interrupt).map_err(|e| {
+        vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), kvm::interrupt).map_err(|e| {
             MonitorError::Host {
                 what: "cannot set the signal that interrupts vCPUs",
                 source: io::Error::from_raw_os_error(e.errno()),
@@ -196,7 +197,7 @@ impl Running {
             thread::sleep(KICK_INTERVAL);
         }
         if let Some(statistics) = self.vm.statistics() {
-            eprintln!("cvmm: statistics {statistics}");
+            note(format_args!("statistics {statistics}"));
         }
         for thread in self.threads {
             // A thread that panicked has said so.

@@ -8,24 +8,22 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::mpsc;
-use std::sync::mpsc::Receiver;
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 use std::thread;
-use std::thread::JoinHandle;
 use std::time::Duration;
 use std::time::Instant;
 
 use devices::serial::Serial;
 use signal_hook::consts::SIGINT;
-use signal_hook::consts::SIGTERM;
-use signal_hook::iterator::Handle;
-use signal_hook::iterator::Signals;
 use snp::digest::LaunchDigest;
 use snp::digest::launch_digest;
 
 use crate::certs::Source;
+use crate::events::Event;
+use crate::events::Inbox;
+use crate::events::Unattended;
 use crate::launch::LaunchError;
 use crate::launch::LaunchOptions;
 use crate::launch::Staged;
@@ -33,6 +31,7 @@ use crate::life;
 use crate::life::spawn;
 use crate::machine::Machine;
 use crate::machine::MachineError;
+use crate::note::note;
 use crate::outcome::Outcome;
 use crate::platform::CallError;
 use crate::platform::Platform;
@@ -85,12 +84,21 @@ pub struct Host {
     pub certificates: Option<Source>,
     /// What starts anew with each VM, in this order.
     pub companions: Vec<Box<dyn Companion>>,
+    /// Where signals arrive, if they are caught already; `None`: the run catches them.
+    pub inbox: Option<Inbox>,
 }
 
 impl Host {
     /// A host that has a console and nothing else.
     pub fn new(console: Box<dyn Write + Send>) -> Self {
-        Host { console, interactive: false, restart: None, certificates: None, companions: Vec::new() }
+        Host {
+            console,
+            interactive: false,
+            restart: None,
+            certificates: None,
+            companions: Vec::new(),
+            inbox: None,
+        }
     }
 }
 
@@ -104,10 +112,18 @@ pub struct Restart {
     pub pace: Duration,
 }
 
+/// What a companion does before a life, in a thread of its own.
+pub type Work = Box<dyn FnOnce() -> Result<(), Box<dyn Error + Send + Sync>> + Send>;
+
 /// Something outside of the VM that must start anew with each VM of a guest.
 pub trait Companion {
     /// What error messages call it.
     fn name(&self) -> &'static str;
+    /// What may take long, or for ever if another process hangs: done before each VM is created, the first (`life` 1) included,
+    /// while the monitor listens for signals, and for no longer than the time that is given with it.
+    fn prepare(&mut self, _life: u32) -> Option<(Duration, Work)> {
+        None
+    }
     /// Called for each VM before its launch, the first (`life` 1) included: resets itself, and puts its devices on the new
     /// machine's buses, its memory into the VM.
     fn before_life(
@@ -184,27 +200,12 @@ pub enum MonitorError {
     },
 }
 
-/// What the monitor waits for.
-pub(crate) enum Event {
-    /// A vCPU says how the guest ended.
-    Ended {
-        /// In which life: several vCPUs may say so, and only the first is heard.
-        life: u32,
-        /// How.
-        result: Result<Outcome, RunError>,
-    },
-    /// The process was told to stop.
-    Signal(i32),
-}
-
 /// Creates `guest` on `platform` and runs it to its end, in more than one VM if `host` says so.
 pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<Outcome, MonitorError> {
     let (interactive, restart) = (host.interactive, host.restart);
-    let (events, inbox) = mpsc::channel();
-    // Signals are caught from here on, so that one that arrives during a launch is not lost.
-    let _signals = SignalThread::start(events.clone())?;
-    let console =
-        SharedConsole(Arc::new(Mutex::new(std::mem::replace(&mut host.console, Box::new(io::sink())))));
+    // Signals are caught from here on at the latest, so that one that arrives during a launch is not lost.
+    let inbox = host.inbox.take().map_or_else(Inbox::open, Ok)?;
+    let output = Arc::new(Mutex::new(std::mem::replace(&mut host.console, Box::new(io::sink()))));
     let keyboard = Keyboard::default();
     let mut raw = None;
     let digest = if restart.is_some() { guest.digest()? } else { None };
@@ -212,20 +213,28 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<
     let mut life = 1;
     loop {
         let begun = Instant::now();
-        let output = Box::new(console.clone());
-        let booted = life::boot(platform, &guest, output, &mut host, life);
+        if let Some(signal) = prepare(&mut host, life, &inbox).map_err(|e| in_life(life, e))? {
+            return Ok(Outcome::Signal(signal));
+        }
+        let console = SharedConsole::new(&output);
+        let booted = life::boot(platform, &guest, Box::new(console.clone()), &mut host, life);
         let booted = booted.map_err(|e| in_life(life, e))?;
         if restart.is_none() {
             guest.forget_contents();
         }
         if interactive && life == 1 {
-            raw = RawMode::enter().map_err(MonitorError::Terminal)?;
-            keyboard.listen(raw.is_some(), events.clone())?;
+            if terminal::in_background() {
+                note("runs in the background of its terminal, so the guest gets no input from it");
+            } else {
+                raw = RawMode::enter().map_err(MonitorError::Terminal)?;
+                keyboard.listen(raw.is_some(), inbox.sender().clone())?;
+            }
         }
         keyboard.connect(Some(Arc::clone(&booted.shared.machine.serial)));
-        let running = booted.start(life, &events)?;
+        let running = booted.start(life, inbox.sender())?;
         let outcome = end_of(life, &inbox);
         keyboard.connect(None);
+        console.end();
         let stopped = running.stop();
         let outcome = outcome?;
         let Some(restart) =
@@ -234,13 +243,13 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<
             drop(raw);
             return Ok(outcome);
         };
-        if let Some(signal) = signal_before(begun + restart.pace, &inbox) {
+        if let Some(signal) = inbox.signal_before(begun + restart.pace) {
             return Ok(Outcome::Signal(signal));
         }
         life = life.saturating_add(1);
         let next = if stopped { same_guest(&guest, digest) } else { Err(MonitorError::Stuck) };
         next.map_err(|e| in_life(life, e))?;
-        eprintln!("cvmm: the guest asked for a reset: VM number {life} follows");
+        note(format_args!("the guest asked for a reset: VM number {life} follows"));
     }
 }
 
@@ -257,58 +266,29 @@ fn same_guest(guest: &Guest, first: Option<LaunchDigest>) -> Result<(), MonitorE
     }
 }
 
+/// Has each companion get ready for a life. A signal ends that, and the run.
+fn prepare(host: &mut Host, life: u32, inbox: &Inbox) -> Result<Option<i32>, MonitorError> {
+    for companion in &mut host.companions {
+        let name = companion.name();
+        let Some((patience, work)) = companion.prepare(life) else { continue };
+        let problem = match inbox.attend(name, patience, work) {
+            Ok(Ok(())) => continue,
+            Ok(Err(problem)) => problem,
+            Err(Unattended::Signal(signal)) => return Ok(Some(signal)),
+            Err(other) => other.into(),
+        };
+        return Err(MonitorError::Companion { name, problem });
+    }
+    Ok(None)
+}
+
 /// Waits for the end of a life.
-fn end_of(life: u32, inbox: &Receiver<Event>) -> Result<Outcome, MonitorError> {
+fn end_of(life: u32, inbox: &Inbox) -> Result<Outcome, MonitorError> {
     loop {
-        match inbox.recv() {
-            Ok(Event::Ended { life: ended, result }) if ended == life => return Ok(result?),
-            Ok(Event::Ended { .. }) => {}
-            Ok(Event::Signal(signal)) => return Ok(Outcome::Signal(signal)),
-            Err(e) => {
-                return Err(MonitorError::Host { what: "all threads ended", source: io::Error::other(e) });
-            }
-        }
-    }
-}
-
-/// Waits until `deadline`, or for a signal.
-fn signal_before(deadline: Instant, inbox: &Receiver<Event>) -> Option<i32> {
-    loop {
-        match inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(Event::Signal(signal)) => return Some(signal),
-            Ok(Event::Ended { .. }) => {}
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
-        }
-    }
-}
-
-/// Turns signals into events until it is dropped.
-struct SignalThread {
-    handle: Handle,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl SignalThread {
-    fn start(events: Sender<Event>) -> Result<Self, MonitorError> {
-        let mut signals = Signals::new([SIGINT, SIGTERM])
-            .map_err(|source| MonitorError::Host { what: "cannot catch signals", source })?;
-        let handle = signals.handle();
-        let thread = spawn("signals".into(), move || {
-            for signal in signals.forever() {
-                if events.send(Event::Signal(signal)).is_err() {
-                    return;
-                }
-            }
-        })?;
-        Ok(SignalThread { handle, thread: Some(thread) })
-    }
-}
-
-impl Drop for SignalThread {
-    fn drop(&mut self) {
-        self.handle.close();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        match inbox.next()? {
+            Event::Ended { life: ended, result } if ended == life => return Ok(result?),
+            Event::Ended { .. } | Event::Done => {}
+            Event::Signal(signal) => return Ok(Outcome::Signal(signal)),
         }
     }
 }
@@ -355,17 +335,56 @@ impl Keyboard {
     }
 }
 
+/// How long the guest waits for a console that has no room before it goes on and what it writes is lost.
+const CONSOLE_PATIENCE: Duration = Duration::from_secs(10);
+const CONSOLE_PAUSE: Duration = Duration::from_millis(5);
+
 /// The console's output, handed to the serial port of each VM in turn.
 #[derive(Clone)]
-struct SharedConsole(Arc<Mutex<Box<dyn Write + Send>>>);
+struct SharedConsole {
+    out: Arc<Mutex<Box<dyn Write + Send>>>,
+    /// The VM is over: nothing is waited for.
+    over: Arc<AtomicBool>,
+    /// Nobody made room in time, and nobody has since.
+    stalled: bool,
+}
+
+impl SharedConsole {
+    fn new(out: &Arc<Mutex<Box<dyn Write + Send>>>) -> Self {
+        SharedConsole { out: Arc::clone(out), over: Arc::default(), stalled: false }
+    }
+
+    fn end(&self) {
+        self.over.store(true, Ordering::Release);
+    }
+}
 
 impl Write for SharedConsole {
+    /// Waits for room where the output does not do so by itself: somebody else may have made it non-blocking.
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(buf)
+        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Instant::now();
+        loop {
+            let result = out.write(buf);
+            let kind = result.as_ref().err().map(io::Error::kind);
+            let going_on = !self.over.load(Ordering::Acquire);
+            match kind {
+                // A vCPU is interrupted for other reasons too.
+                Some(io::ErrorKind::Interrupted) if going_on => {}
+                Some(io::ErrorKind::WouldBlock) if going_on && !self.stalled => {
+                    self.stalled = begun.elapsed() >= CONSOLE_PATIENCE;
+                    thread::sleep(CONSOLE_PAUSE);
+                }
+                _ => {
+                    self.stalled &= result.is_err();
+                    return result;
+                }
+            }
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).flush()
+        self.out.lock().unwrap_or_else(PoisonError::into_inner).flush()
     }
 }
 
@@ -379,5 +398,60 @@ impl Write for Console {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An output with room for a byte at each third attempt, or never again.
+    struct Tight {
+        attempts: u32,
+        gone: bool,
+        got: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Tight {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            self.attempts += 1;
+            match self.attempts % 3 {
+                _ if self.gone => Err(io::ErrorKind::WouldBlock.into()),
+                0 => {
+                    self.got.lock().unwrap().push(buf[0]);
+                    Ok(1)
+                }
+                1 => Err(io::ErrorKind::WouldBlock.into()),
+                _ => Err(io::ErrorKind::Interrupted.into()),
+            }
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn no_byte_is_lost_while_the_output_has_no_room_for_a_moment() {
+        let got = Arc::new(Mutex::new(Vec::new()));
+        let tight = Tight { attempts: 0, gone: false, got: Arc::clone(&got) };
+        let out: Arc<Mutex<Box<dyn Write + Send>>> = Arc::new(Mutex::new(Box::new(tight)));
+        let mut console = SharedConsole::new(&out);
+        console.write_all(b"every byte").unwrap();
+        assert_eq!(*got.lock().unwrap(), b"every byte");
+    }
+
+    #[test]
+    fn an_output_without_a_reader_holds_no_vcpu_of_a_guest_that_is_over() {
+        let tight = Tight { attempts: 0, gone: true, got: Arc::default() };
+        let out: Arc<Mutex<Box<dyn Write + Send>>> = Arc::new(Mutex::new(Box::new(tight)));
+        let mut console = SharedConsole::new(&out);
+        let ender = console.clone();
+        let begun = Instant::now();
+        let waiting = thread::spawn(move || console.write(b"x").is_err());
+        thread::sleep(Duration::from_millis(100));
+        assert!(!waiting.is_finished(), "it waits for a reader");
+        ender.end();
+        assert!(waiting.join().unwrap());
+        assert!(begun.elapsed() < CONSOLE_PATIENCE);
     }
 }

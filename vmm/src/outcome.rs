@@ -46,12 +46,13 @@ impl Outcome {
 pub const EXIT_CODES: &str = "\
 Exit codes:
     0  the guest switched itself off
-    1  the monitor failed; the message says where
+    1  the monitor, or another command, failed; the message says where
     2  the request is not valid (bad option, bad file, not enough memory for the image)
     3  the guest asked for a reset (and --on-reboot restart was not given)
     4  the guest terminated itself (SEV_TERM); the reason is printed
     5  the guest crashed (triple fault)
-  130  stopped by SIGINT, 143 by SIGTERM";
+  130  stopped by SIGINT, 143 by SIGTERM, 128 and its number by another signal that ends programs
+Other commands than a run end with 0, 1 or 2; 1 is also the answer of a check or a comparison that found a fault.";
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -16,10 +16,19 @@ static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 /// Puts the terminal back as it was. May be called any number of times, from any thread.
 pub fn restore() {
     let saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(settings) = saved {
+    // In the background a job that changes the terminal is stopped; whoever is in the foreground has set it for himself.
+    if let Some(settings) = saved
+        && !in_background()
+    {
         // Nothing can be done about a terminal that has gone away.
         let _ = rustix::termios::tcsetattr(io::stdin(), OptionalActions::Now, &settings);
     }
+}
+
+/// Whether standard input is a terminal that somebody else uses now: reading or changing it would stop this process.
+pub fn in_background() -> bool {
+    let foreground = rustix::termios::tcgetpgrp(io::stdin());
+    foreground.is_ok_and(|group| group != rustix::process::getpgrp())
 }
 
 /// Raw mode for as long as this lives.

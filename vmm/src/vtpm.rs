@@ -9,7 +9,8 @@
 //! The service also keeps how far the guest has set its clock ahead of the host's ([`clock`]).
 //!
 //! The service may end or stop answering at any time. Then the guest's TPM reports a fatal error, the monitor says so once,
-//! and the guest goes on. The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
+//! and the guest goes on. What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
+//! [`POWER_ON_PATIENCE`], so that signals are heard meanwhile ([`crate::events::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
 
 mod clock;
 pub mod measured;
@@ -24,11 +25,13 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::sync::TryLockError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
+use std::time::Instant;
 
 use devices::bus::Bus;
 use devices::bus::Overlap;
@@ -47,9 +50,13 @@ use vtpm_svc::control::client::Control;
 use vtpm_svc::measured::Event;
 use vtpm_svc::tpm2::CommandError;
 
+use crate::events::Inbox;
+use crate::events::Unattended;
 use crate::machine::Machine;
 use crate::memory::Mapping;
 use crate::monitor::Companion;
+use crate::monitor::Work;
+use crate::note::warn;
 use crate::platform::CallError;
 use crate::platform::MemorySlot;
 use crate::platform::Vm;
@@ -90,6 +97,20 @@ pub enum VtpmError {
     /// The service.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// It hangs, or the run was ended while it started.
+    #[error("the vTPM service {program}: {source}")]
+    Unattended {
+        /// What was started, or the socket.
+        program: String,
+        /// Why there is no answer.
+        source: Unattended,
+    },
+    /// A guest's command that does not end.
+    #[error(
+        "the guest's last command still runs in the vTPM service, {} seconds after it was cancelled: the service hangs",
+        COMMAND_PATIENCE.as_secs()
+    )]
+    Busy,
     /// The TPM.
     #[error("measuring the boot: {0}")]
     Command(#[from] CommandError),
@@ -119,6 +140,12 @@ pub enum VtpmError {
 
 /// How long a guest's physical-presence request may take to be stored.
 const SUBMIT_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the service may take to power the TPM on, or to start. A new TPM makes its keys then.
+const POWER_ON_PATIENCE: Duration = Duration::from_secs(180);
+/// How long a command of the guest may go on when it has been cancelled.
+const COMMAND_PATIENCE: Duration = Duration::from_secs(30);
+/// How often the end of such a command is looked for.
+const COMMAND_PAUSE: Duration = Duration::from_millis(5);
 /// Memory slot of the buffer page: RAM has the lowest ones.
 const SLOT: u32 = 64;
 
@@ -126,10 +153,18 @@ const SLOT: u32 = 64;
 pub struct Vtpm {
     link: Arc<Link>,
     control: Control,
-    events: Vec<Event>,
+    events: Arc<[Event]>,
+    /// What was found out when the TPM was powered on.
+    found: Arc<Mutex<Found>>,
+    service: Option<Service>,
+}
+
+/// What the service knows beside the TPM.
+#[derive(Default)]
+struct Found {
     /// `None` until the first VM, or at a service that keeps no clock.
     clock: Option<Clock>,
-    service: Option<Service>,
+    mail: Mail,
 }
 
 /// The way to the service, shared by the threads that use it.
@@ -145,22 +180,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Vtpm {
     /// The TPM of a service that cvmm starts, and ends with the guest.
-    pub fn start(options: &service::Options, events: Vec<Event>) -> Result<Self, VtpmError> {
-        let (client, service) = service::start(options)?;
+    pub fn start(options: &service::Options, events: Vec<Event>, inbox: &Inbox) -> Result<Self, VtpmError> {
+        let (client, service) = service::start(options, inbox)?;
         Ok(Self::new(client, events, Some(service)))
     }
 
     /// The TPM of a service that listens on the control socket `path`; it is left running.
-    pub fn connect(path: &Path, events: Vec<Event>) -> Result<Self, VtpmError> {
-        let client =
-            Client::connect(path).map_err(|source| VtpmError::Socket { path: path.to_owned(), source })?;
+    pub fn connect(path: &Path, events: Vec<Event>, inbox: &Inbox) -> Result<Self, VtpmError> {
+        let socket = path.to_owned();
+        let client = inbox
+            .attend("the TPM service to answer", POWER_ON_PATIENCE, move || Client::connect(&socket))
+            .map_err(|source| VtpmError::Unattended { program: path.display().to_string(), source })?
+            .map_err(|source| VtpmError::Socket { path: path.to_owned(), source })?;
         Ok(Self::new(client, events, None))
     }
 
     fn new(client: Client, events: Vec<Event>, service: Option<Service>) -> Self {
         let control = client.control();
         let link = Arc::new(Link { client: Mutex::new(client), told: AtomicBool::new(false) });
-        Vtpm { link, control, events, clock: None, service }
+        Vtpm { link, control, events: events.into(), found: Arc::default(), service }
     }
 
     /// Gives the TPM to a VM: registers on `mmio`, the buffer page as a memory slot.
@@ -175,32 +213,9 @@ impl Vtpm {
         let crb = Crb::new(Arc::new(Page(page)), tpm_crb::BUFFER, backend, cancel);
         let crb = crb.map_err(host("a thread"))?;
         mmio.insert(tpm_crb::BASE, tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
-        let ppi = Ppi::new(self.mail()?, self.submitter().map_err(host("a thread"))?);
+        let ppi = Ppi::new(lock(&self.found).mail, self.submitter().map_err(host("a thread"))?);
         mmio.insert(tpm_ppi::BASE, tpm_ppi::LEN, Arc::new(Mutex::new(ppi)))?;
         Ok(())
-    }
-
-    /// Off, on, and the PCRs as the event log says.
-    fn power_on(&self) -> Result<(), VtpmError> {
-        // A command of the guest before the reset may still be running.
-        self.control.cancel().or_else(|e| match e {
-            // Before the first power-on there is nothing to cancel.
-            ClientError::Refused { .. } => Ok(()),
-            other => Err(other),
-        })?;
-        let mut client = lock(&self.link.client);
-        client.reset(tpm_crb::BUFFER_LEN as u32)?;
-        let mut transmit = |command: &[u8]| client.execute(0, command).map_err(|e| e.to_string());
-        Ok(vtpm_svc::measured::extend(&mut transmit, &self.events)?)
-    }
-
-    /// What waits and what was done of the guest's physical-presence requests; nothing at a service that does not know them.
-    fn mail(&self) -> Result<Mail, VtpmError> {
-        match self.control.ppi() {
-            Ok([request, _, last, response]) => Ok(Mail { request, last, response }),
-            Err(ClientError::Refused { .. }) => Ok(Mail::default()),
-            Err(e) => Err(e.into()),
-        }
     }
 
     /// What the device calls with a request. A thread makes the call, so that a service that hangs holds a vCPU only briefly.
@@ -248,21 +263,67 @@ impl Companion for Vtpm {
         "the vTPM"
     }
 
-    /// Powers the TPM on as at a reset of the machine, measures the boot into it, and gives it to the VM.
+    /// Powers the TPM on as at a reset of the machine, and measures the boot into it.
+    fn prepare(&mut self, _life: u32) -> Option<(Duration, Work)> {
+        let (link, control) = (Arc::clone(&self.link), self.control.clone());
+        let (events, found) = (Arc::clone(&self.events), Arc::clone(&self.found));
+        let work = move || -> Result<(), VtpmError> {
+            power_on(&link, &control, &events)?;
+            let mail = mail(&control)?;
+            let clock = match lock(&found).clock {
+                Some(_) => None,
+                None => Clock::new(&control)?,
+            };
+            let mut found = lock(&found);
+            found.mail = mail;
+            found.clock = found.clock.take().or(clock);
+            Ok(())
+        };
+        Some((POWER_ON_PATIENCE, Box::new(move || Ok(work()?))))
+    }
+
+    /// Gives the TPM to the VM.
     fn before_life(
         &mut self,
         _life: u32,
         vm: &dyn Vm,
         machine: &mut Machine,
     ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        self.power_on()?;
-        if self.clock.is_none() {
-            self.clock = Clock::new(&self.control)?;
-        }
-        if let Some(clock) = &self.clock {
+        if let Some(clock) = &lock(&self.found).clock {
             lock(&machine.rtc).keep(clock.ahead(), Some(clock.store()));
         }
         Ok(self.attach(vm, &mut machine.mmio)?)
+    }
+}
+
+/// Off, on, and the PCRs as the event log says.
+fn power_on(link: &Link, control: &Control, events: &[Event]) -> Result<(), VtpmError> {
+    // A command of the guest before the reset may still be running.
+    control.cancel().or_else(|e| match e {
+        // Before the first power-on there is nothing to cancel.
+        ClientError::Refused { .. } => Ok(()),
+        other => Err(other),
+    })?;
+    let deadline = Instant::now() + COMMAND_PATIENCE;
+    let mut client = loop {
+        match link.client.try_lock() {
+            Ok(client) => break client,
+            Err(TryLockError::Poisoned(client)) => break client.into_inner(),
+            Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return Err(VtpmError::Busy),
+            Err(TryLockError::WouldBlock) => thread::sleep(COMMAND_PAUSE),
+        }
+    };
+    client.reset(tpm_crb::BUFFER_LEN as u32)?;
+    let mut transmit = |command: &[u8]| client.execute(0, command).map_err(|e| e.to_string());
+    Ok(vtpm_svc::measured::extend(&mut transmit, events)?)
+}
+
+/// What waits and what was done of the guest's physical-presence requests; nothing at a service that does not know them.
+fn mail(control: &Control) -> Result<Mail, VtpmError> {
+    match control.ppi() {
+        Ok([request, _, last, response]) => Ok(Mail { request, last, response }),
+        Err(ClientError::Refused { .. }) => Ok(Mail::default()),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -270,7 +331,7 @@ impl Drop for Vtpm {
     /// The guest is over: a service that was started for it ends, its state on disk.
     fn drop(&mut self) {
         self.link.told.store(true, Ordering::Release);
-        if let Some(clock) = &self.clock {
+        if let Some(clock) = &lock(&self.found).clock {
             clock.settle();
         }
         if let Some(service) = self.service.take() {
@@ -286,7 +347,7 @@ impl Backend for Way {
     fn execute(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>, BackendError> {
         lock(&self.0.client).execute(locality, command).map_err(|e| {
             if !self.0.told.swap(true, Ordering::AcqRel) {
-                eprintln!("cvmm: warning: the vTPM service is gone ({e}); the guest's TPM fails from now on");
+                warn(format_args!("the vTPM service is gone ({e}); the guest's TPM fails from now on"));
             }
             BackendError(e.to_string())
         })

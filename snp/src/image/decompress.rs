@@ -2,9 +2,9 @@
 //! The kernel inside a bzImage, decompressed: zstd, xz, gzip and LZ4 (legacy frames).
 //!
 //! The payload's last four bytes are the decompressed size, little-endian: appended by the kernel's build, or, for gzip, the
-//! format's own trailer. The size is checked against [`MAX_DECOMPRESSED`] before anything is decompressed, and nothing
-//! beyond it is ever produced, so a crafted payload cannot take all memory. A memory limit for the formats' dictionaries
-//! does the rest.
+//! format's own trailer. The size is checked against [`MAX_DECOMPRESSED`] and against the payload's own length before anything
+//! is decompressed, and nothing beyond it is ever produced, so a crafted payload cannot take all memory. A memory limit for the
+//! formats' dictionaries does the rest.
 
 use std::io::Read;
 
@@ -12,6 +12,10 @@ use super::kernel::BzImage;
 
 /// Largest decompressed kernel in bytes. Debian's are about 60 MiB.
 pub const MAX_DECOMPRESSED: u64 = 512 << 20;
+/// Largest ratio of the decompressed kernel to the compressed one, beside [`ALWAYS`]. Real kernels have 3 (LZ4) to 8 (xz).
+const MAX_RATIO: u64 = 12;
+/// A kernel of this size may be compressed as well as it can be: bytes.
+const ALWAYS: u64 = 4 << 20;
 /// Largest dictionary or window that a decompressor may take. The kernel's build uses up to 128 MiB.
 const MAX_WINDOW: u64 = 256 << 20;
 
@@ -54,9 +58,12 @@ pub enum DecompressError {
     Unsupported(&'static str),
     /// Too large.
     #[error(
-        "the last four bytes of the compressed kernel say that it has {size} bytes, expected at most {MAX_DECOMPRESSED}"
+        "the last four bytes of the compressed kernel say that it has {size} bytes, expected at most {limit}, as kernels have \
+         that are compressed to this length"
     )]
     TooLarge {
+        /// Most bytes for the payload's length.
+        limit: u64,
         /// Its size in bytes.
         size: u64,
     },
@@ -93,8 +100,9 @@ pub fn extract_vmlinux(image: &BzImage) -> Result<Vec<u8>, DecompressError> {
     let broken = |reason: String| DecompressError::Broken { offset, reason };
     let (stream, size) = payload.split_last_chunk().ok_or_else(|| broken("shorter than its size".into()))?;
     let size = u64::from(u32::from_le_bytes(*size));
-    if size > MAX_DECOMPRESSED {
-        return Err(DecompressError::TooLarge { size });
+    let limit = (payload.len() as u64 * MAX_RATIO).clamp(ALWAYS, MAX_DECOMPRESSED);
+    if size > limit {
+        return Err(DecompressError::TooLarge { limit, size });
     }
     let out = match format {
         Format::Zstd => {

@@ -7,6 +7,8 @@
 
 /// Bytes between the table's end and the file's end.
 const TABLE_END_FROM_FILE_END: usize = 32;
+/// Most sections of SEV metadata: edk2's firmware has about ten.
+const SECTIONS_MAX: u32 = 256;
 /// Length and GUID of an entry.
 const ENTRY_HEADER: usize = 18;
 
@@ -221,7 +223,7 @@ fn sections(file: &[u8], from_end: u32) -> Result<Vec<Section>, TableError> {
     if u64::from(size) < 16 || u64::from(size) > room {
         return field(1, "size of the SEV metadata", size, format!("16 to {room}"));
     }
-    let fitting = (size - 16) / 12;
+    let fitting = ((size - 16) / 12).min(SECTIONS_MAX);
     if count > fitting {
         return field(3, "number of SEV metadata sections", count, format!("at most {fitting}"));
     }

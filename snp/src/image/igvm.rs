@@ -389,6 +389,11 @@ impl Igvm {
         let state = kvm_state(&page).map_err(IgvmError::Kvm)?;
         let plan = LaunchPlan { records: pages.to_vec(), vcpus: vec![state] };
         plan.check()?;
+        if !self.shared.is_empty() {
+            // A page is private or shared. One that is both would fail in the middle of the launch, without a reason.
+            let all = plan.records.iter().chain(&self.shared).cloned().collect();
+            LaunchPlan { records: all, vcpus: plan.vcpus.clone() }.check()?;
+        }
         Ok(plan)
     }
 }
@@ -456,7 +461,7 @@ impl Builder<'_> {
             }
             header::RELOCATABLE_REGION | header::PAGE_TABLE_RELOCATION => {
                 if ours(0) {
-                    self.igvm.refusals.push("it wants to be relocated, which changes its digest".into());
+                    self.refuse(|| "it wants to be relocated, which changes its digest".into());
                 }
                 Ok(())
             }
@@ -481,6 +486,13 @@ impl Builder<'_> {
                 found: kind.into(),
                 expected: "a known type, or an optional one (bit 31)".into(),
             }),
+        }
+    }
+
+    /// Notes why KVM could not launch the file. The first reason is told.
+    fn refuse(&mut self, reason: impl FnOnce() -> String) {
+        if self.igvm.refusals.is_empty() {
+            self.igvm.refusals.push(reason());
         }
     }
 
@@ -553,9 +565,7 @@ impl Builder<'_> {
         let gpa = self.address(header, u64_at(header.body, 0))?;
         let index = u16::from_le_bytes(bytes(header.body, 16));
         if index != 0 {
-            self.igvm
-                .refusals
-                .push(format!("it has a save area of vCPU {index}, KVM takes that of vCPU 0 only"));
+            self.refuse(|| format!("it has a save area of vCPU {index}, KVM takes that of vCPU 0 only"));
         }
         let contents = self.data(header, 12, PAGE_SIZE as usize)?;
         self.igvm.records.push(Record::new(gpa, PageType::Vmsa, contents, format!("vCPU {index}")));

@@ -37,6 +37,10 @@ const ELF_CMDLINE_MAX: u32 = 2047;
 const ELF_INITRD_ADDR_MAX: u64 = 0x7fff_ffff;
 /// Note type `XEN_ELFNOTE_PHYS32_ENTRY`.
 const XEN_PHYS32_ENTRY: u64 = 18;
+/// Most segments of an ELF image: Linux has five.
+const SEGMENTS_MAX: usize = 256;
+/// Most notes that are looked at for the PVH entry point: Linux has some twenty.
+const NOTES_MAX: usize = 4096;
 
 /// Why a file cannot be booted as a kernel. Offsets are in bytes from the start of the file.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -85,6 +89,19 @@ pub enum KernelError {
         mem_len: u64,
         /// What is wrong.
         why: &'static str,
+    },
+    /// So many that each further one costs time.
+    #[error("the ELF image has more than {SEGMENTS_MAX} loadable segments; a kernel has a few")]
+    Segments,
+    /// The same bytes of the file in many segments.
+    #[error(
+        "the ELF image's segments have {found:#x} bytes, more than the {file:#x} of the whole file: they overlap"
+    )]
+    SegmentBytes {
+        /// Bytes in all of them.
+        found: u64,
+        /// Length of the file.
+        file: u64,
     },
     /// Two segments share memory.
     #[error("ELF segments overlap at address {gpa:#x}")]
@@ -384,11 +401,19 @@ impl ElfKernel {
         let mut segments = Vec::new();
         let mut virtual_ranges = Vec::new();
         let mut pvh_entry = None;
+        let (mut notes_left, mut contents) = (NOTES_MAX, 0u64);
         for (index, phdr) in parsed.segments().into_iter().flatten().enumerate() {
             if phdr.p_type == abi::PT_NOTE && pvh_entry.is_none() {
                 // A note that does not parse is as good as none: the 64-bit entry point is always there.
-                pvh_entry =
-                    parsed.segment_data_as_notes(&phdr).ok().and_then(|mut notes| notes.find_map(pvh_note));
+                if let Ok(mut notes) = parsed.segment_data_as_notes(&phdr) {
+                    while pvh_entry.is_none()
+                        && notes_left > 0
+                        && let Some(note) = notes.next()
+                    {
+                        notes_left -= 1;
+                        pvh_entry = pvh_note(note);
+                    }
+                }
             }
             if phdr.p_type != abi::PT_LOAD || phdr.p_memsz == 0 {
                 continue;
@@ -417,12 +442,19 @@ impl ElfKernel {
                     found: file.len() as u64,
                 });
             }
+            if segments.len() == SEGMENTS_MAX {
+                return Err(KernelError::Segments);
+            }
+            contents += phdr.p_filesz;
             segments.push(Segment {
                 gpa: phdr.p_paddr,
                 file: phdr.p_offset as usize..end as usize,
                 mem_len: phdr.p_memsz,
             });
             virtual_ranges.push((phdr.p_vaddr, phdr.p_paddr, phdr.p_memsz));
+        }
+        if contents > file.len() as u64 {
+            return Err(KernelError::SegmentBytes { found: contents, file: file.len() as u64 });
         }
         segments.sort_by_key(|s| s.gpa);
         if segments.is_empty() {

@@ -24,6 +24,9 @@ use super::kernel::ElfKernel;
 use super::kernel::Kernel;
 use super::kernel::KernelError;
 
+/// Most instructions of a kernel: Linux has about a hundred.
+const SITES_MAX: usize = 65_536;
+
 /// The SNP instructions that a guest executes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Opcode {
@@ -217,6 +220,9 @@ impl SiteList {
     }
 
     fn check(mut self, place: &'static str) -> Result<SiteList, SiteError> {
+        if self.sites.len() > SITES_MAX {
+            return Err(SiteError::TooMany { place });
+        }
         self.sites.sort_by_key(|s| s.offset);
         self.sites.dedup();
         match Opcode::ALL.into_iter().find(|op| self.count(*op) == 0) {
@@ -297,6 +303,14 @@ pub enum SiteError {
         /// The kind.
         opcode: Opcode,
         /// Where it was looked for.
+        place: &'static str,
+    },
+    /// More than any kernel has.
+    #[error(
+        "{place} has more than {SITES_MAX} SNP instructions; Linux has about a hundred: this is no kernel"
+    )]
+    TooMany {
+        /// Where they are.
         place: &'static str,
     },
     /// The decompressor's end is not where it can be found.
@@ -386,6 +400,7 @@ fn kernel_sites(kernel: &ElfKernel) -> Result<SiteList, SiteError> {
     let headers = parsed.section_headers().ok_or_else(|| SiteError::Sections("none present".to_owned()))?;
     let code =
         |flags: u64| flags & u64::from(abi::SHF_EXECINSTR) != 0 && flags & u64::from(abi::SHF_ALLOC) != 0;
+    let mut code_sections = Vec::new();
     for header in headers.iter().filter(|h| code(h.sh_flags) && h.sh_type != abi::SHT_NOBITS) {
         let (bytes, _) = parsed.section_data(&header).map_err(unusable)?;
         // The section's physical address, by its place in a segment's contents.
@@ -395,7 +410,17 @@ fn kernel_sites(kernel: &ElfKernel) -> Result<SiteList, SiteError> {
             .iter()
             .find(|s| s.file.start as u64 <= start && end <= s.file.end as u64)
             .ok_or_else(|| SiteError::Sections(format!("code at offset {start:#x} is in no segment")))?;
-        list.scan(bytes, segment.gpa - base + (start - segment.file.start as u64));
+        if start < end {
+            code_sections.push((start, end, bytes, segment.gpa - base + (start - segment.file.start as u64)));
+        }
+    }
+    // Sections that overlap would have the same bytes scanned again and again.
+    code_sections.sort_by_key(|(start, ..)| *start);
+    if let Some(pair) = code_sections.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+        return Err(SiteError::Sections(format!("two code sections overlap at offset {:#x}", pair[1].0)));
+    }
+    for (_, _, bytes, offset) in code_sections {
+        list.scan(bytes, offset);
     }
     list.check("the kernel")
 }

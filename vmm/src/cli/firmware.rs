@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Firmware and IGVM files: the options that name them, the same for running and for measuring, and their launch.
 //!
-//! Both are measured through the same plans as they are launched with (`Ovmf::plan`, `Igvm::launch`). Files are mapped and
+//! Both are measured through the same plans as they are launched with (`Ovmf::plan`, `Igvm::launch`). Files are read and
 //! not believed; their parsers live in the library.
 
-use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::path::PathBuf;
@@ -37,6 +36,7 @@ use snp::vmm_type::VmmType;
 
 use super::Failure;
 use super::run::ImageArgs;
+use crate::config;
 use crate::launch::Staged;
 
 /// CR0.PG.
@@ -84,15 +84,10 @@ pub struct FirmwareArgs {
     pub guest_features: u64,
 }
 
-/// A file named by an option, mapped.
-pub fn map(option: &str, path: &Path) -> Result<Bytes, Failure> {
-    let wrong = |e: std::io::Error| Failure::Usage(format!("{option} {}: {e}", path.display()));
-    let file = File::open(path).map_err(wrong)?;
-    // An empty file cannot be mapped, and no image is empty.
-    if file.metadata().map_err(wrong)?.len() == 0 {
-        return Ok(Bytes::from(Vec::new()));
-    }
-    Bytes::map(&file).map_err(wrong)
+/// The bytes of a file that an option named. They are ours: a mapping would end the process when somebody cuts the file short,
+/// and what is launched would be what the file holds then.
+pub fn map(option: &'static str, path: &Path) -> Result<Bytes, Failure> {
+    config::read_file(option, path).map(Bytes::from).map_err(Failure::usage)
 }
 
 /// An error about a file that an option named.

@@ -31,6 +31,7 @@ use super::id_block::IdentityCheck;
 use super::measure;
 use super::reboot::RebootArgs;
 use super::trials::Trials;
+use super::vtpm::Companions;
 use super::vtpm::VtpmArgs;
 use crate::config;
 use crate::config::BootFiles;
@@ -38,10 +39,11 @@ use crate::config::ConfigError;
 use crate::cpuid;
 use crate::launch::LaunchOptions;
 use crate::monitor;
-use crate::monitor::Companion;
 use crate::monitor::Console;
 use crate::monitor::Guest;
 use crate::monitor::Host;
+use crate::note::note;
+use crate::note::warn;
 use crate::platform::Platform;
 use crate::platform::emulated::Backing;
 use crate::platform::emulated::EmulatedPlatform;
@@ -216,21 +218,40 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
              address says, so it needs --backing single"
         )));
     }
+    warn_of_memory(args.image.memory);
     let certificates = args.certs.source()?;
     let (platform, guest, companions) = if args.snp { snp_guest(args)? } else { plain_guest(args)? };
     let host = Host {
         interactive: true,
         restart: args.reboot.restart(),
         certificates,
-        companions,
+        companions: companions.list,
+        inbox: companions.inbox,
         ..Host::new(Box::new(Console))
     };
     let outcome = monitor::run(platform.as_ref(), guest, host).map_err(Failure::monitor)?;
-    eprintln!("cvmm: {outcome}");
+    note(&outcome);
     Ok(outcome.exit_code())
 }
 
-type Prepared = (Box<dyn Platform>, Guest, Vec<Box<dyn Companion>>);
+/// Says when the guest may come to need more memory than the host has. It may never touch all of it, so that is no error.
+fn warn_of_memory(memory: u64) {
+    let facts = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = facts.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let total: Option<u64> = total.and_then(|kib| kib.trim().trim_end_matches(" kB").parse().ok());
+    if let Some(host) = total.and_then(|kib| kib.checked_mul(1024))
+        && memory > host
+    {
+        warn(format_args!(
+            "--memory: the guest has {} MiB, but the host has {} MiB; the guest, or another process, is killed when that does not \
+             suffice",
+            memory >> 20,
+            host >> 20
+        ));
+    }
+}
+
+type Prepared = (Box<dyn Platform>, Guest, Companions);
 
 fn plain_guest(args: &Args) -> Result<Prepared, Failure> {
     let files = args.image.read().map_err(Failure::usage)?;
@@ -288,7 +309,10 @@ fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
         Some(files) => direct_image(args, files, &table, sev.c_bit)?,
         None => {
             let image = args.file.image(&args.image, &table, 1 << sev.c_bit)?;
-            (image.ok_or_else(|| Failure::Usage("--firmware or --igvm is missing".into()))?, Vec::new())
+            (
+                image.ok_or_else(|| Failure::Usage("--firmware or --igvm is missing".into()))?,
+                Companions::default(),
+            )
         }
     };
     if args.platform == PlatformKind::Emulated
@@ -309,11 +333,9 @@ fn snp_guest(args: &Args) -> Result<Prepared, Failure> {
     };
     policy.check_kvm(rules).map_err(Failure::usage)?;
     check_features(&image.plan, platform.as_ref())?;
-    for note in &image.notes {
-        eprintln!("cvmm: {note}");
-    }
+    image.notes.iter().for_each(note);
     let digest = launch_digest(&image.plan).map_err(Failure::monitor)?;
-    eprintln!("cvmm: launch digest {digest} ({} pages)", image.plan.launch_pages());
+    note(format_args!("launch digest {digest} ({} pages)", image.plan.launch_pages()));
     let identity = identity(args, &image, digest, policy)?;
     let options = LaunchOptions {
         policy,
@@ -359,7 +381,7 @@ fn direct_image(
     files: &BootFiles,
     table: &CpuidTable,
     c_bit: u8,
-) -> Result<(LaunchImage, Vec<Box<dyn Companion>>), Failure> {
+) -> Result<(LaunchImage, Companions), Failure> {
     let snp = Snp {
         c_bit,
         cpuid: Some(table),
@@ -399,14 +421,14 @@ fn identity(
                     block.display()
                 )));
             }
-            eprintln!("cvmm: --id-block says the same as the ID block in the IGVM file; its keys are used");
+            note("--id-block says the same as the ID block in the IGVM file; its keys are used");
         }
         return Ok(Some(identity));
     }
     if let Some((block, auth)) = &image.identity {
         auth.check(block, digest, policy)
             .map_err(|e| Failure::Usage(format!("the ID block in the IGVM file: {e}")))?;
-        eprintln!("cvmm: the launch uses the ID block in the IGVM file");
+        note("the launch uses the ID block in the IGVM file");
     }
     Ok(image.identity.clone())
 }

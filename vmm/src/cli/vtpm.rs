@@ -9,8 +9,11 @@ use snp::image::direct::DirectBoot;
 use vtpm_svc::measured::Event;
 
 use super::Failure;
+use crate::events::Inbox;
+use crate::events::Unattended;
 use crate::monitor::Companion;
 use crate::vtpm::Vtpm;
+use crate::vtpm::VtpmError;
 use crate::vtpm::measured;
 use crate::vtpm::service;
 
@@ -49,6 +52,15 @@ pub struct VtpmArgs {
     vtpm_svc: Option<PathBuf>,
 }
 
+/// What starts anew with each VM, and where signals arrive if something has been started already.
+#[derive(Default)]
+pub struct Companions {
+    /// In this order.
+    pub list: Vec<Box<dyn Companion>>,
+    /// See [`crate::monitor::Host`].
+    pub inbox: Option<Inbox>,
+}
+
 /// Whether a measured guest has a TPM.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct MeasureArgs {
@@ -81,17 +93,30 @@ impl VtpmArgs {
         self.vtpm.as_ref().map_or(Ok(()), |state| self.service(state.as_deref()).map(|_| ()))
     }
 
-    /// Announces the TPM to `boot` and connects to its service, which is started if it is to be.
-    pub fn start(&self, boot: &mut DirectBoot<'_>) -> Result<Vec<Box<dyn Companion>>, Failure> {
+    /// Announces the TPM to `boot` and connects to its service, which is started if it is to be. Signals are caught from then on,
+    /// so that one during the start leaves nothing behind; they arrive in the inbox.
+    pub fn start(&self, boot: &mut DirectBoot<'_>) -> Result<Companions, Failure> {
+        if !self.wanted() {
+            return Ok(Companions::default());
+        }
+        let inbox = Inbox::open().map_err(Failure::monitor)?;
         let vtpm = match (&self.vtpm, &self.vtpm_socket) {
             (Some(state), _) => {
                 let options = self.service(state.as_deref())?;
-                Vtpm::start(&options, measured::announce(boot).map_err(Failure::usage)?)
+                Vtpm::start(&options, measured::announce(boot).map_err(Failure::usage)?, &inbox)
             }
-            (None, Some(socket)) => Vtpm::connect(socket, measured::announce(boot).map_err(Failure::usage)?),
-            (None, None) => return Ok(Vec::new()),
+            (None, Some(socket)) => {
+                Vtpm::connect(socket, measured::announce(boot).map_err(Failure::usage)?, &inbox)
+            }
+            (None, None) => return Ok(Companions::default()),
         };
-        Ok(vec![Box::new(vtpm.map_err(Failure::monitor)?)])
+        match vtpm {
+            Ok(vtpm) => Ok(Companions { list: vec![Box::new(vtpm)], inbox: Some(inbox) }),
+            Err(VtpmError::Unattended { source: Unattended::Signal(signal), .. }) => {
+                Err(Failure::Stopped(signal))
+            }
+            Err(e) => Err(Failure::monitor(e)),
+        }
     }
 
     fn service(&self, state: Option<&Path>) -> Result<service::Options, Failure> {

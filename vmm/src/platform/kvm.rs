@@ -27,6 +27,7 @@ pub use exit::msr_access;
 pub use host_cpuid::CpuidRow;
 pub use host_cpuid::host_cpuid;
 pub use vcpu::KvmVcpu;
+pub use vcpu::interrupt;
 pub use vm::KvmVm;
 
 use std::fs::File;

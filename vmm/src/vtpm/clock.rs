@@ -18,6 +18,7 @@ use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
 
 use super::VtpmError;
+use crate::note::warn;
 
 /// How long the end of a run waits for the last setting to be stored.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -86,7 +87,7 @@ impl Clock {
             while let Some(ahead) = its.next() {
                 let problem = set(ahead).err().unwrap_or_default();
                 if !problem.is_empty() && problem != complaint {
-                    eprintln!("cvmm: warning: what the guest set its clock to is not kept: {problem}");
+                    warn(format_args!("what the guest set its clock to is not kept: {problem}"));
                 }
                 complaint = problem;
                 its.done(ahead);

@@ -8,6 +8,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::io::Write;
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::fs::OpenOptionsExt;
@@ -24,6 +25,8 @@ use std::time::Duration;
 use std::time::Instant;
 
 use rustix::io::FdFlags;
+use rustix::process::Pid;
+use rustix::process::Signal;
 use vtpm_svc::control::client::Client;
 use vtpm_svc::control::client::Control;
 use vtpm_svc::vmgs::AnchorFolder;
@@ -35,11 +38,15 @@ use vtpm_svc::vmgs::VmgsError;
 use vtpm_svc::vmgs::anchor::Durability;
 
 use super::VtpmError;
+use crate::events::Inbox;
+use crate::note::warn;
 
 /// Name of the program.
 const PROGRAM: &str = "vtpm-svc";
 /// How long the service may take to put its state in order at the end.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same for a service that has not served anything yet.
+const START_END_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often it is looked after meanwhile.
 const END_INTERVAL: Duration = Duration::from_millis(2);
 /// Bytes of the image of a TPM that forgets.
@@ -68,8 +75,9 @@ fn program(asked: Option<&Path>) -> PathBuf {
     beside.filter(|path| path.exists()).unwrap_or_else(|| PROGRAM.into())
 }
 
-/// Starts the service and connects to it. When this returns, the service has read its files and is in its cage.
-pub fn start(options: &Options) -> Result<(Client, Service), VtpmError> {
+/// Starts the service and connects to it. When this returns, the service has read its files and is in its cage. A signal, or a
+/// service that hangs, ends that; then nothing of it is left.
+pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), VtpmError> {
     let fresh = options.state.is_none().then(Fresh::make).transpose()?;
     let path = program(options.program.as_deref());
     let name = path.display().to_string();
@@ -99,7 +107,17 @@ pub fn start(options: &Options) -> Result<(Client, Service), VtpmError> {
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let mut child = command.spawn().map_err(failed)?;
     drop(theirs);
-    match Client::over(ours, &name) {
+    let connection = ours.try_clone();
+    let own_name = name.clone();
+    let answer = inbox
+        .attend("the vTPM service to start", super::POWER_ON_PATIENCE, move || Client::over(ours, &own_name));
+    let answer = answer.map_err(|source| {
+        // It ends by itself when the connection ends, unless it hangs.
+        let _ = connection.and_then(|connection| connection.shutdown(Shutdown::Both));
+        wait(&mut child, START_END_TIMEOUT);
+        VtpmError::Unattended { program: name.clone(), source }
+    })?;
+    match answer {
         Ok(client) => Ok((client, Service(child))),
         // The connection is closed, so the service ends, or has ended with a message of its own.
         Err(error) => match wait(&mut child, END_TIMEOUT) {
@@ -120,6 +138,8 @@ fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
             Err(_) => break,
         }
     }
+    // Its helpers too, such as a program that asks for the key: they are in its group.
+    let _ = rustix::process::kill_process_group(Pid::from_child(child), Signal::KILL);
     let _ = child.kill();
     let _ = child.wait();
     None
@@ -136,9 +156,7 @@ impl Service {
             let _ = control.shutdown();
         });
         if wait(&mut self.0, END_TIMEOUT).is_none() {
-            eprintln!(
-                "cvmm: warning: the vTPM service did not end and was killed; what it has answered is on disk"
-            );
+            warn("the vTPM service did not end and was killed; what it has answered is on disk");
         }
     }
 }

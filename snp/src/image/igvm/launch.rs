@@ -20,8 +20,10 @@ use crate::plan::PAGE_SIZE;
 use crate::plan::PageType;
 use crate::plan::Record;
 
-/// Most bytes of parameters in a file: each page costs a link of the digest's chain.
-const PARAMETERS_MAX: u64 = 1 << 30;
+/// Most bytes of parameters in a file: each area is held in memory, and each of its pages costs a link of the digest's chain.
+const PARAMETERS_MAX: u64 = 16 << 20;
+/// Most parameters that a file asks for: there are eleven kinds.
+const DIRECTIVES_MAX: usize = 4096;
 
 /// Most parameter areas of a file: each directive about one looks for it among all.
 const AREAS_MAX: usize = 256;
@@ -180,7 +182,7 @@ impl Builder<'_> {
         let (len, index) = (u64_at(header.body, 0), u32_at(header.body, 8));
         let total: u64 = self.igvm.areas.iter().map(|area| area.len).sum();
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) || len > PARAMETERS_MAX - total.min(PARAMETERS_MAX) {
-            let expected = "whole pages, all areas together at most 1 GiB";
+            let expected = "whole pages, all areas together at most 16 MiB";
             return Err(header.error(0, "size of a parameter area", len, expected));
         }
         if self.igvm.areas.len() == AREAS_MAX {
@@ -226,6 +228,10 @@ impl Builder<'_> {
             let expected = "one that was declared before";
             return Err(header.error(0, "index of a parameter area", area.into(), expected));
         }
+        if self.igvm.parameters.len() == DIRECTIVES_MAX {
+            let expected = format!("at most {DIRECTIVES_MAX} parameters");
+            return Err(header.error(0, "area of one parameter more", area.into(), expected));
+        }
         self.igvm.parameters.push(Parameter {
             offset: header.offset,
             kind: header.kind(),
@@ -240,6 +246,10 @@ impl Builder<'_> {
         if u32_at(header.body, 8) & self.mask != 0 {
             let start = self.address(header, u64_at(header.body, 0))?;
             let len = u64::from(u32_at(header.body, 12));
+            if self.igvm.required.len() == DIRECTIVES_MAX {
+                let expected = format!("at most {DIRECTIVES_MAX} ranges");
+                return Err(header.error(0, "address of one range of required memory more", start, expected));
+            }
             self.igvm.required.push((header.offset, start..start.saturating_add(len)));
         }
         Ok(())

@@ -13,6 +13,8 @@ use std::path::PathBuf;
 use snp::model::chain::Chain;
 use snp::model::chain::ChainError;
 
+use crate::note::note;
+
 /// Why there are no keys.
 #[derive(Debug, thiserror::Error)]
 pub enum KeysError {
@@ -56,10 +58,10 @@ fn parse(path: &Path, text: &str) -> Result<Chain, KeysError> {
 
 fn create(path: &Path) -> Result<Chain, KeysError> {
     let file = |source| KeysError::File { path: path.to_owned(), source };
-    eprintln!(
-        "cvmm: making the emulated platform's attestation keys in {} (once, some seconds)",
+    note(format_args!(
+        "making the emulated platform's attestation keys in {} (once, some seconds)",
         path.display()
-    );
+    ));
     let bad = |source| KeysError::Chain { path: path.to_owned(), source };
     let chain = Chain::generate(&mut rand_core::OsRng).map_err(bad)?;
     let text = chain.to_pem().map_err(bad)?;

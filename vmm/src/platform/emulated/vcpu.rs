@@ -69,6 +69,9 @@ const PAGE_FAULT: u8 = 14;
 const STATUS_FLAGS: u64 = 0x8d5;
 const CARRY: u64 = 1;
 const MSR_TSC: u32 = 0x10;
+/// Most places that are remembered to hold a replacement. A kernel has fewer than a hundred; a guest that makes more can only
+/// make its own exits slower.
+const SITES_MAX: usize = 4096;
 /// Pause of a vCPU that has nothing to do any more.
 const WHILE_SEARCHING: Duration = Duration::from_millis(5);
 const MSR_TSC_AUX: u32 = 0xc000_0103;
@@ -92,8 +95,8 @@ pub struct EmulatedVcpu {
     told: Option<Told>,
     /// What follows from the monitor's last answer, if that was worked out before the next run.
     next: Option<Next>,
-    /// Instruction pointers at which a replacement was seen.
-    sites: HashSet<u64>,
+    /// Instruction pointers at which a replacement was seen, with its port.
+    sites: HashSet<(u64, u8)>,
     /// KVM leaves the registers in memory that it shares with the monitor, and takes them from there
     /// (`KVM_CAP_SYNC_REGS`): two system calls less for each instruction.
     synced: bool,
@@ -101,13 +104,37 @@ pub struct EmulatedVcpu {
 
 /// An exit that the model made, with room for the monitor's answer.
 enum Told {
-    MapGpaRange { range: MapGpaRange, ret: u64 },
-    Certs { gpa: u64, npages: u64, ret: u64 },
-    Io { port: u16, direction: Direction, data: Vec<u8> },
-    Mmio { gpa: u64, len: usize, direction: Direction, data: [u8; 8] },
-    Terminate { data: u64 },
-    Fault { gpa: u64 },
-    PrivateGhcb { gpa: u64 },
+    MapGpaRange {
+        range: MapGpaRange,
+        ret: u64,
+    },
+    Certs {
+        gpa: u64,
+        npages: u64,
+        ret: u64,
+    },
+    Io {
+        port: u16,
+        direction: Direction,
+        data: Vec<u8>,
+    },
+    Mmio {
+        gpa: u64,
+        len: usize,
+        direction: Direction,
+        data: [u8; 8],
+    },
+    Terminate {
+        data: u64,
+    },
+    /// `again`: where the instruction stands that made the access, if it is a replaced one.
+    Fault {
+        gpa: u64,
+        again: Option<u64>,
+    },
+    PrivateGhcb {
+        gpa: u64,
+    },
 }
 
 /// What KVM calls a vCPU's `mp_state`, as far as it decides what an AP creation does to it (Linux 6.12.117 to 7.3.4, `x86.c`:
@@ -205,7 +232,8 @@ impl EmulatedVcpu {
     }
 
     fn is_site(&mut self, rip: u64, wanted: &[u8]) -> bool {
-        if self.sites.contains(&rip) {
+        let key = (rip, wanted.get(1).copied().unwrap_or_default());
+        if self.sites.contains(&key) {
             return true;
         }
         let Ok(t) = self.translate(rip) else { return false };
@@ -217,7 +245,10 @@ impl EmulatedVcpu {
         let mut reads = |view: &View| self.vm.views.read(gpa, *view, code).is_ok() && code == wanted;
         let found = t.valid != 0 && views.iter().any(&mut reads);
         if found {
-            self.sites.insert(rip);
+            if self.sites.len() >= SITES_MAX {
+                self.sites.clear();
+            }
+            self.sites.insert(key);
         }
         found
     }
@@ -242,7 +273,7 @@ impl EmulatedVcpu {
             }
             Exit::MmioRead { addr, .. } | Exit::MmioWrite { addr, .. } if addr & self.vm.c_mask() != 0 => {
                 let (gpa, _) = self.split(addr);
-                self.told = Some(Told::Fault { gpa });
+                self.told = Some(Told::Fault { gpa, again: None });
                 Ok(Next::Tell)
             }
             _ => Ok(Next::Pass),
@@ -281,7 +312,7 @@ impl EmulatedVcpu {
                 Ok(Next::Enter)
             }
             InstructionResult::NestedFault { gpa } => {
-                self.told = Some(Told::Fault { gpa });
+                self.told = Some(Told::Fault { gpa, again: Some(site) });
                 Ok(Next::Tell)
             }
             InstructionResult::NotValidated { .. } => Err(invalid(
@@ -300,12 +331,17 @@ impl EmulatedVcpu {
         self.follow(outcome)
     }
 
-    /// The operand's address is not mapped: hardware faults on the instruction, the port write does not.
-    fn page_fault(&mut self, site: u64, operand: u64) -> Result<(), CallError> {
+    /// Finishes the port write and has RIP on it again.
+    fn go_back(&mut self, site: u64) -> Result<(), CallError> {
         self.complete_out()?;
         let mut regs = self.kvm.get_regs()?;
         regs.rip = site;
-        self.kvm.set_regs(&regs)?;
+        self.kvm.set_regs(&regs)
+    }
+
+    /// The operand's address is not mapped: hardware faults on the instruction, the port write does not.
+    fn page_fault(&mut self, site: u64, operand: u64) -> Result<(), CallError> {
+        self.go_back(site)?;
         let mut sregs = self.kvm.get_sregs()?;
         sregs.cr2 = operand;
         self.kvm.set_sregs(&sregs)?;
@@ -321,7 +357,7 @@ impl EmulatedVcpu {
     /// stage0 is done: the kernel is in place, checked, and not yet patched. RIP needs no change.
     fn handover(&mut self) -> Result<Next, CallError> {
         let at = self.kvm.get_regs()?;
-        if !self.is_site(at.rip, &self.vm.ports.patched_handover()) {
+        if self.site(at.rip, &self.vm.ports.patched_handover()).is_none() {
             return Ok(Next::Pass);
         }
         self.vm.meter.kernel_begins(&self.vm.model.pages);
@@ -417,8 +453,13 @@ impl EmulatedVcpu {
             Some(Told::Mmio { data, .. }) => Reply::Mmio(data),
             // Once the page is shared, the guest's message is in it: with one backing, where it was written.
             Some(Told::PrivateGhcb { .. }) => return self.vmgexit(),
+            // The monitor has found the page in the right state by now: the instruction is executed again, as on hardware.
+            Some(Told::Fault { again: Some(site), .. }) => {
+                self.go_back(site)?;
+                return Ok(Next::Enter);
+            }
             // A guest that has ended, or that made an access which cannot be answered, stays where it is.
-            Some(told @ (Told::Terminate { .. } | Told::Fault { .. })) => {
+            Some(told @ (Told::Terminate { .. } | Told::Fault { again: None, .. })) => {
                 self.told = Some(told);
                 return Ok(Next::Tell);
             }
@@ -500,12 +541,14 @@ impl EmulatedVcpu {
                 Next::Pass => return Ok(Step::Kvm),
                 Next::Enter => {}
             }
-            if let Some(order) = self.wake.take() {
+            // Again after each: obeying one may swallow the signal that came with the next.
+            while let Some(order) = self.wake.take() {
                 self.obey(order)?;
             }
             if self.activity == Activity::Halted {
                 match self.wake.wait() {
-                    Ok(()) => continue,
+                    // The monitor looks whether the guest is over, whatever woke this vCPU.
+                    Ok(()) => return Ok(Step::Interrupted),
                     Err(e) if e.kind() == std::io::ErrorKind::Interrupted => return Ok(Step::Interrupted),
                     Err(source) => return Err(CallError { call: "waiting for an AP creation", source }),
                 }
@@ -520,6 +563,7 @@ impl EmulatedVcpu {
             match ran {
                 Ok(()) => {}
                 Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => {
+                    self.kvm.fd.set_kvm_immediate_exit(0);
                     // An order for this vCPU comes with the same signal.
                     if self.wake.pending() {
                         continue;
@@ -658,7 +702,10 @@ impl Vcpu for EmulatedVcpu {
 
     fn run(&mut self) -> Result<Exit<'_>, CallError> {
         self.wake.running_on_this_thread();
-        match self.run_to_next()? {
+        self.kvm.arm();
+        let step = self.run_to_next();
+        self.kvm.disarm();
+        match step? {
             Step::Interrupted => Ok(Exit::Interrupted),
             Step::Again => Ok(Exit::Again),
             Step::FailEntry => Ok(Exit::FailEntry { reason: u64::MAX }),
@@ -684,7 +731,7 @@ impl Vcpu for EmulatedVcpu {
                 Some(Told::PrivateGhcb { gpa }) => {
                     Exit::MemoryFault { flags: 0, gpa: *gpa, size: crate::memory::PAGE }
                 }
-                Some(Told::Fault { gpa }) => {
+                Some(Told::Fault { gpa, .. }) => {
                     Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: crate::memory::PAGE }
                 }
             }),

@@ -162,8 +162,12 @@ impl Inner {
             ApAction::RunOnInit { .. } => return,
             ApAction::Stop => Order::Stop,
         };
-        if let Some(member) = lock(&self.members).iter().find(|m| m.id == creation.apic_id) {
-            member.wake.give(order);
+        let members = lock(&self.members);
+        let wake = members.iter().find(|m| m.id == creation.apic_id).map(|m| Arc::clone(&m.wake));
+        // Not with the lock: the target may need it for an order of its own.
+        drop(members);
+        if let Some(wake) = wake {
+            wake.give(order);
         }
     }
 }

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A vCPU of the host's KVM.
+//!
+//! A vCPU is interrupted by a signal. One that arrives just before `KVM_RUN` would be lost, so its handler sets `immediate_exit`
+//! as well, which keeps that call from entering the guest (Linux `Documentation/virt/kvm/api.rst`, `KVM_RUN`).
 
 #![allow(
     unsafe_code,
-    reason = "calls that kvm-ioctls does not have, and KVM_RUN, whose EFAULT and EHWPOISON it gives one result"
+    reason = "calls that kvm-ioctls does not have, KVM_RUN, whose EFAULT and EHWPOISON it gives one result, and a flag that a \
+              signal handler sets"
 )]
 
+use std::cell::Cell;
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::CpuId;
@@ -54,7 +59,34 @@ pub struct KvmVcpu {
     pub(super) _slots: Slots,
 }
 
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs; null while it runs none.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// Handler of the signal that interrupts vCPUs.
+pub extern "C" fn interrupt(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: a pointer that is not null is into the mapping of the vCPU that this very thread runs; `disarm` takes it away
+        // before the vCPU goes.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
 impl KvmVcpu {
+    /// From now on a signal keeps this vCPU from entering the guest, until [`KvmVcpu::disarm`] on the same thread. What the
+    /// signal is about must be looked at after this and before `KVM_RUN`.
+    pub(in crate::platform) fn arm(&mut self) {
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+    }
+
+    /// The end of [`KvmVcpu::arm`].
+    pub(in crate::platform) fn disarm(&mut self) {
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
     /// `KVM_RUN`; the errno if it fails.
     fn enter(&mut self) -> Result<(), i32> {
         // SAFETY: the descriptor is a vCPU's; the call takes no argument, and writes to the vCPU's own mapping and to memory that
@@ -71,6 +103,15 @@ impl KvmVcpu {
         let xcrs = self.fd.get_xcrs().map_err(CallError::of("KVM_GET_XCRS"))?;
         let found = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0);
         Ok(found.map(|x| x.value))
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        // Only if a panic has come in between.
+        if IMMEDIATE_EXIT.get() == &raw mut self.fd.get_kvm_run().immediate_exit {
+            self.disarm();
+        }
     }
 }
 
@@ -184,7 +225,9 @@ impl Vcpu for KvmVcpu {
         if std::mem::take(&mut self.unseen) {
             return Ok(decode(self.fd.get_kvm_run()));
         }
+        self.arm();
         let result = self.enter();
+        self.disarm();
         let run = self.fd.get_kvm_run();
         match result {
             Ok(()) => Ok(decode(run)),

@@ -69,6 +69,7 @@ impl EmulatedVcpu {
     fn access(&mut self, rip: u64) -> Option<Access> {
         let mut tries = 0;
         while let Err(e) = self.kvm.fd.run() {
+            self.kvm.fd.set_kvm_immediate_exit(0);
             tries += 1;
             if tries == TRIES || ![libc::EINTR, libc::EAGAIN].contains(&e.errno()) {
                 return None;

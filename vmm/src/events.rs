@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the main thread waits for: signals, the end of a guest, and work that may hang.
+//!
+//! Signals are caught from before the first child process is started until after the last one has ended, so that one that comes
+//! at any time leads to the same orderly end. For that the main thread never waits for anything else than its inbox: what may
+//! take long, such as a TPM service that powers on, is done in a thread of its own ([`Inbox::attend`]).
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc;
+use std::sync::mpsc::Receiver;
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::Sender;
+use std::sync::mpsc::TryRecvError;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use std::time::Instant;
+
+use signal_hook::consts::SIGABRT;
+use signal_hook::consts::SIGALRM;
+use signal_hook::consts::SIGHUP;
+use signal_hook::consts::SIGINT;
+use signal_hook::consts::SIGQUIT;
+use signal_hook::consts::SIGTERM;
+use signal_hook::consts::SIGUSR1;
+use signal_hook::consts::SIGUSR2;
+use signal_hook::consts::SIGVTALRM;
+use signal_hook::consts::SIGXCPU;
+use signal_hook::consts::SIGXFSZ;
+use signal_hook::iterator::Handle;
+use signal_hook::iterator::Signals;
+
+use crate::life::spawn;
+use crate::monitor::MonitorError;
+use crate::note::note;
+use crate::outcome::Outcome;
+use crate::vcpu::RunError;
+
+/// Signals that end the run. By default they would end the process, and leave the terminal in raw mode and a child behind.
+const ENDING: [i32; 10] =
+    [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGXCPU];
+/// How long the monitor waits for something without saying so.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// What the main thread is told.
+pub(crate) enum Event {
+    /// A vCPU says how the guest ended.
+    Ended {
+        /// In which life: several vCPUs may say so, and only the first is heard.
+        life: u32,
+        /// How.
+        result: Result<Outcome, RunError>,
+    },
+    /// The process was told to stop.
+    Signal(i32),
+    /// Work that is attended to is done.
+    Done,
+}
+
+/// Why attended work has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum Unattended {
+    /// The process was told to stop.
+    #[error("stopped by signal {0}")]
+    Signal(i32),
+    /// It takes too long.
+    #[error("no answer within {} seconds", .0.as_secs())]
+    Deadline(Duration),
+    /// It has no thread, or its thread has panicked.
+    #[error("its thread: {0}")]
+    Thread(io::Error),
+}
+
+/// Where events arrive.
+pub struct Inbox {
+    sender: Sender<Event>,
+    receiver: Receiver<Event>,
+    _signals: SignalThread,
+}
+
+impl Inbox {
+    /// An empty one. From here on no signal ends the process by itself.
+    pub fn open() -> Result<Self, MonitorError> {
+        let (sender, receiver) = mpsc::channel();
+        let signals = SignalThread::start(sender.clone())?;
+        Ok(Inbox { sender, receiver, _signals: signals })
+    }
+
+    /// The way in.
+    pub(crate) fn sender(&self) -> &Sender<Event> {
+        &self.sender
+    }
+
+    /// Waits for the next event.
+    pub(crate) fn next(&self) -> Result<Event, MonitorError> {
+        // There is always a sender: our own.
+        self.receiver
+            .recv()
+            .map_err(|e| MonitorError::Host { what: "all threads ended", source: io::Error::other(e) })
+    }
+
+    /// Waits until `deadline`, or for a signal.
+    pub fn signal_before(&self, deadline: Instant) -> Option<i32> {
+        loop {
+            match self.receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Signal(signal)) => return Some(signal),
+                Ok(Event::Ended { .. } | Event::Done) => {}
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    }
+
+    /// Has `work` done in a thread and waits for it, for a signal, or for `patience`, whichever comes first; says what it waits
+    /// for if that takes some time. After the latter two the thread may go on, and its result is dropped.
+    pub fn attend<T: Send + 'static>(
+        &self,
+        what: &str,
+        patience: Duration,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Unattended> {
+        let (answer, result) = mpsc::sync_channel(1);
+        let done = self.sender.clone();
+        spawn("attended".into(), move || {
+            let _ = answer.send(work());
+            let _ = done.send(Event::Done);
+        })
+        .map_err(|e| Unattended::Thread(io::Error::other(e.to_string())))?;
+        let begun = Instant::now();
+        let mut silent = true;
+        loop {
+            match result.try_recv() {
+                Ok(result) => return Ok(result),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => {
+                    return Err(Unattended::Thread(io::Error::other("it ended without an answer")));
+                }
+            }
+            let elapsed = begun.elapsed();
+            if elapsed >= patience {
+                return Err(Unattended::Deadline(patience));
+            }
+            if silent && elapsed >= SILENCE {
+                silent = false;
+                note(format_args!(
+                    "waiting for {what} (for {} seconds at most; a signal such as Ctrl-C ends it)",
+                    patience.as_secs()
+                ));
+            }
+            // A thread that panics tells nobody, so the result is looked for now and then.
+            match self.receiver.recv_timeout(SILENCE.min(patience - elapsed)) {
+                Ok(Event::Signal(signal)) => return Err(Unattended::Signal(signal)),
+                Ok(Event::Done | Event::Ended { .. }) | Err(_) => {}
+            }
+        }
+    }
+}
+
+/// Turns signals into events until it is dropped.
+struct SignalThread {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SignalThread {
+    fn start(events: Sender<Event>) -> Result<Self, MonitorError> {
+        let caught = |source| MonitorError::Host { what: "cannot catch signals", source };
+        // A limit on the size of files is an error of the write that reaches it, not the guest's end.
+        signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(caught)?;
+        let ignored = ignored();
+        // Who starts us with nohup wants us to go on.
+        let heard = ENDING.into_iter().filter(|signal| *signal != SIGHUP || ignored >> (SIGHUP - 1) & 1 == 0);
+        let mut signals = Signals::new(heard).map_err(caught)?;
+        let handle = signals.handle();
+        let thread = spawn("signals".into(), move || {
+            for signal in signals.forever() {
+                if events.send(Event::Signal(signal)).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(SignalThread { handle, thread: Some(thread) })
+    }
+}
+
+impl Drop for SignalThread {
+    fn drop(&mut self) {
+        self.handle.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The signals that this process ignores, bit 0 is signal 1; none if that cannot be found out.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_is_waited_for_until_its_deadline() {
+        let inbox = Inbox::open().unwrap();
+        assert_eq!(inbox.attend("a test", Duration::from_secs(60), || 7).unwrap(), 7);
+        let (gate, wait) = mpsc::channel::<()>();
+        let begun = Instant::now();
+        let late = inbox.attend("a test", Duration::from_millis(200), move || wait.recv());
+        assert!(matches!(late, Err(Unattended::Deadline(_))), "{late:?}");
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        drop(gate);
+        // What the late thread says afterwards is not taken for the next answer.
+        assert_eq!(inbox.attend("a test", Duration::from_secs(60), || 8).unwrap(), 8);
+    }
+
+    #[test]
+    fn a_signal_ends_the_wait() {
+        let inbox = Inbox::open().unwrap();
+        let (gate, wait) = mpsc::channel::<()>();
+        inbox.sender().send(Event::Signal(SIGTERM)).unwrap();
+        let ended = inbox.attend("a test", Duration::from_secs(600), move || wait.recv());
+        assert!(matches!(ended, Err(Unattended::Signal(SIGTERM))), "{ended:?}");
+        drop(gate);
+    }
+
+    #[test]
+    fn work_that_panics_is_an_error() {
+        let inbox = Inbox::open().unwrap();
+        let ended = inbox.attend("a test", Duration::from_secs(600), || assert_eq!(1, 2));
+        assert!(matches!(ended, Err(Unattended::Thread(_))), "{ended:?}");
+    }
+}
