@@ -98,6 +98,7 @@ fn judge(line: &str) -> Result<(), String> {
     };
     result.map_err(|failure| match failure {
         Failure::Usage(text) | Failure::Monitor(text) => text,
+        Failure::Stopped(signal) => format!("signal {signal}"),
     })
 }
 

@@ -16,7 +16,7 @@ use std::process::Stdio;
 use std::time::Duration;
 use std::time::Instant;
 
-pub const KEY: [u8; 32] = [0x5a; 32];
+pub const KEY: [u8; 32] = [0xa5; 32];
 pub const STARTUP_CLEAR: &[u8] = &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, 0];
 pub const GET_RANDOM_8: &[u8] = &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x7b, 0, 8];
 
