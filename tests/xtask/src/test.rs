@@ -41,6 +41,7 @@ const AMOUNTS: &[Amount] = &[
         long: "2000",
         why: "kills that the TPM service has to live through",
     },
+    Amount { variable: "CVMM_SIGNALS", usual: "40", long: "2000", why: "signals at random moments of a run" },
 ];
 
 struct Amount {
