@@ -39,10 +39,10 @@ pub fn cases() -> Vec<Case> {
             lazy(&runs)
         }),
         Case::new("accept/lazy/2m-refused", |context| {
-            let runs = all(context, "lazy", "refuse", &["256M", "1024M", "4096M", "16384M"])?;
-            ensure!(runs.iter().all(|run| run.stage0.pvalidate_2m == 0), "2 MiB were validated at once");
-            lazy(&runs)
+            lazy_by_pages(context, &["256M", "1024M", "4096M", "6144M"])
         }),
+        Case::new("accept/lazy/2m-refused/16g", |context| lazy_by_pages(context, &["4096M", "16384M"]))
+            .long("more of the same, and the kernel takes two minutes to start in an emulated machine"),
         Case::new("accept/eager/2m-accepted", |context| {
             let runs = all(context, "eager", "accept", &["256M", "1024M", "16384M"])?;
             // One for each 2 MiB.
@@ -96,6 +96,12 @@ fn all(
     memories: &[&'static str],
 ) -> Result<Vec<Run>> {
     memories.iter().map(|memory| run(context, Role::BackportsCloud, accept, answer, memory)).collect()
+}
+
+fn lazy_by_pages(context: &Context, memories: &[&'static str]) -> Result<()> {
+    let runs = all(context, "lazy", "refuse", memories)?;
+    ensure!(runs.iter().all(|run| run.stage0.pvalidate_2m == 0), "2 MiB were validated at once");
+    lazy(&runs)
 }
 
 /// stage0's work does not depend on the size of RAM once its windows fit. The initrd is placed at the end of RAM, but not
