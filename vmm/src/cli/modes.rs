@@ -131,6 +131,9 @@ const RULES: &[Rule] = &[
     rule("vtpm_key_credential", |mode| mode.vtpm, SERVICE),
     rule("vtpm_key_hook", |mode| mode.vtpm, SERVICE),
     rule("vtpm_anchor", |mode| mode.vtpm, SERVICE),
+    rule("vm_uuid", |mode| mode.vtpm, SERVICE),
+    rule("vtpm_accept_rollback", |mode| mode.vtpm, SERVICE),
+    rule("vtpm_adopt", |mode| mode.vtpm, SERVICE),
     rule("vtpm_ek_ca", |mode| mode.vtpm, SERVICE),
     rule("vtpm_svc", |mode| mode.vtpm, SERVICE),
     rule(

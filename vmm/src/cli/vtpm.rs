@@ -47,6 +47,15 @@ pub struct VtpmArgs {
     /// Folder of the host's certificate authority, made if missing: a new TPM gets EK and AK certificates from it
     #[arg(long, value_name = "DIR")]
     vtpm_ek_ca: Option<PathBuf>,
+    /// The VM whose state --vtpm FILE has to be (`cvmm vmgs create` prints it): the file of another VM is refused
+    #[arg(long, value_name = "UUID")]
+    vm_uuid: Option<String>,
+    /// Take --vtpm FILE although it is older than the newest copy, or nobody knows: what was written since is lost
+    #[arg(long)]
+    vtpm_accept_rollback: bool,
+    /// Take what another tool has changed in --vtpm FILE
+    #[arg(long)]
+    vtpm_adopt: bool,
     /// The service's program [default: vtpm-svc beside cvmm, or in PATH]
     #[arg(long, value_name = "FILE")]
     vtpm_svc: Option<PathBuf>,
@@ -137,13 +146,28 @@ impl VtpmArgs {
             None => {}
             Some(file) => check(file, keys)?,
         }
-        let rest = [("--anchor", &self.vtpm_anchor), ("--ek-ca", &self.vtpm_ek_ca)];
-        let rest = rest.map(|(option, value)| (option, value.clone().map(OsString::from)));
+        let about_file = [
+            ("--vm-uuid", self.vm_uuid.is_some()),
+            ("--vtpm-accept-rollback", self.vtpm_accept_rollback),
+            ("--vtpm-adopt", self.vtpm_adopt),
+        ];
+        if let (None, Some((option, _))) = (state, about_file.iter().find(|(_, given)| *given)) {
+            return Err(Failure::Usage(format!(
+                "{option} is about a state file, and --vtpm alone has none: say which, --vtpm FILE"
+            )));
+        }
+        let rest = [
+            ("--anchor", self.vtpm_anchor.clone().map(OsString::from)),
+            ("--ek-ca", self.vtpm_ek_ca.clone().map(OsString::from)),
+            ("--vm-uuid", self.vm_uuid.clone().map(OsString::from)),
+        ];
         for (option, value) in key.into_iter().chain(rest) {
             if let Some(value) = value {
                 arguments.extend([option.into(), value]);
             }
         }
+        let flags = [("--accept-rollback", self.vtpm_accept_rollback), ("--adopt", self.vtpm_adopt)];
+        arguments.extend(flags.iter().filter(|(_, given)| *given).map(|(flag, _)| OsString::from(flag)));
         Ok(service::Options { program: self.vtpm_svc.clone(), state: state.map(Path::to_owned), arguments })
     }
 }
