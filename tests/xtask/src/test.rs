@@ -41,6 +41,12 @@ const AMOUNTS: &[Amount] = &[
         long: "2000",
         why: "kills that the TPM service has to live through",
     },
+    Amount {
+        variable: "CVMM_IMAGE_LAYOUTS",
+        usual: "100",
+        long: "2000",
+        why: "random layouts of the state image that are written anew, and a fifth of the attacks on it",
+    },
 ];
 
 struct Amount {
