@@ -216,7 +216,9 @@ fn only_what_the_options_name_is_served() {
                             Err(_) => v.is_damaged(*id),
                         })
                 });
-                assert!(generation.is_some(), "{what}: {list:?}");
+                // The first generation of all, which one header of the oldest copy still names, holds nothing.
+                let first = rollback && list.is_empty();
+                assert!(first || generation.is_some(), "{what}: {list:?}");
             }
             // What was accepted can be used, and is nobody's business any more.
             if v.list().iter().all(|(id, _, _)| !v.is_damaged(*id)) {
