@@ -42,6 +42,18 @@ const AMOUNTS: &[Amount] = &[
         why: "kills that the TPM service has to live through",
     },
     Amount { variable: "CVMM_SIGNALS", usual: "40", long: "2000", why: "signals at random moments of a run" },
+    Amount {
+        variable: "CVMM_FLOOD_SECONDS",
+        usual: "6",
+        long: "150",
+        why: "seconds of a guest that floods, for each of four ways of not being read",
+    },
+    Amount {
+        variable: "CVMM_IMAGE_LAYOUTS",
+        usual: "100",
+        long: "2000",
+        why: "random layouts of the state image that are written anew, and a fifth of the attacks on it",
+    },
 ];
 
 struct Amount {

@@ -212,12 +212,24 @@ fn provider_of(
     program.as_ref().map(|path| Box::new(hook::Hook::new(path.clone())) as Box<dyn KeyProvider>)
 }
 
+/// Whether there are as many different bytes as in a sentence.
+fn varied(bytes: &[u8]) -> bool {
+    bytes.iter().collect::<std::collections::BTreeSet<_>>().len() > 8
+}
+
 /// A key from bytes that are either the key itself or its hexadecimal form.
 fn decode(origin: String, bytes: &[u8]) -> Result<Key, KeyError> {
     let zero = |_| KeyError::Zero;
-    let printable = |b: &u8| b.is_ascii_graphic() || b.is_ascii_whitespace();
-    if bytes.len() == 32 && bytes.iter().all(printable) {
-        return Err(KeyError::NotAKey { origin, found: "32 characters of text, as of a passphrase".into() });
+    let printable = |b: &u8| b.is_ascii_graphic() || *b == b' ';
+    match bytes.split_last() {
+        Some((b'\n', line)) if line.len() == 31 && line.iter().all(printable) => {
+            let found = "a line of 31 characters, as of a passphrase (--passphrase-file takes one)".into();
+            return Err(KeyError::NotAKey { origin, found });
+        }
+        _ if bytes.len() == 32 && bytes.iter().all(printable) && varied(bytes) => crate::log::warn(&format!(
+            "key {origin}: its 32 bytes are all printable; a passphrase belongs to --passphrase-file"
+        )),
+        _ => {}
     }
     if let Ok(raw) = <&[u8; 32]>::try_from(bytes) {
         return Key::from_bytes(raw).map_err(zero);

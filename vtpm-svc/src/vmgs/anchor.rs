@@ -98,8 +98,17 @@ pub struct Expectation {
     pub highest: u64,
     /// The host went down during a lease, so an image that is ahead of the record is possible.
     pub may_be_ahead: bool,
-    /// The image was encrypted once.
+    /// What the image was once, and so is for good.
+    pub facts: Facts,
+}
+
+/// What is true of an image from some generation on, whatever an older copy of it says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// It is encrypted.
     pub sealed: bool,
+    /// A TPM was made in it.
+    pub provisioned: bool,
 }
 
 impl Expectation {
@@ -143,8 +152,8 @@ pub trait Anchor: Send {
     fn refusal(&self) -> AnchorError;
     /// Says that `next` is about to be written.
     fn announce(&mut self, next: Mark) -> Result<(), AnchorError>;
-    /// Says that `mark` is durable, and burns everything else; whether that image is an encrypted one.
-    fn confirm(&mut self, mark: Mark, sealed: bool) -> Result<(), AnchorError>;
+    /// Says that `mark` is durable, and burns everything else.
+    fn confirm(&mut self, mark: Mark, facts: Facts) -> Result<(), AnchorError>;
     /// Makes the record durable and ends the lease in good order.
     fn release(&mut self) -> Result<(), AnchorError>;
 }
@@ -192,7 +201,7 @@ struct Record {
     confirmed: Option<Mark>,
     pending: Option<Mark>,
     highest: u64,
-    sealed: bool,
+    facts: Facts,
     pid: u32,
 }
 
@@ -202,7 +211,8 @@ impl Record {
         b[..8].copy_from_slice(MAGIC);
         b[8..16].copy_from_slice(&self.sequence.to_le_bytes());
         b[16] = self.leased.into();
-        b[17] = self.sealed.into();
+        b[17] = self.facts.sealed.into();
+        b[18] = self.facts.provisioned.into();
         b[20..24].copy_from_slice(&self.pid.to_le_bytes());
         b[24..40].copy_from_slice(&self.boot);
         for (mark, at) in [(self.confirmed, 40), (self.pending, 88)] {
@@ -243,7 +253,7 @@ impl Record {
             confirmed,
             pending,
             highest: word(136).max(named),
-            sealed: b[17] == 1,
+            facts: Facts { sealed: b[17] == 1, provisioned: b[18] == 1 },
             pid: (word(16) >> 32) as u32,
         })
     }
@@ -343,7 +353,7 @@ impl FileAnchor {
                 confirmed: None,
                 pending: None,
                 highest: 0,
-                sealed: false,
+                facts: Facts::default(),
                 pid: std::process::id(),
             },
         };
@@ -436,7 +446,7 @@ fn known(found: Found, boot: [u8; 16]) -> Known {
             pending: r.pending,
             highest: r.highest,
             may_be_ahead: r.leased && r.boot != boot,
-            sealed: r.sealed,
+            facts: r.facts,
         }),
         Found::Damaged => Known::Damaged,
         _ => Known::Nothing,
@@ -471,12 +481,13 @@ impl Anchor for FileAnchor {
         Ok(())
     }
 
-    fn confirm(&mut self, mark: Mark, sealed: bool) -> Result<(), AnchorError> {
+    fn confirm(&mut self, mark: Mark, facts: Facts) -> Result<(), AnchorError> {
         let news = self.record.confirmed != Some(mark) || self.record.pending.is_some();
         self.record.confirmed = Some(mark);
         self.record.pending = None;
         self.record.highest = self.record.highest.max(mark.generation);
-        self.record.sealed |= sealed;
+        self.record.facts.sealed |= facts.sealed;
+        self.record.facts.provisioned |= facts.provisioned;
         // At the start of a lease, what is burnt here must stay burnt.
         self.write(self.durability == Durability::Strict || (news && !self.announced))
     }

@@ -15,6 +15,8 @@ pub(super) fn between_lock_and_read() {
     }
 }
 
+const FACTS: Facts = Facts { sealed: true, provisioned: false };
+
 fn mark(generation: u64, fill: u8) -> Mark {
     Mark { generation, digest: [fill; 32] }
 }
@@ -53,15 +55,15 @@ fn both_sides_of_an_unfinished_commit_are_accepted_until_one_is_confirmed() {
     let (_dir, f) = folder();
     let mut a = lease(&f);
     assert_eq!(a.known(), Known::Nothing);
-    a.confirm(mark(4, 4), true).expect("confirm");
+    a.confirm(mark(4, 4), FACTS).expect("confirm");
     a.announce(mark(5, 5)).expect("announce");
     drop(a);
     let mut a = lease(&f);
     let e = record(&a);
     let accepts = |m| e.accepts(&m, &[0; 32]);
-    assert!(accepts(mark(4, 4)) && accepts(mark(5, 5)) && e.sealed);
+    assert!(accepts(mark(4, 4)) && accepts(mark(5, 5)) && e.facts == FACTS);
     assert!(!accepts(mark(5, 6)) && !accepts(mark(3, 3)) && !accepts(mark(6, 6)));
-    a.confirm(mark(5, 5), true).expect("confirm");
+    a.confirm(mark(5, 5), FACTS).expect("confirm");
     drop(a);
     assert!(!record(&lease(&f)).accepts(&mark(4, 4), &[0; 32]));
 }
@@ -70,7 +72,7 @@ fn both_sides_of_an_unfinished_commit_are_accepted_until_one_is_confirmed() {
 fn an_image_ahead_of_the_record_is_accepted_only_after_the_host_went_down_during_a_lease() {
     let (_dir, f) = folder();
     let mut a = lease(&f);
-    a.confirm(mark(4, 4), true).expect("confirm");
+    a.confirm(mark(4, 4), FACTS).expect("confirm");
     a.announce(mark(5, 5)).expect("announce");
     drop(a);
     let mut a = lease(&f);
@@ -90,8 +92,8 @@ fn what_was_given_up_never_counts_as_ahead() {
     let (_dir, f) = folder();
     let mut a = lease(&f);
     a.announce(mark(9, 9)).expect("announce");
-    a.confirm(mark(9, 9), true).expect("confirm");
-    a.confirm(mark(4, 4), true).expect("an operator accepts an older one");
+    a.confirm(mark(9, 9), FACTS).expect("confirm");
+    a.confirm(mark(4, 4), FACTS).expect("an operator accepts an older one");
     drop(a);
     let mut a = lease(&f);
     a.boot = [0xee; 16];
@@ -109,7 +111,7 @@ fn a_lease_after_an_unclean_end_is_durable_again_from_its_first_announcement() {
     let before = a.flushes;
     a.announce(mark(2, 2)).expect("announce");
     assert_eq!(a.flushes, before + 1, "the first announcement of a lease is flushed");
-    a.confirm(mark(2, 2), true).expect("confirm");
+    a.confirm(mark(2, 2), FACTS).expect("confirm");
     a.announce(mark(3, 3)).expect("announce");
     assert_eq!(a.flushes, before + 1, "later ones are not");
 }
@@ -121,7 +123,7 @@ fn a_strict_anchor_flushes_what_it_announces_and_what_it_confirms() {
     let mut a = lease(&f);
     for n in 1..4 {
         a.announce(mark(n, 1)).expect("announce");
-        a.confirm(mark(n, 1), true).expect("confirm");
+        a.confirm(mark(n, 1), FACTS).expect("confirm");
         assert_eq!(u64::from(a.flushes), 2 * n);
     }
 }
@@ -132,7 +134,7 @@ fn a_strict_anchor_flushes_what_it_announces_and_what_it_confirms() {
 fn the_record_is_read_under_its_lock() {
     let (_dir, f) = folder();
     let mut a = lease(&f);
-    a.confirm(mark(4, 4), true).expect("confirm");
+    a.confirm(mark(4, 4), FACTS).expect("confirm");
     drop(a);
     let (other, refused) = (f.clone(), std::rc::Rc::new(std::cell::Cell::new(false)));
     let seen = refused.clone();
@@ -149,8 +151,8 @@ fn the_record_is_read_under_its_lock() {
 fn one_torn_record_falls_back_to_the_other_and_two_are_damage_that_can_be_written_anew() {
     let (_dir, f) = folder();
     let mut a = lease(&f);
-    a.confirm(mark(1, 1), true).expect("confirm");
-    a.confirm(mark(2, 2), true).expect("confirm");
+    a.confirm(mark(1, 1), FACTS).expect("confirm");
+    a.confirm(mark(2, 2), FACTS).expect("confirm");
     let path = a.path.clone();
     drop(a);
     let file = File::options().write(true).open(&path).expect("open");
@@ -160,7 +162,7 @@ fn one_torn_record_falls_back_to_the_other_and_two_are_damage_that_can_be_writte
     let mut a = lease(&f);
     assert_eq!(a.known(), Known::Damaged);
     assert!(a.refusal().to_string().contains("--accept-rollback"));
-    a.confirm(mark(7, 7), true).expect("anew");
+    a.confirm(mark(7, 7), FACTS).expect("anew");
     drop(a);
     assert_eq!(record(&lease(&f)).confirmed, Some(mark(7, 7)));
 }

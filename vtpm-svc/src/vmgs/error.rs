@@ -108,7 +108,8 @@ pub enum VmgsError {
             "File 61 holds the state that was last read back: `vmgs export --id 61 -o F`, then `vmgs import --id 60 -i F`, \
              go back to it"
         } else {
-            "File 61, the copy of it, cannot be read either: put a backup of the image back with `vmgs restore`"
+            "File 61, the copy of it, cannot be read either: put a backup of the image back with `vmgs restore`, or make an image \
+             with a new TPM with `vmgs clone`"
         }
     )]
     TpmLost {

@@ -121,16 +121,17 @@ impl Finding {
         Some(match self {
             Self::Missing(id) => (
                 *id,
-                "in this image before and removed without its integrity root knowing it, by someone with access to the \
-                 file or by another tool",
+                "was in this image and has been removed without its key: either someone with access to the file deleted \
+                 it, or a tool deleted it without keeping the integrity root",
             ),
-            Self::Unexpected(id) => (*id, "added without the integrity root knowing it"),
+            Self::Unexpected(id) => (*id, "added to the image without the integrity root knowing it"),
             Self::Planted(id) => (
                 *id,
-                "in plain text though an encrypted image may not hold it so: perhaps planted by someone who has no key",
+                "must be encrypted in an encrypted image but is plain text: it may have been planted by someone who has no \
+                 key",
             ),
             Self::Changed(id) => {
-                (*id, "written by a tool that has the key and does not keep the integrity root")
+                (*id, "written by a tool that does not keep the integrity root (it had the key)")
             }
             _ => return None,
         })
@@ -168,7 +169,7 @@ impl std::fmt::Display for Finding {
             ),
             Self::Malformed(id, why) => write!(f, "{id} is not used: {why}"),
             Self::NeverRooted => f.write_str(
-                "no integrity root (file 62) was ever kept: the image is another tool's, and nothing proves which files \
+                "the image has no integrity root (file 62), and never had one: another tool made it, and nothing proves which files \
                  belong to it",
             ),
             Self::FooterId { footer, image } => write!(

@@ -5,11 +5,13 @@
 //! root leaves it as it was, so adopting its files says nothing about the image's age.
 
 use super::anchor::Anchor;
+use super::anchor::Facts;
 use super::anchor::Known;
 use super::error::VmgsError;
 use super::findings::Accept;
 use super::findings::Finding;
 use super::findings::decide;
+use super::root::FLAG_PROVISIONED;
 use super::view::RootState;
 use super::view::View;
 
@@ -18,13 +20,19 @@ pub(super) fn judge(anchor: &mut dyn Anchor, view: &mut View, accept: &Accept) -
     let encrypted = view.layout.header.encrypted;
     let known = anchor.known();
     let highest = match &known {
-        Known::Record(e) => e.highest,
+        Known::Record(e) => {
+            // Whatever an older copy says: an image that had a TPM never gets a new one.
+            if e.facts.provisioned {
+                view.root.flags |= FLAG_PROVISIONED;
+            }
+            e.highest
+        }
         _ => 0,
     };
     let mark = match view.state {
         RootState::Proven(mark) => mark,
         // Nothing of it is on disk yet that could be confirmed: the first commit does that.
-        RootState::Lost if matches!(&known, Known::Record(e) if e.sealed && !encrypted) => {
+        RootState::Lost if matches!(&known, Known::Record(e) if e.facts.sealed && !encrypted) => {
             return Err(VmgsError::Stripped);
         }
         RootState::Lost => return Ok(highest),
@@ -40,11 +48,11 @@ pub(super) fn judge(anchor: &mut dyn Anchor, view: &mut View, accept: &Accept) -
         }
     };
     match known {
-        Known::Record(e) if e.accepts(&mark, &view.root.previous) && (encrypted || !e.sealed) => {
-            anchor.confirm(mark, encrypted)?;
+        Known::Record(e) if e.accepts(&mark, &view.root.previous) && (encrypted || !e.facts.sealed) => {
+            anchor.confirm(mark, facts(view))?;
             return Ok(0);
         }
-        Known::Record(e) if e.sealed && !encrypted => return Err(VmgsError::Stripped),
+        Known::Record(e) if e.facts.sealed && !encrypted => return Err(VmgsError::Stripped),
         Known::Record(e) if !accept.rollback => {
             let (have, want, folder) = (mark.generation, e.in_words(), anchor.place());
             return Err(if have > highest {
@@ -66,6 +74,10 @@ pub(super) fn judge(anchor: &mut dyn Anchor, view: &mut View, accept: &Accept) -
             view.findings.push(Finding::RollbackAccepted { have: mark.generation, want: want.to_owned() });
         }
     }
-    anchor.confirm(mark, encrypted)?;
+    anchor.confirm(mark, facts(view))?;
     Ok(highest)
+}
+
+fn facts(view: &View) -> Facts {
+    Facts { sealed: view.layout.header.encrypted, provisioned: view.root.flags & FLAG_PROVISIONED != 0 }
 }

@@ -40,6 +40,12 @@ pub use store::Vmgs;
 pub use view::View;
 
 #[cfg(test)]
+mod attack_test;
+#[cfg(test)]
 mod crash_test;
 #[cfg(test)]
+mod failure_test;
+#[cfg(test)]
 mod hostile_test;
+#[cfg(test)]
+mod layouts_test;

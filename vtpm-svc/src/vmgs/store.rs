@@ -13,6 +13,7 @@ use zeroize::Zeroizing;
 
 use super::anchor::Anchor;
 use super::anchor::AnchorSource;
+use super::anchor::Facts;
 use super::anchor::Known;
 use super::block::BlockFile;
 use super::crypto;
@@ -38,6 +39,7 @@ use super::image;
 use super::judge::judge;
 use super::place::Placer;
 use super::place::blocks_of;
+use super::root::FLAG_PROVISIONED;
 use super::root::Listed;
 use super::root::Mark;
 use super::root::Root;
@@ -341,6 +343,9 @@ impl<F: BlockFile> Vmgs<F> {
     pub fn lease_unplaced(&mut self, anchor: Box<dyn Anchor>) {
         if let Known::Record(e) = anchor.known() {
             self.root.generation = self.root.generation.max(e.highest);
+            if e.facts.provisioned {
+                self.root.flags |= FLAG_PROVISIONED;
+            }
         }
         self.anchor = Some(anchor);
         self.unplaced = true;
@@ -349,8 +354,9 @@ impl<F: BlockFile> Vmgs<F> {
     /// Says that the file is where it belongs.
     pub fn placed(&mut self) -> Result<(), VmgsError> {
         self.unplaced = false;
+        let facts = self.facts();
         match (&mut self.anchor, self.mark) {
-            (Some(anchor), Some(mark)) => Ok(anchor.confirm(mark, self.header.encrypted)?),
+            (Some(anchor), Some(mark)) => Ok(anchor.confirm(mark, facts)?),
             _ => Ok(()),
         }
     }
@@ -452,12 +458,17 @@ impl<F: BlockFile> Vmgs<F> {
         self.mark = Some(mark);
         self.fresh = false;
         self.findings.retain(|f| !matches!(f, Finding::Damaged(id, _) if touched(*id)));
+        let facts = self.facts();
         if let Some(anchor) = &mut self.anchor
             && !self.unplaced
         {
-            anchor.confirm(mark, encrypted)?;
+            anchor.confirm(mark, facts)?;
         }
         Ok(mark)
+    }
+
+    fn facts(&self) -> Facts {
+        Facts { sealed: self.header.encrypted, provisioned: self.root.flags & FLAG_PROVISIONED != 0 }
     }
 
     pub(super) fn next_header(&self, table_block: u32, keys: [KeySlot; 2], encrypted: bool) -> Header {
