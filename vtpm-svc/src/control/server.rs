@@ -221,7 +221,7 @@ impl<F: BlockFile + 'static> Service<F> {
             let stream = match listener.accept() {
                 Ok(stream) => stream,
                 Err(e) => {
-                    log::error(&format!("accepting a {name} client: {e}"));
+                    log::often(&format!("accepting a {name} client: {e}"));
                     std::thread::sleep(std::time::Duration::from_millis(100));
                     continue;
                 }
@@ -236,7 +236,7 @@ impl<F: BlockFile + 'static> Service<F> {
                     continue;
                 }
                 Err(e) => {
-                    log::error(&format!("taking a {name} client: {e}"));
+                    log::often(&format!("taking a {name} client: {e}"));
                     continue;
                 }
             };
