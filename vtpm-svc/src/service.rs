@@ -9,7 +9,9 @@ use std::io;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::mpsc;
@@ -23,6 +25,7 @@ use crate::control::server::End;
 use crate::control::server::Making;
 use crate::control::server::Policy;
 use crate::control::server::Service;
+use crate::control::server::Startup;
 use crate::control::socket::Stream;
 use crate::engine::Engine;
 use crate::engine::EngineError;
@@ -98,6 +101,9 @@ pub enum ServiceError {
         /// What is wrong with it.
         source: VmgsError,
     },
+    /// Somebody put another file in its place.
+    #[error("{0}: the image was replaced while it was being opened; start again")]
+    Replaced(String),
     /// The engine.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -210,7 +216,7 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     // Locks and the anchor's lease belong to the process that serves, so the fork comes first.
     let background =
         args.daemon.then(process::daemonize).transpose().map_err(io_error("going to the background"))?;
-    let mut names = Names::prepare(named).map_err(io_error("starting a second process"))?;
+    let names = Names::prepare(named).map_err(io_error("starting a second process"))?;
     let trim = process::Trim::prepare();
     let library = Library::load()?;
     // Before there is a secret in this process.
@@ -219,64 +225,98 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     }
     let starting = Starting::watch(&wanted(args, path), lone_client(policy, control.as_ref()))
         .map_err(io_error("starting a thread"))?;
-    let vmgs = open_image(args, path)?;
-    drop(starting);
-    // From here on an end is an orderly one.
-    process::block_signals().map_err(io_error("blocking signals"))?;
-    // The image is locked: this is the process that serves it, and may replace what an earlier one left.
-    let control = control.map(|c| c.listen(&mut names)).transpose()?;
-    let data = data.map(|c| c.listen(&mut names)).transpose()?;
-    if let Some(file) = pid {
-        std::fs::write(&file, format!("{}\n", std::process::id()))
-            .map_err(io_error(format!("pid file {}", file.display())))?;
-        names.add(&file);
-    }
-
-    // The authority's key is in this process only if there is a TPM to make, and only until it is made.
-    let folder = args.ek_ca.as_deref().filter(|_| is_virgin(&vmgs));
-    let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
-    let platform = args.platform_cert.as_deref().map(crate::manufacture::platform::read).transpose();
-    let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
+    // Before the image is opened, so that one which is replaced while a key hook is asked is noticed.
     let upkeep = Upkeep::of(path, args.store_limit);
-    let state = VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version()).with_upkeep(upkeep);
-    let engine = Engine::take(library, Box::new(state.clone()))?;
-    let (ended, end) = mpsc::channel();
-    let service = Arc::new(Service::new(engine, state, making, policy, ended.clone()));
-    for missing in sandbox::close(args.seccomp != "action=none")? {
-        log::warn(&missing);
+    let mut vmgs = open_image(args, path)?;
+    drop(starting);
+    if !upkeep.is_at(path) {
+        // Nothing was written through this lease; what is wrong is told below.
+        let _ = vmgs.release();
+        return Err(ServiceError::Replaced(path.display().to_string()));
     }
-    log::info(TRUST);
-    if let Some(startup) = running {
-        service.power_on(false, startup)?;
-    }
-    match control {
-        Some(Open::Listening(l)) => service.serve_control(l),
-        Some(Open::Connected(s)) => service.serve_control_stream(s),
-        Some(Open::Wanted(_)) | None => {}
-    }
-    thread("signals", move || {
-        if process::wait_for_signal().is_ok() {
-            // The receiver lives until the process ends.
-            let _ = ended.send(End::Signal);
+    let vmgs = Arc::new(Mutex::new(vmgs));
+    let state = VmgsState::new(vmgs, library.version()).with_upkeep(upkeep);
+    let opened = Opened { state, library, policy, running, control, data, pid, names, background, trim };
+    let state = opened.state.clone();
+    opened.serve(args, path).inspect_err(|_| {
+        // Nothing was served, so the lease ends in good order; the error that is there already is the one to tell.
+        let _ = state.vmgs().release();
+    })
+}
+
+/// A service whose image is open, and locked for it.
+struct Opened {
+    state: VmgsState<FsFile>,
+    library: Library,
+    policy: Policy,
+    running: Option<Startup>,
+    control: Option<Open>,
+    data: Option<Open>,
+    pid: Option<PathBuf>,
+    names: Names,
+    background: Option<UnixStream>,
+    trim: Option<process::Trim>,
+}
+
+impl Opened {
+    /// Makes the sockets, closes the cage and serves.
+    fn serve(self, args: &SocketArgs, path: &Path) -> Result<(), ServiceError> {
+        let Self { state, library, policy, running, control, data, pid, mut names, background, trim } = self;
+        // From here on an end is an orderly one.
+        process::block_signals().map_err(io_error("blocking signals"))?;
+        // The image is locked: this is the process that serves it, and may replace what an earlier one left.
+        let control = control.map(|c| c.listen(&mut names)).transpose()?;
+        let data = data.map(|c| c.listen(&mut names)).transpose()?;
+        if let Some(file) = pid {
+            std::fs::write(&file, format!("{}\n", std::process::id()))
+                .map_err(io_error(format!("pid file {}", file.display())))?;
+            names.add(&file);
         }
-    })?;
-    let (last, image) = (service.clone(), path.to_path_buf());
-    let ending = thread("end", move || wait_for_the_end(&end, trim, names, &last, &image))?;
-    log::info("ready");
-    if let Some(mut started) = background {
-        // Whoever started it may be gone by now.
-        let _ = started.write_all(&[1]);
+
+        // The authority's key is in this process only if there is a TPM to make, and only until it is made.
+        let folder = args.ek_ca.as_deref().filter(|_| is_virgin(&state.vmgs()));
+        let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
+        let platform = args.platform_cert.as_deref().map(crate::manufacture::platform::read).transpose();
+        let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
+        let engine = Engine::take(library, Box::new(state.clone()))?;
+        let (ended, end) = mpsc::channel();
+        let service = Arc::new(Service::new(engine, state, making, policy, ended.clone()));
+        for missing in sandbox::close(args.seccomp != "action=none")? {
+            log::warn(&missing);
+        }
+        log::info(TRUST);
+        if let Some(startup) = running {
+            service.power_on(false, startup)?;
+        }
+        match control {
+            Some(Open::Listening(l)) => service.serve_control(l),
+            Some(Open::Connected(s)) => service.serve_control_stream(s),
+            Some(Open::Wanted(_)) | None => {}
+        }
+        thread("signals", move || {
+            if process::wait_for_signal().is_ok() {
+                // The receiver lives until the process ends.
+                let _ = ended.send(End::Signal);
+            }
+        })?;
+        let (last, image) = (service.clone(), path.to_path_buf());
+        let ending = thread("end", move || wait_for_the_end(&end, trim, names, &last, &image))?;
+        log::info("ready");
+        if let Some(mut started) = background {
+            // Whoever started it may be gone by now.
+            let _ = started.write_all(&[1]);
+        }
+        // A client may be waiting already, so the thread that runs serves it.
+        match data {
+            Some(Open::Listening(l)) => service.serve_data_here(l),
+            Some(Open::Connected(s)) => service.serve_data_stream(s),
+            Some(Open::Wanted(_)) | None => {}
+        }
+        drop(service);
+        // It ends the process, and with it this wait.
+        let _ = ending.join();
+        Ok(())
     }
-    // A client may be waiting already, so the thread that runs serves it.
-    match data {
-        Some(Open::Listening(l)) => service.serve_data_here(l),
-        Some(Open::Connected(s)) => service.serve_data_stream(s),
-        Some(Open::Wanted(_)) | None => {}
-    }
-    drop(service);
-    // It ends the process, and with it this wait.
-    let _ = ending.join();
-    Ok(())
 }
 
 /// What the opening of the image may have to wait for, in words.

@@ -11,6 +11,7 @@ use vtpm_svc::engine::EngineError;
 use vtpm_svc::engine::Library;
 use vtpm_svc::engine::StateStore;
 use vtpm_svc::engine::StoreFailed;
+use zeroize::Zeroizing;
 
 #[derive(Clone, Default)]
 struct Memory {
@@ -20,8 +21,8 @@ struct Memory {
 }
 
 impl StateStore for Memory {
-    fn load(&mut self, blob: Blob) -> Result<Option<Vec<u8>>, StoreFailed> {
-        Ok(self.blobs.lock().expect("lock").get(&blob).cloned())
+    fn load(&mut self, blob: Blob) -> Result<Option<Zeroizing<Vec<u8>>>, StoreFailed> {
+        Ok(self.blobs.lock().expect("lock").get(&blob).cloned().map(Zeroizing::new))
     }
     fn store(&mut self, blob: Blob, data: &[u8]) -> Result<(), StoreFailed> {
         if *self.broken.lock().expect("lock") {
@@ -106,7 +107,7 @@ fn a_tpm_is_made_only_when_allowed_and_fails_closed() {
     let pcr = tpm.process(0, &read).expect("process");
     let volatile = tpm.state(Blob::Volatile).expect("volatile");
     tpm.stop();
-    memory.blobs.lock().expect("lock").insert(Blob::Volatile, volatile);
+    memory.blobs.lock().expect("lock").insert(Blob::Volatile, volatile.to_vec());
     tpm.start(false).expect("resume");
     assert_eq!(tpm.process(0, &read).expect("process")[10..], pcr[10..]);
     assert!(pcr.windows(4).any(|w| w != [0; 4]));

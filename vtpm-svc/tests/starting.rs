@@ -77,6 +77,27 @@ fn a_start_that_waits_hears_signals() {
     assert!(!site.path("c").exists(), "it has made nothing yet");
 }
 
+/// The hook takes its time, and meanwhile somebody puts a copy in the image's place.
+#[test]
+fn an_image_that_is_replaced_while_the_key_is_fetched_is_not_served() {
+    let site = Site::new();
+    let hook = site.path("hook");
+    let swap = format!(
+        "#!/bin/sh\ncp {0}/vmgs {0}/copy; mv {0}/copy {0}/vmgs; exec cat {0}/key\n",
+        site.dir.path().display()
+    );
+    std::fs::write(&hook, swap).expect("write");
+    std::fs::set_permissions(&hook, PermissionsExt::from_mode(0o700)).expect("mode");
+    let mut c = program();
+    c.args(["socket", "--tpm2", "--ctrl", &format!("type=unixio,path={}", site.path("c").display())]);
+    c.arg("--vmgs").arg(site.path("vmgs")).arg("--anchor").arg(site.path("anchor"));
+    let (ok, text) = output(c.arg("--key-hook").arg(&hook));
+    assert!(!ok && text.contains("was replaced while it was being opened"), "{text}");
+    // The copy is as good as the image was, and nobody holds it.
+    let mut service = site.start(&[]);
+    service.kill();
+}
+
 /// What was asked for did not arrive, and the exit code says so.
 #[test]
 fn capabilities_that_cannot_be_written_are_an_error() {

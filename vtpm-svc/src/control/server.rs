@@ -221,7 +221,7 @@ impl<F: BlockFile + 'static> Service<F> {
             let stream = match listener.accept() {
                 Ok(stream) => stream,
                 Err(e) => {
-                    log::error(&format!("accepting a {name} client: {e}"));
+                    log::often(&format!("accepting a {name} client: {e}"));
                     std::thread::sleep(std::time::Duration::from_millis(100));
                     continue;
                 }
@@ -236,7 +236,7 @@ impl<F: BlockFile + 'static> Service<F> {
                     continue;
                 }
                 Err(e) => {
-                    log::error(&format!("taking a {name} client: {e}"));
+                    log::often(&format!("taking a {name} client: {e}"));
                     continue;
                 }
             };
@@ -390,7 +390,7 @@ impl<F: BlockFile + 'static> Service<F> {
         if !engine.is_running() {
             return Err(EngineError::State("off"));
         }
-        let blob = zeroize::Zeroizing::new(engine.state(Blob::Volatile)?);
+        let blob = engine.state(Blob::Volatile)?;
         self.state.clone().store(Blob::Volatile, &blob).map_err(|_| EngineError::Refused(9))?;
         engine.saved();
         Ok(())
@@ -409,7 +409,7 @@ impl<F: BlockFile + 'static> Service<F> {
             return Response::refused(code::FAIL);
         }
         let data = match blob {
-            Blob::Save => Vec::new(),
+            Blob::Save => zeroize::Zeroizing::default(),
             _ => match engine.state(blob) {
                 Ok(data) => data,
                 Err(e) => return refusal(&e),

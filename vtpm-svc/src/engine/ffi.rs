@@ -22,6 +22,8 @@ use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering;
 
 use libloading::Library;
+use zeroize::Zeroize;
+use zeroize::Zeroizing;
 
 use super::Blob;
 use super::EngineError;
@@ -255,7 +257,8 @@ impl Api {
 
     /// Runs a command. The slice is copied, because the library takes a pointer to mutable bytes.
     pub(super) fn process(&self, command: &[u8]) -> Result<Vec<u8>, EngineError> {
-        let mut private = command.to_vec();
+        // It may carry a password.
+        let mut private = Zeroizing::new(command.to_vec());
         self.collect(|out, len| {
             let mut room = 0;
             // SAFETY: `private` has the length given; the library allocates the response.
@@ -270,8 +273,12 @@ impl Api {
         let bytes = if buffer.is_null() {
             Vec::new()
         } else {
-            // SAFETY: the library says that `len` bytes at `buffer` are valid.
-            unsafe { std::slice::from_raw_parts(buffer, len as usize) }.to_vec()
+            // SAFETY: the library says that `len` bytes at `buffer` are valid; it gave the buffer away.
+            let theirs = unsafe { std::slice::from_raw_parts_mut(buffer, len as usize) };
+            let ours = theirs.to_vec();
+            // What was unsealed, or a whole state, must not stay in the heap.
+            theirs.zeroize();
+            ours
         };
         // SAFETY: allocated by the library, or null, and not used again.
         unsafe { (self.free)(buffer) };

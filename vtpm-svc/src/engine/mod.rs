@@ -16,6 +16,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
 use ffi::Api;
+use zeroize::Zeroizing;
 
 /// Why the engine did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -103,7 +104,7 @@ pub struct StoreFailed;
 /// Where blobs are kept.
 pub trait StateStore: Send {
     /// Reads a blob; `None` if there is none.
-    fn load(&mut self, blob: Blob) -> Result<Option<Vec<u8>>, StoreFailed>;
+    fn load(&mut self, blob: Blob) -> Result<Option<Zeroizing<Vec<u8>>>, StoreFailed>;
     /// Writes a blob; durable when it returns.
     fn store(&mut self, blob: Blob, data: &[u8]) -> Result<(), StoreFailed>;
     /// Removes a blob and says whether it was there.
@@ -282,11 +283,12 @@ impl Engine {
     }
 
     /// A copy of a state blob of the running TPM.
-    pub fn state(&self, blob: Blob) -> Result<Vec<u8>, EngineError> {
-        match blob {
+    pub fn state(&self, blob: Blob) -> Result<Zeroizing<Vec<u8>>, EngineError> {
+        let state = match blob {
             Blob::Volatile => self.api.volatile_all(),
             _ => self.api.get_state(blob),
-        }
+        };
+        state.map(Zeroizing::new)
     }
 
     /// Whether a blob is one that the library would accept; a volatile state belongs to a permanent one. Only while the TPM

@@ -306,12 +306,12 @@ impl<F: BlockFile> VmgsState<F> {
 }
 
 impl<F: BlockFile> StateStore for VmgsState<F> {
-    fn load(&mut self, blob: Blob) -> Result<Option<Vec<u8>>, StoreFailed> {
+    fn load(&mut self, blob: Blob) -> Result<Option<Zeroizing<Vec<u8>>>, StoreFailed> {
         let id = file_of(blob);
         if blob == Blob::Permanent
             && let Some(state) = &self.held().state
         {
-            return Ok(Some(state.to_vec()));
+            return Ok(Some(state.clone()));
         }
         if blob == Blob::Volatile && self.held().fresh {
             return Ok(None);
@@ -319,7 +319,7 @@ impl<F: BlockFile> StateStore for VmgsState<F> {
         let stored = self.vmgs().read_optional(id).map_err(WriteError::from);
         let Some(bytes) = stored.map_err(Self::failed("reading TPM state"))? else { return Ok(None) };
         match unframe(blob, &bytes) {
-            Ok(data) => Ok(Some(data.to_vec())),
+            Ok(data) => Ok(Some(Zeroizing::new(data.to_vec()))),
             Err(e) => {
                 crate::log::error(&format!("{id} is not a usable TPM state: {e}"));
                 Err(StoreFailed)

@@ -47,6 +47,13 @@ impl Upkeep {
         self.file.as_ref().is_none_or(|file| rustix::fs::fstat(file).is_ok_and(|s| s.st_nlink > 0))
     }
 
+    /// Whether `path` still leads to the file that it led to at first.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let identity = |s: rustix::fs::Stat| (s.st_dev, s.st_ino);
+        let watched = self.file.as_ref().map(|file| rustix::fs::fstat(file).map(identity));
+        watched.is_none_or(|watched| watched == rustix::fs::stat(path).map(identity))
+    }
+
     /// The TPM is powered on. From the first time on the image has to stay.
     pub fn begin(&self) {
         self.named.get_or_init(|| self.has_a_name());
@@ -76,6 +83,7 @@ mod tests {
         let path = dir.path().join("image");
         std::fs::write(&path, "1").expect("write");
         let (early, late) = (Upkeep::of(&path, 0), Upkeep::of(&path, 0));
+        assert!(early.is_at(&path));
         early.begin();
         assert_eq!(early.admit(), Ok(()));
         // Another name is fine.
@@ -84,6 +92,7 @@ mod tests {
         std::fs::write(dir.path().join("copy"), "2").expect("write");
         std::fs::rename(dir.path().join("copy"), dir.path().join("moved")).expect("replace");
         assert_eq!(early.admit(), Err(Gone));
+        assert!(!early.is_at(&dir.path().join("moved")));
         late.begin();
         assert_eq!(late.admit(), Ok(()));
     }

@@ -71,12 +71,21 @@ pub fn spans(file: &[u8]) -> Result<Vec<Range<usize>>, PeError> {
             _ => return refuse(at + 16, "a section within the file"),
         }
     }
+    // Sorted and apart, so that no byte is hashed twice: else 65,535 sections over one large file are as many passes over it.
     bodies.sort_by_key(|span| span.start);
+    let mut free = header_size;
+    for body in &bodies {
+        if body.start < free {
+            return refuse(body.start, "a section behind the headers and the section before it");
+        }
+        free = body.end;
+    }
     let hashed = header_size + bodies.iter().map(|span| span.len()).sum::<usize>();
     out.append(&mut bodies);
-    let rest = file.len().saturating_sub(certificates);
-    if rest > hashed {
-        out.push(hashed..rest);
+    match file.len().checked_sub(certificates) {
+        Some(rest) if rest > hashed => out.push(hashed..rest),
+        Some(rest) if rest == hashed => {}
+        _ => return refuse(file.len(), "room for the certificate table behind what is hashed"),
     }
     Ok(out)
 }
@@ -85,6 +94,44 @@ pub fn spans(file: &[u8]) -> Result<Vec<Range<usize>>, PeError> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// 64-bit headers of 0x200 bytes, sections as (size, start), and a certificate table of that size said to be at the end.
+    fn pe(len: usize, sections: &[(u32, u32)], certificates: u32) -> Vec<u8> {
+        let mut f = vec![0; len];
+        let mut put = |at: usize, bytes: &[u8]| f[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, b"MZ");
+        put(0x3c, &[0x40]);
+        put(0x40, b"PE");
+        put(0x46, &(sections.len() as u16).to_le_bytes());
+        put(0x54, &[0xf0]);
+        put(0x58, &[0x0b, 2]);
+        put(0x94, &0x1000u32.to_le_bytes());
+        put(0xc4, &[16]);
+        put(0xec, &certificates.to_le_bytes());
+        for (n, (size, start)) in sections.iter().enumerate() {
+            put(0x148 + 40 * n + 16, &size.to_le_bytes());
+            put(0x148 + 40 * n + 20, &start.to_le_bytes());
+        }
+        f
+    }
+
+    #[test]
+    fn no_byte_is_hashed_twice() {
+        let spans_of = |sections: &[(u32, u32)], certificates| spans(&pe(0x4000, sections, certificates));
+        let apart = spans_of(&[(0x1000, 0x2000), (0x1000, 0x1000)], 0x800).expect("two sections");
+        assert_eq!(apart[3..], [0x1000..0x2000, 0x2000..0x3000, 0x3000..0x3800]);
+        for overlapping in [&[(0x1000, 0x1000), (0x1000, 0x1fff)][..], &[(0x1000, 0xfff)]] {
+            let error = spans_of(overlapping, 0).expect_err("overlap").to_string();
+            assert!(error.contains("a section behind"), "{error}");
+        }
+        // All of the file once more for each of the sections that fit into a table.
+        let all = vec![(0x3_0000, 0x1000); 60_000];
+        assert!(spans(&pe(0x4000 + 40 * 60_000, &all, 0)).is_err());
+        for certificates in [0x3001, 0x4000, u32::MAX] {
+            let error = spans_of(&[], certificates).expect_err("too large").to_string();
+            assert!(error.contains("certificate table"), "{error}");
+        }
+    }
 
     proptest! {
         #[test]
@@ -99,6 +146,8 @@ mod tests {
             }
             if let Ok(spans) = spans(&bytes) {
                 prop_assert!(spans.iter().all(|s| s.end <= bytes.len() && s.start <= s.end));
+                prop_assert!(spans.windows(2).all(|w| w[0].end <= w[1].start));
+                prop_assert!(spans.iter().map(|s| s.len()).sum::<usize>() <= bytes.len());
             }
         }
     }
