@@ -69,7 +69,7 @@ pub fn kvm() -> Option<KvmPlatform> {
 }
 
 /// An ELF executable with one segment at [`CODE`]; offsets are those of the ELF-64 specification.
-fn elf(code: &[u8]) -> Vec<u8> {
+pub fn elf(code: &[u8]) -> Vec<u8> {
     let mut file = vec![0; 0x1000];
     file[..8].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0]);
     for (offset, value) in [(16, 2u16), (18, 62), (20, 1), (52, 64), (54, 56), (56, 1)] {
