@@ -228,3 +228,43 @@ fn a_service_that_does_not_answer_is_waited_for_with_words_and_until_a_signal() 
     assert_eq!(status.code(), Some(143), "{text}");
     assert!(text.contains("cvmm: waiting for the TPM service to answer"), "{text}");
 }
+
+/// Processes that `parent` has started.
+fn children(parent: u32) -> Vec<u32> {
+    let list = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+    list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+#[test]
+fn a_tpm_service_that_dies_is_started_again_for_the_next_vm_a_few_times() {
+    let cvmm_program = Path::new(env!("CARGO_BIN_EXE_cvmm"));
+    if tiny::kvm().is_none() || !cvmm_program.with_file_name("vtpm-svc").exists() {
+        println!("skipped: no /dev/kvm, or vtpm-svc is not built (cargo build -p vtpm-svc)");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    std::fs::write(file("key"), [0x5a; 32]).unwrap();
+    std::fs::set_permissions(file("key"), PermissionsExt::from_mode(0o600)).unwrap();
+    let mut create = Command::new(cvmm_program);
+    create.args(["vmgs", "create"]).arg(file("vm.vmgs")).arg("--key-file").arg(file("key"));
+    assert!(create.arg("--anchor").arg(file("anchors")).stdout(Stdio::null()).status().unwrap().success());
+    let mut command = cvmm(folder.path(), &out(0xcf9, 0x06));
+    command.args(["--on-reboot", "restart", "--vtpm"]).arg(file("vm.vmgs"));
+    command.arg("--vtpm-key-file").arg(file("key")).arg("--vtpm-anchor").arg(file("anchors"));
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut text = String::new();
+    // Each VM asks for a reset at once, and lives for a second; the service is killed in each.
+    while std::io::BufRead::read_line(&mut log, &mut text).unwrap() > 0 {
+        if text.trim_end().lines().last().is_some_and(|line| line.ends_with("follows")) {
+            for service in children(child.id()) {
+                let pid = i32::try_from(service).ok().and_then(Pid::from_raw).unwrap();
+                rustix::process::kill_process(pid, Signal::KILL).unwrap();
+            }
+        }
+    }
+    assert_eq!(end_of(child).code(), Some(1), "{text}");
+    assert_eq!(text.matches("it is started again for this VM").count(), 3, "{text}");
+    assert!(text.trim_end().lines().last().unwrap().contains("could not follow: the vTPM"), "{text}");
+}
