@@ -435,8 +435,29 @@ fn the_longest_command_line_and_the_largest_initrd_fit() {
         (0x110_0000, 128 * MIB),
         "init_size is 1 MiB from 16 MiB on"
     );
-    let error = DirectBoot { initrd: initrd(room + 1), ..base }.image().unwrap_err();
+    let error = DirectBoot { initrd: initrd(room + 1), ..base.clone() }.image().unwrap_err();
     assert!(matches!(error, ImageError::InitrdFit { .. }), "{error}");
+    assert!(error.to_string().ends_with("give a smaller initrd or more --memory"), "{error}");
+    // The kernel takes it below 2 GiB only, however much memory there is.
+    for memory in [128 * MIB, 8 << 30] {
+        let error = DirectBoot { initrd: Some(Arc::new(vec![0; 2 << 30])), memory, ..base.clone() };
+        let error = error.image().unwrap_err().to_string();
+        assert!(error.contains("give a smaller initrd. More memory does not help"), "{error}");
+    }
+}
+
+#[test]
+fn memory_that_stage0_cannot_describe_is_refused_with_the_largest_size() {
+    let kernel = bzimage();
+    let validation = Validation::Stage0(Acceptance::Eager);
+    let snp = Snp { c_bit: 51, cpuid: None, validation, features: 0 };
+    let boot = |memory| DirectBoot { memory, ..boot(&kernel, Guest::Snp(snp.clone())) };
+    // 64 TiB of addresses, with a gap of 1 GiB for devices.
+    let most = (64 << 40) - (1 << 30);
+    for found in [most + MIB, 64 << 40, 1 << 50] {
+        assert_eq!(boot(found).image().unwrap_err(), ImageError::Memory { found, max: most });
+    }
+    assert!(boot(most).image().is_ok());
 }
 
 /// ACPI 6.5, section 5.2: lengths, checksums, and the way from the root pointer to each table.

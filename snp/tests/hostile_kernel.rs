@@ -99,6 +99,23 @@ fn each_malformed_elf_header_is_named_with_offset_and_expectation() {
 }
 
 #[test]
+fn a_unified_kernel_image_is_called_that() {
+    // DOS header, PE signature at 0x40, COFF header with two sections and no optional header, section table.
+    let mut file = vec![0; 0x200];
+    put(&mut file, 0, b"MZ");
+    put(&mut file, 0x3c, &0x40u32.to_le_bytes());
+    put(&mut file, 0x40, b"PE\0\0\x64\x86\x02\0");
+    put(&mut file, 0x58, b".osrel\0\0");
+    put(&mut file, 0x58 + 40, b".linux\0\0");
+    let refusal = |file: &[u8]| Kernel::parse(file.to_vec()).unwrap_err();
+    assert_eq!(refusal(&file), KernelError::Unified);
+    put(&mut file, 0x46, &[1]);
+    assert_eq!(refusal(&file), KernelError::UnknownFormat, "the second section does not count");
+    put(&mut file, 0x3c, &u32::MAX.to_le_bytes());
+    assert_eq!(refusal(&file), KernelError::UnknownFormat);
+}
+
+#[test]
 fn a_virtual_entry_point_is_translated_to_its_physical_address() {
     let segment = Segment::new(0x20_0000, vec![0x90; 16]);
     let Kernel::Elf(kernel) = Kernel::parse(elf(segment.vaddr + 4, &[segment], &[], &[])).unwrap() else {

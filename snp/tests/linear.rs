@@ -257,7 +257,7 @@ fn four_mib_of_igvm() {
                 Ok(igvm) => igvm,
                 Err(e) => return e.to_string(),
             };
-            let ram = [0..1 << 30];
+            let ram = vec![0..256 << 20, 256 << 20..1 << 30];
             let facts =
                 Facts { vcpus: 1, ram: &ram, devices: 0..0, cmdline: "", cpuid: Bytes::from(Vec::new()) };
             said(igvm.launch(&facts))

@@ -189,38 +189,36 @@ impl Certificates {
         Certificates { source, ram }
     }
 
-    /// Writes the table to the guest's buffer at `gpa`. `is_shared` says whether a page may be written by the host.
-    pub fn answer(&self, gpa: u64, npages: u64, is_shared: impl Fn(u64) -> bool) -> Answer {
+    /// Writes the table to the guest's buffer at `gpa`. `hold` keeps a range shared while it is written to; `None`: it is not.
+    pub fn answer<H>(&self, gpa: u64, npages: u64, hold: impl Fn(u64, u64) -> Option<H>) -> Answer {
         match &self.source {
-            Source::Table(table) => self.deliver(table, None, gpa, npages, is_shared),
+            Source::Table(table) => self.deliver(table, None, gpa, npages, hold),
             Source::File(file) => {
                 let read = file.read();
                 file.complain(read.as_ref().err());
                 match read {
-                    Ok((table, held)) => self.deliver(&table, Some(held), gpa, npages, is_shared),
+                    Ok((table, held)) => self.deliver(&table, Some(held), gpa, npages, hold),
                     Err(e) => Answer { ret: e.errno(), npages, held: None },
                 }
             }
         }
     }
 
-    fn deliver(
+    fn deliver<H>(
         &self,
         table: &[u8],
         held: Option<Held>,
         gpa: u64,
         npages: u64,
-        is_shared: impl Fn(u64) -> bool,
+        hold: impl Fn(u64, u64) -> Option<H>,
     ) -> Answer {
         let needed = (table.len() as u64).div_ceil(PAGE);
         if npages < needed {
             return Answer { ret: libc::ENOSPC, npages: needed, held: None };
         }
-        let shared = (0..needed)
-            .all(|page| page.checked_mul(PAGE).and_then(|o| gpa.checked_add(o)).is_some_and(&is_shared));
-        // By way of the kernel: another vCPU may make a page private between the look and the write, and an emulated strict run
-        // hides it then. What lands on the shared side of such a page is lost.
-        let written = gpa.is_multiple_of(PAGE) && shared && self.ram.try_write(gpa, table).is_ok();
+        // By way of the kernel, so that a page which is hidden is an error and no crash.
+        let written = gpa.is_multiple_of(PAGE)
+            && hold(gpa, needed * PAGE).is_some_and(|_held| self.ram.try_write(gpa, table).is_ok());
         match written {
             true => Answer { ret: 0, npages, held },
             false => Answer { ret: libc::EIO, npages, held: None },

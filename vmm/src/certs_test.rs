@@ -44,7 +44,7 @@ fn filed() -> Filed {
 
 impl Filed {
     fn ask(&self) -> Answer {
-        self.certificates.answer(0x1000, 4, |_| true)
+        self.certificates.answer(0x1000, 4, |_, _| Some(()))
     }
 
     fn byte(&self) -> u8 {
@@ -57,7 +57,7 @@ impl Filed {
 #[test]
 fn a_short_buffer_is_told_the_size_and_nothing_is_written() {
     let c = certificates();
-    assert_eq!(told(&c.answer(0x1000, 1, |_| true)), (libc::ENOSPC, 2));
+    assert_eq!(told(&c.answer(0x1000, 1, |_, _| Some(()))), (libc::ENOSPC, 2));
     let mut byte = [1];
     c.ram.read(0x1000, &mut byte).unwrap();
     assert_eq!(byte, [0]);
@@ -66,11 +66,14 @@ fn a_short_buffer_is_told_the_size_and_nothing_is_written() {
 #[test]
 fn only_shared_ram_is_written() {
     let c = certificates();
-    assert_eq!(c.answer(0x1000, 2, |gpa| gpa != 0x2000).ret, libc::EIO);
-    assert_eq!(c.answer(0xf000, 2, |_| true).ret, libc::EIO);
-    assert_eq!(c.answer(0x1001, 4, |_| true).ret, libc::EIO);
-    assert_eq!(c.answer(u64::MAX - 0xfff, 2, |_| true).ret, libc::EIO);
-    assert_eq!(c.answer(0x1000, u64::MAX, |_| true).ret, 0);
+    assert_eq!(
+        c.answer(0x1000, 2, |gpa, len| (!(gpa..gpa + len).contains(&0x2000)).then_some(())).ret,
+        libc::EIO
+    );
+    assert_eq!(c.answer(0xf000, 2, |_, _| Some(())).ret, libc::EIO);
+    assert_eq!(c.answer(0x1001, 4, |_, _| Some(())).ret, libc::EIO);
+    assert_eq!(c.answer(u64::MAX - 0xfff, 2, |_, _| Some(())).ret, libc::EIO);
+    assert_eq!(c.answer(0x1000, u64::MAX, |_, _| Some(())).ret, 0);
     let mut bytes = [0; 2];
     c.ram.read(0x27ff, &mut bytes).unwrap();
     assert_eq!(bytes, [7, 0]);
@@ -131,7 +134,7 @@ fn the_file_is_locked_shared_until_the_answer_is_dropped() {
     drop(second);
     assert!(flock(&f.path, "--exclusive"));
     // Nothing was delivered, so nothing is held.
-    let refused = f.certificates.answer(0x1000, 1, |_| true);
+    let refused = f.certificates.answer(0x1000, 1, |_, _| Some(()));
     assert_eq!(refused.ret, libc::ENOSPC);
     assert!(refused.held.is_none());
 }

@@ -185,6 +185,8 @@ impl Conversions {
                     flags: 0,
                 })
                 .map_err(|e| e.source)?;
+            // KVM's state has changed, whatever becomes of the stale side.
+            self.private.set(region, offset, len, private);
             if private {
                 self.ram.regions()[region].mapping.discard(offset, len)?;
             } else if let Some(memfd) = self.memfds.get(region) {
@@ -195,14 +197,15 @@ impl Conversions {
                     len,
                 )?;
             }
-            self.private.set(region, offset, len, private);
             Ok(())
         })
     }
 
-    /// Whether the page at `gpa` is shared RAM, so that the host may write it.
-    pub fn is_shared(&self, gpa: u64) -> bool {
-        self.private.is_private(gpa) == Some(false)
+    /// Keeps a range shared, for the host to write to it, as long as the result lives; `None` if it is not shared now. What is
+    /// written to a page that has become private meanwhile would take host memory that nothing gives back.
+    pub fn hold_shared(&self, gpa: u64, len: u64) -> Option<impl Sized + use<'_>> {
+        let held = self.busy.lock(gpa, gpa.checked_add(len)?);
+        (self.state(gpa, len) == RangeState::Shared).then_some(held)
     }
 
     /// The monitor's view of a range.

@@ -63,7 +63,7 @@ impl Bench {
 
     fn shared_pages(&self) -> Vec<u64> {
         let all = LOW.step_by(PAGE as usize).chain(HIGH.step_by(PAGE as usize));
-        all.filter(|gpa| self.conversions.is_shared(*gpa)).collect()
+        all.filter(|gpa| self.conversions.state(*gpa, PAGE) == RangeState::Shared).collect()
     }
 }
 
@@ -81,6 +81,25 @@ fn each_direction_gives_back_the_side_that_the_page_leaves() {
     assert_eq!(b.given_back().0, [MIB + PAGE]);
     assert_eq!(b.shared_pages(), [MIB, MIB + 2 * PAGE]);
     assert_eq!(*b.vm.attributes.lock().unwrap(), [(MIB, 3 * PAGE, 0), (MIB + PAGE, PAGE, ATTRIBUTE_PRIVATE)]);
+}
+
+#[test]
+fn a_range_that_the_host_writes_to_stays_shared_meanwhile() {
+    let b = bench();
+    assert!(b.conversions.hold_shared(MIB, PAGE).is_none(), "it is private");
+    assert!(b.conversions.hold_shared(u64::MAX - PAGE, 2 * PAGE).is_none());
+    assert_eq!(b.ask(MIB, 2, 0), 0);
+    assert!(b.conversions.hold_shared(MIB, 3 * PAGE).is_none(), "a part of it is private");
+    let held = b.conversions.hold_shared(MIB, 2 * PAGE).unwrap();
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| b.ask(MIB + PAGE, 1, MAP_GPA_RANGE_ENCRYPTED));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert!(!other.is_finished(), "it waits");
+        assert_eq!(b.shared_pages(), pages(MIB..MIB + 2 * PAGE));
+        drop(held);
+        assert_eq!(other.join().unwrap(), 0);
+    });
+    assert_eq!(b.shared_pages(), [MIB]);
 }
 
 #[test]

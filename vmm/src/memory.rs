@@ -28,7 +28,8 @@ pub struct Mapping {
     len: usize,
 }
 
-// SAFETY: a mapping is plain memory; every access goes through volatile-like raw copies that assume concurrent change.
+// SAFETY: a mapping is plain memory; every access is a copy through raw pointers that assumes concurrent change: bytes may be of
+// different moments, and each is read once.
 unsafe impl Send for Mapping {}
 // SAFETY: as above; no reference into the mapping is ever handed out.
 unsafe impl Sync for Mapping {}
@@ -109,8 +110,39 @@ impl Mapping {
     /// Copies out of the mapping.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), OutsideRam> {
         let source = self.at(offset, buf.len())?;
-        // SAFETY: source is valid for buf.len() bytes (checked by `at`), and `buf` is not part of guest memory.
-        unsafe { ptr::copy_nonoverlapping(source, buf.as_mut_ptr(), buf.len()) };
+        // Volatile, so that the compiler cannot read a byte again after the copy was checked, when the guest may have changed it.
+        let (before, words, after) = {
+            let head = source.align_offset(8).min(buf.len());
+            let (before, rest) = buf.split_at_mut(head);
+            let (words, after) = rest.as_chunks_mut::<8>();
+            (before, words, after)
+        };
+        let mut at = source.cast_const();
+        let mut byte = |to: &mut u8| {
+            // SAFETY: `at` goes over the buf.len() bytes at `source`, which are in the mapping (checked by `at`).
+            unsafe {
+                *to = at.read_volatile();
+                at = at.add(1);
+            }
+        };
+        before.iter_mut().for_each(&mut byte);
+        let mut at_word = at.cast::<u64>();
+        for word in words {
+            // SAFETY: as above; the first word is aligned, as `before` ends there, and so are those that follow.
+            unsafe {
+                *word = at_word.read_volatile().to_ne_bytes();
+                at_word = at_word.add(1);
+            }
+        }
+        at = at_word.cast();
+        let mut byte = |to: &mut u8| {
+            // SAFETY: as above.
+            unsafe {
+                *to = at.read_volatile();
+                at = at.add(1);
+            }
+        };
+        after.iter_mut().for_each(&mut byte);
         Ok(())
     }
 

@@ -124,6 +124,11 @@ pub trait Companion {
     fn prepare(&mut self, _life: u32) -> Option<(Duration, Work)> {
         None
     }
+    /// Called when [`Companion::prepare`] has failed: whether another try may go well, because what failed can be replaced. The
+    /// companion counts.
+    fn recovers(&mut self) -> bool {
+        false
+    }
     /// Called for each VM before its launch, the first (`life` 1) included: resets itself, and puts its devices on the new
     /// machine's buses, its memory into the VM.
     fn before_life(
@@ -270,14 +275,16 @@ fn same_guest(guest: &Guest, first: Option<LaunchDigest>) -> Result<(), MonitorE
 fn prepare(host: &mut Host, life: u32, inbox: &Inbox) -> Result<Option<i32>, MonitorError> {
     for companion in &mut host.companions {
         let name = companion.name();
-        let Some((patience, work)) = companion.prepare(life) else { continue };
-        let problem = match inbox.attend(name, patience, work) {
-            Ok(Ok(())) => continue,
-            Ok(Err(problem)) => problem,
-            Err(Unattended::Signal(signal)) => return Ok(Some(signal)),
-            Err(other) => other.into(),
-        };
-        return Err(MonitorError::Companion { name, problem });
+        while let Some((patience, work)) = companion.prepare(life) {
+            let problem = match inbox.attend(name, patience, work) {
+                Ok(Ok(())) => break,
+                Ok(Err(_)) if companion.recovers() => continue,
+                Ok(Err(problem)) => problem,
+                Err(Unattended::Signal(signal)) => return Ok(Some(signal)),
+                Err(other) => other.into(),
+            };
+            return Err(MonitorError::Companion { name, problem });
+        }
     }
     Ok(None)
 }

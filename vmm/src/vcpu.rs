@@ -39,6 +39,9 @@ const AGAIN_MAX: u32 = 1000;
 const NO_MEMORY: &str =
     " (the host has no memory for the guest's private pages, which cannot be swapped out)";
 
+/// Where an SNP guest's vCPU was.
+const NOT_READABLE: &str = "at an address that cannot be read: the registers of an SNP guest are encrypted";
+
 /// What every vCPU thread shares.
 pub struct Shared {
     /// Buses and devices.
@@ -168,7 +171,7 @@ pub enum RunError {
     },
     /// KVM gave up.
     #[error(
-        "vCPU {vcpu}: KVM could not emulate an instruction of the guest (internal error {suberror}) at RIP {rip}"
+        "vCPU {vcpu}: KVM could not emulate an instruction of the guest (internal error {suberror}) {place}"
     )]
     Internal {
         /// Which one.
@@ -176,7 +179,7 @@ pub enum RunError {
         /// `KVM_INTERNAL_ERROR_*`.
         suberror: u32,
         /// Where, if the registers can be read.
-        rip: String,
+        place: String,
     },
     /// An exit that no guest of this monitor should cause.
     #[error("vCPU {vcpu}: unexpected exit {what} from KVM")]
@@ -228,8 +231,9 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
             Err(source) => return Err(run_error(id, source)),
         };
         if let Exit::InternalError { suberror } = exit {
-            let rip = vcpu.get_regs().map_or_else(|_| "unknown".to_owned(), |r| format!("{:#x}", r.rip));
-            return Err(RunError::Internal { vcpu: id, suberror, rip });
+            let place =
+                vcpu.get_regs().map_or_else(|_| NOT_READABLE.into(), |r| format!("at RIP {:#x}", r.rip));
+            return Err(RunError::Internal { vcpu: id, suberror, place });
         }
         match exit {
             Exit::Again if put_off == AGAIN_MAX => return Err(RunError::PutOff { vcpu: id }),
@@ -373,7 +377,7 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
             let (Some(certificates), Some(conversions)) = (&shared.certificates, &shared.conversions) else {
                 return Ok(Step::Continue);
             };
-            let answer = certificates.answer(gpa, *npages, |page| conversions.is_shared(page));
+            let answer = certificates.answer(gpa, *npages, |gpa, len| conversions.hold_shared(gpa, len));
             (*ret, *npages) = (answer.ret as u64, answer.npages);
             answer.held.map_or(Step::Continue, Step::Complete)
         }
@@ -384,7 +388,7 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
         }
         Exit::Hlt => return Err(RunError::Unexpected { vcpu, what: "HLT".into() }),
         Exit::InternalError { suberror } => {
-            return Err(RunError::Internal { vcpu, suberror, rip: "unknown".into() });
+            return Err(RunError::Internal { vcpu, suberror, place: NOT_READABLE.into() });
         }
         Exit::Other(reason) => return Err(RunError::Unexpected { vcpu, what: format!("reason {reason}") }),
     })

@@ -9,7 +9,9 @@
 //! The service also keeps how far the guest has set its clock ahead of the host's ([`clock`]).
 //!
 //! The service may end or stop answering at any time. Then the guest's TPM reports a fatal error, the monitor says so once,
-//! and the guest goes on. What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
+//! and the guest goes on. A service of ours that has died is started again for the VM that follows a reset, a few times: PCRs start
+//! anew there in any case. Before that the guest must do without: a TPM that came back with new PCRs under a running guest would let
+//! the guest write its own measurements. What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
 //! [`POWER_ON_PATIENCE`], so that signals are heard meanwhile ([`crate::events::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
 
 mod clock;
@@ -18,6 +20,7 @@ pub mod service;
 
 use std::error::Error;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitStatus;
@@ -146,17 +149,23 @@ const POWER_ON_PATIENCE: Duration = Duration::from_secs(180);
 const COMMAND_PATIENCE: Duration = Duration::from_secs(30);
 /// How often the end of such a command is looked for.
 const COMMAND_PAUSE: Duration = Duration::from_millis(5);
+/// A service whose connection has ended is about to end itself.
+const DEATH_PATIENCE: Duration = Duration::from_secs(1);
+/// How often in a run the service is started again after it has died.
+const STARTS_AGAIN: u32 = 3;
 /// Memory slot of the buffer page: RAM has the lowest ones.
 const SLOT: u32 = 64;
 
 /// A TPM that is ready for a VM, and again for the VM that follows a reset.
 pub struct Vtpm {
     link: Arc<Link>,
-    control: Control,
     events: Arc<[Event]>,
     /// What was found out when the TPM was powered on.
     found: Arc<Mutex<Found>>,
     service: Option<Service>,
+    /// How to start the service again, if its state outlives it.
+    again: Option<service::Options>,
+    started_again: u32,
 }
 
 /// What the service knows beside the TPM.
@@ -170,6 +179,7 @@ struct Found {
 /// The way to the service, shared by the threads that use it.
 struct Link {
     client: Mutex<Client>,
+    control: Mutex<Control>,
     /// Set when the user has been told that the service is gone.
     told: AtomicBool,
 }
@@ -182,7 +192,9 @@ impl Vtpm {
     /// The TPM of a service that cvmm starts, and ends with the guest.
     pub fn start(options: &service::Options, events: Vec<Event>, inbox: &Inbox) -> Result<Self, VtpmError> {
         let (client, service) = service::start(options, inbox)?;
-        Ok(Self::new(client, events, Some(service)))
+        let mut vtpm = Self::new(client, events, Some(service));
+        vtpm.again = options.state.is_some().then(|| options.clone());
+        Ok(vtpm)
     }
 
     /// The TPM of a service that listens on the control socket `path`; it is left running.
@@ -196,9 +208,30 @@ impl Vtpm {
     }
 
     fn new(client: Client, events: Vec<Event>, service: Option<Service>) -> Self {
-        let control = client.control();
-        let link = Arc::new(Link { client: Mutex::new(client), told: AtomicBool::new(false) });
-        Vtpm { link, control, events: events.into(), found: Arc::default(), service }
+        let control = Mutex::new(client.control());
+        let link = Arc::new(Link { client: Mutex::new(client), control, told: AtomicBool::new(false) });
+        let found = Arc::default();
+        Vtpm { link, events: events.into(), found, service, again: None, started_again: 0 }
+    }
+
+    fn control(&self) -> Control {
+        lock(&self.link.control).clone()
+    }
+
+    /// Starts a service again that has died. What is returned must be connected to.
+    fn start_again(&mut self) -> Result<Option<(UnixStream, String)>, VtpmError> {
+        let Some(status) = self.service.as_mut().and_then(Service::ended) else { return Ok(None) };
+        let Some(options) = self.again.as_ref().filter(|_| self.started_again < STARTS_AGAIN) else {
+            return Ok(None);
+        };
+        self.started_again += 1;
+        warn(format_args!(
+            "the vTPM service has ended ({status}); it is started again for this VM (time {} of {STARTS_AGAIN} at most)",
+            self.started_again
+        ));
+        let (connection, name, service) = service::start_again(options)?;
+        self.service = Some(service);
+        Ok(Some((connection, name)))
     }
 
     /// Gives the TPM to a VM: registers on `mmio`, the buffer page as a memory slot.
@@ -222,7 +255,7 @@ impl Vtpm {
     fn submitter(&self) -> io::Result<Submit> {
         type Order = (u32, u32, mpsc::Sender<u32>);
         let (wanted, orders) = mpsc::sync_channel::<Order>(1);
-        let control = self.control.clone();
+        let control = self.control();
         thread::Builder::new().name("tpm-ppi".into()).stack_size(256 << 10).spawn(move || {
             for (operation, argument, answer) in orders {
                 let outcome = match control.submit_ppi(operation, argument) {
@@ -246,7 +279,7 @@ impl Vtpm {
     /// What the device calls to cancel. It must not wait for the service, so a thread does.
     fn canceller(&self) -> io::Result<Box<dyn Fn() + Send>> {
         let (wanted, orders) = mpsc::sync_channel(1);
-        let control = self.control.clone();
+        let control = self.control();
         thread::Builder::new().name("tpm-cancel".into()).stack_size(256 << 10).spawn(move || {
             // A service that is gone is reported by whoever waits for the command.
             orders.iter().for_each(|()| drop(control.cancel()));
@@ -265,9 +298,19 @@ impl Companion for Vtpm {
 
     /// Powers the TPM on as at a reset of the machine, and measures the boot into it.
     fn prepare(&mut self, _life: u32) -> Option<(Duration, Work)> {
-        let (link, control) = (Arc::clone(&self.link), self.control.clone());
+        let new = self.start_again();
+        let link = Arc::clone(&self.link);
         let (events, found) = (Arc::clone(&self.events), Arc::clone(&self.found));
         let work = move || -> Result<(), VtpmError> {
+            if let Some((connection, name)) = new? {
+                let client = Client::over(connection, &name)?;
+                *lock(&link.control) = client.control();
+                *lock(&link.client) = client;
+                link.told.store(false, Ordering::Release);
+                // It stores through the old connection.
+                lock(&found).clock = None;
+            }
+            let control = lock(&link.control).clone();
             power_on(&link, &control, &events)?;
             let mail = mail(&control)?;
             let clock = match lock(&found).clock {
@@ -280,6 +323,14 @@ impl Companion for Vtpm {
             Ok(())
         };
         Some((POWER_ON_PATIENCE, Box::new(move || Ok(work()?))))
+    }
+
+    /// The service may have died while it was asked.
+    fn recovers(&mut self) -> bool {
+        if self.again.is_none() || self.started_again >= STARTS_AGAIN {
+            return false;
+        }
+        self.service.as_mut().is_some_and(|service| service.ends_within(DEATH_PATIENCE))
     }
 
     /// Gives the TPM to the VM.
@@ -335,7 +386,7 @@ impl Drop for Vtpm {
             clock.settle();
         }
         if let Some(service) = self.service.take() {
-            service.end(self.control.clone());
+            service.end(self.control());
         }
     }
 }

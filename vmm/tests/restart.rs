@@ -30,6 +30,7 @@ use vmm::monitor::Guest;
 use vmm::monitor::Host;
 use vmm::monitor::MonitorError;
 use vmm::monitor::Restart;
+use vmm::monitor::Work;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
 use vmm::platform::Vm;
@@ -245,4 +246,54 @@ fn a_plan_that_is_another_one_by_now_is_not_launched() {
     let host = Host { restart: Some(Restart { lives: None, pace: PACE }), ..host };
     let error = monitor::run(&platform, guest, host).unwrap_err().to_string();
     assert!(error.contains("VM number 2") && error.contains("its launch digest would be"), "{error}");
+}
+
+/// A companion whose work before life 2 never ends.
+struct Hung(Duration);
+
+impl Companion for Hung {
+    fn name(&self) -> &'static str {
+        "hung"
+    }
+
+    fn prepare(&mut self, life: u32) -> Option<(Duration, Work)> {
+        let forever = move || match life {
+            1 => Ok(()),
+            _ => loop {
+                std::thread::park();
+            },
+        };
+        Some((self.0, Box::new(forever)))
+    }
+
+    fn before_life(
+        &mut self,
+        _: u32,
+        _: &dyn Vm,
+        _: &mut Machine,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_companion_that_hangs_ends_the_run_in_time_and_signals_are_heard_meanwhile() {
+    let _alone = alone();
+    let hung = |patience| Host {
+        restart: Some(Restart { lives: None, pace: Duration::ZERO }),
+        companions: vec![Box::new(Hung(patience))],
+        ..Host::new(Box::new(Capture::default()))
+    };
+    let Some((platform, guest)) = plain_guest(&touch_and_reset(), 1) else { return };
+    let error = monitor::run(&platform, guest, hung(Duration::from_secs(2))).unwrap_err().to_string();
+    assert!(error.ends_with("VM number 2 could not follow: hung: no answer within 2 seconds"), "{error}");
+
+    let Some((platform, guest)) = plain_guest(&touch_and_reset(), 1) else { return };
+    std::thread::spawn(|| {
+        std::thread::sleep(Duration::from_secs(3));
+        signal_ourselves();
+    });
+    let begun = Instant::now();
+    assert_eq!(monitor::run(&platform, guest, hung(Duration::from_secs(600))).unwrap(), Outcome::Signal(15));
+    assert!(begun.elapsed() < Duration::from_secs(60));
 }

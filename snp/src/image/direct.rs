@@ -32,6 +32,7 @@ use crate::plan::PageType;
 use crate::plan::PlanError;
 use crate::plan::Record;
 use crate::stage0::TooMany;
+use crate::stage0::inputs;
 
 /// Most vCPUs of an image: their ids are xAPIC ids, of which 255 is the broadcast address.
 pub const VCPUS_MAX: u32 = 255;
@@ -152,7 +153,7 @@ pub enum ImageError {
     /// The initrd does not fit between the kernel and the end of low RAM.
     #[error(
         "--initrd: {len} bytes do not fit between the kernel's end {start:#x} and {end:#x}; \
-         give a smaller initrd or more --memory"
+         give a smaller initrd{advice}"
     )]
     InitrdFit {
         /// Its length in bytes.
@@ -161,6 +162,8 @@ pub enum ImageError {
         start: u64,
         /// Address after the highest possible one.
         end: u64,
+        /// What else would help.
+        advice: &'static str,
     },
     /// An empty initrd is a mistake.
     #[error("--initrd: the file is empty; leave the option out or give an initrd")]
@@ -351,12 +354,17 @@ impl DirectBoot<'_> {
     fn check(&self) -> Result<Mode, ImageError> {
         let (mode, address_limit) = match &self.guest {
             Guest::Plain => (Mode::Plain, PLAIN_ADDRESS_LIMIT),
-            Guest::Snp(Snp { c_bit, cpuid, .. }) => {
+            Guest::Snp(Snp { c_bit, cpuid, validation, .. }) => {
                 let table = cpuid.and_then(CpuidTable::c_bit);
                 if !C_BITS.contains(c_bit) || (cpuid.is_some() && table != Some(*c_bit)) {
                     return Err(ImageError::CBit { c_bit: *c_bit, table });
                 }
-                (Mode::Snp { c_mask: 1 << c_bit }, 1 << c_bit)
+                let limit = match validation {
+                    // What stage0's page of inputs can describe.
+                    Validation::Stage0(_) => inputs::ADDRESS_END.min(1 << c_bit),
+                    Validation::AllByLaunch => 1 << c_bit,
+                };
+                (Mode::Snp { c_mask: 1 << c_bit }, limit)
             }
         };
         if !(1..=VCPUS_MAX).contains(&self.vcpus) {
@@ -397,7 +405,16 @@ impl DirectBoot<'_> {
         let end = self.low_top().min(self.kernel.initrd_addr_max().saturating_add(1)) & !(PAGE_SIZE - 1);
         match end.checked_sub(len).map(|start| start & !(PAGE_SIZE - 1)) {
             Some(start) if start >= floor => Ok(start..start + len),
-            _ => Err(ImageError::InitrdFit { len, start: floor, end }),
+            _ => {
+                let most = layout::HOLE_START.min(self.kernel.initrd_addr_max().saturating_add(1));
+                let advice = match end < most && floor.saturating_add(len) <= most {
+                    true => " or more --memory",
+                    false => {
+                        ". More memory does not help: the kernel, or the device gap, leaves no more room for it"
+                    }
+                };
+                Err(ImageError::InitrdFit { len, start: floor, end, advice })
+            }
         }
     }
 

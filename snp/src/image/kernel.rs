@@ -51,6 +51,12 @@ pub enum KernelError {
          give a distribution's vmlinuz or an uncompressed x86-64 vmlinux"
     )]
     UnknownFormat,
+    /// A kernel in a wrapper.
+    #[error(
+        "a unified kernel image (UKI), which firmware starts; cvmm boots what is in it. Take it apart: `objcopy -O binary \
+         --only-section=.linux UKI KERNEL`, the same with .initrd for --initrd; .cmdline holds its command line"
+    )]
+    Unified,
     /// The file is shorter than it says.
     #[error("truncated: {what} needs the bytes up to offset {needed:#x}, the file has {found:#x}")]
     Truncated {
@@ -182,6 +188,8 @@ impl Kernel {
             ElfKernel::parse(file).map(Kernel::Elf)
         } else if file.get(0x202..0x206) == Some(b"HdrS") {
             BzImage::parse(file).map(Kernel::BzImage)
+        } else if has_section(&file, *b".linux\0\0") {
+            Err(KernelError::Unified)
         } else {
             Err(KernelError::UnknownFormat)
         }
@@ -245,6 +253,20 @@ impl Kernel {
             Kernel::Elf(k) => k.runs(),
         }
     }
+}
+
+/// Whether the file is a PE image with a section of that name (PE format, "MS-DOS Stub", "COFF File Header", "Section Table").
+fn has_section(file: &[u8], name: [u8; 8]) -> bool {
+    let f = Fields(file);
+    let found = || {
+        let pe = f.u32("e_lfanew", 0x3c).ok()? as usize;
+        let (count, optional) = (f.u16("NumberOfSections", pe + 6).ok()?, f.u16("its header", pe + 20).ok()?);
+        let table = pe + 24 + usize::from(optional);
+        let is_pe = file.starts_with(b"MZ") && f.bytes::<4>("PE signature", pe).ok()? == *b"PE\0\0";
+        let mut names = (0..usize::from(count)).map_while(|i| f.bytes::<8>("section", table + i * 40).ok());
+        Some(is_pe && names.any(|section| section == name))
+    };
+    found().unwrap_or(false)
 }
 
 /// Little-endian fields of a file, checked against its length.

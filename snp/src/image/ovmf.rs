@@ -312,6 +312,11 @@ fn check_section(section: &Section) -> Result<(), OvmfError> {
     if one_page && size != PAGE_SIZE {
         return Err(size_error(section, name, "one page, 0x1000"));
     }
+    if section.kind == kind::SVSM_CAA && size == 0 {
+        let expected = "a page or more. A build for Intel TDX alone (edk2's IntelTdxX64) has an empty one and does not run as an SNP \
+                        guest: take OvmfPkgX64 or AmdSevX64";
+        return Err(size_error(section, name, expected));
+    }
     if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
         return Err(size_error(section, name, "a positive multiple of 0x1000"));
     }

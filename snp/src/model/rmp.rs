@@ -374,10 +374,16 @@ impl PageStates {
             let last = range.end.div_ceil(PAGE).clamp(first, end);
             let [from, to] = [first, last].map(|frame| (frame - region.first) as usize);
             let mut frame = first;
+            // Each page is looked at once: a vCPU may change it meanwhile, and a run must not be told in a state that only one of its
+            // pages has, or had.
             let pages = region.pages.get(from..to).unwrap_or_default();
-            for run in pages.chunk_by(|a, b| a.load(Relaxed) == b.load(Relaxed)) {
-                let end = frame + run.len() as u64;
-                f(frame * PAGE..end * PAGE, PageState(run[0].load(Relaxed)));
+            let mut states = pages.iter().map(|page| page.load(Relaxed)).peekable();
+            while let Some(state) = states.next() {
+                let mut end = frame + 1;
+                while states.next_if_eq(&state).is_some() {
+                    end += 1;
+                }
+                f(frame * PAGE..end * PAGE, PageState(state));
                 frame = end;
             }
         }

@@ -308,7 +308,9 @@ impl VmModel {
         }
         let mut page = [0; PAGE as usize];
         mem.read(gpa, View::Private, &mut page).map_err(|_| VmsaLoadError::OutsideRam { gpa })?;
-        let vmsa = VmsaState::decode(&page).map_err(|refusal| VmsaLoadError::State { gpa, refusal })?;
+        let vmsa = VmsaState::decode(&page)
+            .and_then(|vmsa| vmsa.check_loadable().map(|()| vmsa))
+            .map_err(|refusal| VmsaLoadError::State { gpa, refusal })?;
         let (found, expected) = (vmsa.sev_features, self.sev_features());
         if found != expected {
             return Err(VmsaLoadError::Features { gpa, found, expected });

@@ -109,6 +109,42 @@ impl VmsaState {
     }
 }
 
+impl VmsaState {
+    /// Refuses what a vCPU of an ordinary VM cannot be given although hardware would take it from a save area: the calls that set
+    /// registers drop it silently (Linux 7.3, arch/x86/kvm: `kvm_arch_vcpu_ioctl_set_fpu`, `__set_sregs`).
+    pub fn check_loadable(&self) -> Result<(), VmsaRefusal> {
+        let reset = VmsaState::reset();
+        let refuse =
+            |offset, field, found, expected| Err(VmsaRefusal::Value { offset, field, found, expected });
+        let segments =
+            [self.es, self.cs, self.ss, self.ds, self.fs, self.gs, self.gdtr, self.ldtr, self.idtr, self.tr];
+        for (i, segment) in segments.iter().enumerate() {
+            if segment.attrib > 0xfff {
+                let (found, expected) = (segment.attrib.into(), "12 bits");
+                return refuse(i * 16 + 2, "attributes of a segment", found, expected);
+            }
+            // GDTR and IDTR.
+            if [6, 8].contains(&i) && segment.limit > 0xffff {
+                return refuse(i * 16 + 4, "limit of a descriptor table", segment.limit.into(), "16 bits");
+            }
+        }
+        let dpl = (self.ss.attrib >> 5 & 3) as u8;
+        if self.cpl != dpl {
+            return refuse(0xcb, "CPL", self.cpl.into(), "the privilege level of SS");
+        }
+        if self.dr7 != reset.dr7 {
+            return refuse(0x160, "DR7", self.dr7, "0x400");
+        }
+        if self.dr6 != reset.dr6 {
+            return refuse(0x168, "DR6", self.dr6, "0xffff0ff0");
+        }
+        if self.mxcsr != reset.mxcsr {
+            return refuse(0x408, "MXCSR", self.mxcsr.into(), "0x1f80");
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -159,6 +195,28 @@ mod tests {
         let mut page = linux_ap();
         page[0xca] = 1;
         assert!(VmsaState::decode(&page).unwrap_err().to_string().contains("VMPL"));
+    }
+
+    #[test]
+    fn registers_that_no_call_sets_must_have_their_reset_values() {
+        let loadable = |at: usize, bytes: &[u8]| {
+            let mut page = linux_ap();
+            page[at..at + bytes.len()].copy_from_slice(bytes);
+            VmsaState::decode(&page).unwrap().check_loadable().map_err(|e| e.to_string())
+        };
+        assert_eq!(loadable(0, &[]), Ok(()));
+        for (at, bytes, field) in [
+            (0x168, &[0xf1][..], "DR6"),
+            (0x160, &[1, 4], "DR7"),
+            (0x408, &[0x81], "MXCSR"),
+            (0xcb, &[3], "CPL"),
+            (0x13, &[0x10], "attributes of a segment"),
+            (0x66, &[1], "limit of a descriptor table"),
+            (0x86, &[1], "limit of a descriptor table"),
+        ] {
+            let refusal = loadable(at, bytes).unwrap_err();
+            assert!(refusal.contains(field), "{at:#x}: {refusal}");
+        }
     }
 
     #[test]

@@ -75,9 +75,17 @@ fn program(asked: Option<&Path>) -> PathBuf {
     beside.filter(|path| path.exists()).unwrap_or_else(|| PROGRAM.into())
 }
 
-/// Starts the service and connects to it. When this returns, the service has read its files and is in its cage. A signal, or a
-/// service that hangs, ends that; then nothing of it is left.
-pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), VtpmError> {
+/// A service that has been started and has not answered yet.
+struct Started {
+    child: Child,
+    connection: UnixStream,
+    name: String,
+    /// Names that it may still have to open.
+    _fresh: Option<Fresh>,
+}
+
+/// Starts the program, with the control connection as its only inheritance.
+fn spawn(options: &Options) -> Result<Started, VtpmError> {
     let fresh = options.state.is_none().then(Fresh::make).transpose()?;
     let path = program(options.program.as_deref());
     let name = path.display().to_string();
@@ -91,7 +99,7 @@ pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), Vtpm
         },
         source,
     };
-    let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+    let (connection, theirs) = UnixStream::pair().map_err(failed)?;
     // The child must inherit its end. No other thread of this process starts programs meanwhile.
     rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(|e| failed(e.into()))?;
     let mut command = Command::new(&path);
@@ -105,15 +113,23 @@ pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), Vtpm
     command.args(&options.arguments);
     // A group of its own: what a terminal sends to the monitor (Ctrl-C) must not end the TPM before the guest.
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
-    let mut child = command.spawn().map_err(failed)?;
-    drop(theirs);
-    let connection = ours.try_clone();
+    let child = command.spawn().map_err(failed)?;
+    Ok(Started { child, connection, name, _fresh: fresh })
+}
+
+/// Starts the service and connects to it. When this returns, the service has read its files and is in its cage. A signal, or a
+/// service that hangs, ends that; then nothing of it is left.
+pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), VtpmError> {
+    // What is fresh has been opened by the service at the end; its names are not needed any more, and go.
+    let Started { mut child, connection, name, _fresh } = spawn(options)?;
+    let ours = connection.try_clone();
     let own_name = name.clone();
-    let answer = inbox
-        .attend("the vTPM service to start", super::POWER_ON_PATIENCE, move || Client::over(ours, &own_name));
+    let answer = inbox.attend("the vTPM service to start", super::POWER_ON_PATIENCE, move || {
+        Client::over(connection, &own_name)
+    });
     let answer = answer.map_err(|source| {
         // It ends by itself when the connection ends, unless it hangs.
-        let _ = connection.and_then(|connection| connection.shutdown(Shutdown::Both));
+        let _ = ours.and_then(|connection| connection.shutdown(Shutdown::Both));
         wait(&mut child, START_END_TIMEOUT);
         VtpmError::Unattended { program: name.clone(), source }
     })?;
@@ -125,7 +141,12 @@ pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), Vtpm
             _ => Err(error.into()),
         },
     }
-    // What is fresh has been opened by the service; its names are not needed any more, and go with `fresh`.
+}
+
+/// Starts the service again. Whoever calls this connects over what is returned, and has the service's name for messages.
+pub fn start_again(options: &Options) -> Result<(UnixStream, String, Service), VtpmError> {
+    let Started { child, connection, name, _fresh } = spawn(options)?;
+    Ok((connection, name, Service(child)))
 }
 
 /// Waits for the child's end. `None`: it did not end in time, and was killed.
@@ -146,6 +167,23 @@ fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
 }
 
 impl Service {
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().ok().flatten()
+    }
+
+    /// Whether it has ended by then.
+    pub fn ends_within(&mut self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        while self.ended().is_none() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            thread::sleep(END_INTERVAL);
+        }
+        true
+    }
+
     /// Ends the service: asked first, then waited for, killed if it does not answer.
     pub fn end(mut self, control: Control) {
         // A service that hangs would keep these requests waiting, so a thread makes them. If there is no thread, or the service

@@ -8,6 +8,7 @@
 mod at_exit;
 mod forbidden;
 mod init;
+mod msr;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -47,6 +48,7 @@ use snp::vmsa::VmsaState;
 
 use super::registers::Recorded;
 use super::vm::Inner;
+use super::vm::Stage;
 use super::wake::Order;
 use super::wake::Wake;
 use crate::cpuid;
@@ -81,8 +83,9 @@ const WAIT_IN_KERNEL: rustix::thread::Timespec = rustix::thread::Timespec { tv_s
 /// A vCPU.
 pub struct EmulatedVcpu {
     id: u32,
-    vm: Arc<Inner>,
+    /// Before `vm`: the vCPU's descriptor keeps the kernel's VM, and that must not outlive the memory which `vm` holds.
     kvm: KvmVcpu,
+    vm: Arc<Inner>,
     model: VcpuModel,
     recorded: Arc<Mutex<Recorded>>,
     wake: Arc<Wake>,
@@ -356,6 +359,10 @@ impl EmulatedVcpu {
 
     /// stage0 is done: the kernel is in place, checked, and not yet patched. RIP needs no change.
     fn handover(&mut self) -> Result<Next, CallError> {
+        // The guest can execute these bytes again, and elsewhere: then they are what they are, a write to a port.
+        if self.id != 0 || self.vm.stage() != Stage::Shim {
+            return Ok(Next::Pass);
+        }
         let at = self.kvm.get_regs()?;
         if self.site(at.rip, &self.vm.ports.patched_handover()).is_none() {
             return Ok(Next::Pass);
@@ -367,6 +374,9 @@ impl EmulatedVcpu {
 
     /// The decompressor is done: its last two instructions were `mov rsi, r15; jmp *rax`, the first is patched.
     fn kernel_entry(&mut self) -> Result<Next, CallError> {
+        if self.id != 0 || self.vm.stage() != Stage::Decompressor {
+            return Ok(Next::Pass);
+        }
         let at = self.kvm.get_regs()?;
         if self.site(at.rip, &self.vm.ports.patched_hook()).is_none() {
             return Ok(Next::Pass);
@@ -427,9 +437,11 @@ impl EmulatedVcpu {
                     self.told = Some(Told::Mmio { gpa, len: usize::from(len).min(8), direction, data });
                     return Ok(Next::Tell);
                 }
-                Outcome::ReadMsr { index } => Reply::ReadMsr(self.kvm.get_msr(index).ok()),
+                Outcome::ReadMsr { index } => {
+                    Reply::ReadMsr(msr::readable(index).then(|| self.kvm.get_msr(index).ok()).flatten())
+                }
                 Outcome::WriteMsr { index, value } => {
-                    Reply::WriteMsr(self.kvm.set_msrs(&[(index, value)]).is_ok())
+                    Reply::WriteMsr(msr::writable(index) && self.kvm.set_msrs(&[(index, value)]).is_ok())
                 }
                 Outcome::Tsc => Reply::Tsc {
                     tsc: self.kvm.get_msr(MSR_TSC)?,
@@ -513,6 +525,14 @@ impl EmulatedVcpu {
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => Ok(Step::Interrupted),
             Err(source) => Err(CallError { call: "waiting for an INIT", source }),
         }
+    }
+
+    /// KVM gave up on an instruction. The monitor cannot read the registers of an SNP guest; those below it can be.
+    fn not_emulated(&self, suberror: u32) -> CallError {
+        let rip = self.kvm.get_regs().map_or_else(|e| e.to_string(), |regs| format!("RIP {:#x}", regs.rip));
+        let text =
+            format!("KVM could not emulate an instruction of the guest (internal error {suberror}) at {rip}");
+        CallError { call: "KVM_RUN", source: std::io::Error::other(text) }
     }
 
     fn run_to_next(&mut self) -> Result<Step, CallError> {
@@ -709,7 +729,12 @@ impl Vcpu for EmulatedVcpu {
             Step::Interrupted => Ok(Exit::Interrupted),
             Step::Again => Ok(Exit::Again),
             Step::FailEntry => Ok(Exit::FailEntry { reason: u64::MAX }),
-            Step::Kvm => Ok(decode(self.kvm.fd.get_kvm_run())),
+            Step::Kvm => {
+                if let Exit::InternalError { suberror } = decode(self.kvm.fd.get_kvm_run()) {
+                    return Err(self.not_emulated(suberror));
+                }
+                Ok(decode(self.kvm.fd.get_kvm_run()))
+            }
             Step::Told => Ok(match &mut self.told {
                 None => Exit::Interrupted,
                 Some(Told::MapGpaRange { range, ret }) => Exit::Hypercall {

@@ -14,6 +14,7 @@
 
 #![allow(unsafe_code, reason = "memory slots hand the kernel addresses in this process")]
 
+use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -60,8 +61,12 @@ impl Region {
     }
 }
 
+/// Most memory slots at a time: each change of a page rebuilds them while the views are aliased, and KVM has 32,764. A guest that
+/// alternates shared and private pages needs one for each; Linux' decompressor needs a few.
+const SLOTS_MAX: usize = 8192;
+
 /// A memory slot of the underlying VM.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Hash, PartialEq, Eq)]
 struct Slot {
     gpa: u64,
     host: u64,
@@ -79,6 +84,8 @@ impl Slot {
 struct Slots {
     /// By slot number; `None` is free.
     used: Vec<Option<Slot>>,
+    /// The free ones of these.
+    free: Vec<usize>,
     /// The shared view's slots are rebuilt from the page states while this holds.
     aliased: bool,
 }
@@ -384,7 +391,15 @@ fn write_all(file: &OwnedFd, mut at: u64, mut data: &[u8]) -> io::Result<()> {
 }
 
 fn protecting(source: io::Error) -> CallError {
-    CallError { call: "mprotect of guest RAM (strict)", source }
+    let call = match source.raw_os_error() {
+        // Each run of pages in one state is a mapping of this process.
+        Some(libc::ENOMEM) => {
+            "mprotect of guest RAM (strict; the guest's shared and private pages alternate so often that the host's \
+             vm.max_map_count does not suffice)"
+        }
+        _ => "mprotect of guest RAM (strict)",
+    };
+    CallError { call, source }
 }
 
 impl Slot {
@@ -406,7 +421,7 @@ impl Slot {
 
 impl Slots {
     fn insert(&mut self, vm: &KvmVm, slot: Slot) -> Result<(), CallError> {
-        let free = self.used.iter().position(Option::is_none);
+        let free = self.free.pop();
         let number = free.unwrap_or(self.used.len());
         // SAFETY: the regions keep their mappings as long as this object, which lives as long as the VM.
         unsafe { vm.set_slot(number as u32, slot.gpa, slot.host, slot.len) }?;
@@ -424,13 +439,15 @@ impl Slots {
         wanted: &[Slot],
         keep: impl Fn(&Slot) -> bool,
     ) -> Result<(), CallError> {
-        self.retain(vm, |slot| keep(slot) || wanted.contains(slot))?;
-        for slot in wanted {
-            if !self.used.contains(&Some(*slot)) {
-                self.insert(vm, *slot)?;
-            }
+        // Looked at before anything is deleted, so that the guest's memory is whole or the run is over.
+        if wanted.len() > SLOTS_MAX {
+            let call = "showing the guest its memory: its shared and private pages alternate too often for KVM's memory slots";
+            return Err(CallError::errno(call, libc::EINVAL));
         }
-        Ok(())
+        let set: HashSet<Slot> = wanted.iter().copied().collect();
+        self.retain(vm, |slot| keep(slot) || set.contains(slot))?;
+        let there: HashSet<Slot> = self.used.iter().flatten().copied().collect();
+        wanted.iter().filter(|slot| !there.contains(slot)).try_for_each(|slot| self.insert(vm, *slot))
     }
 
     fn retain(&mut self, vm: &KvmVm, keep: impl Fn(&Slot) -> bool) -> Result<(), CallError> {
@@ -441,6 +458,7 @@ impl Slots {
                 // SAFETY: length 0 deletes the slot; the kernel no longer refers to the memory.
                 unsafe { vm.set_slot(number as u32, slot.gpa, slot.host, 0) }?;
                 *place = None;
+                self.free.push(number);
             }
         }
         Ok(())

@@ -62,6 +62,18 @@ struct Member {
     wake: Arc<Wake>,
 }
 
+/// What runs in the guest, as far as the platform follows it. Each is left once, by the first vCPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stage {
+    /// Nothing yet, or stage0.
+    #[default]
+    Shim,
+    /// The kernel's decompressor.
+    Decompressor,
+    /// The kernel proper, or firmware.
+    Kernel,
+}
+
 /// What the VM and its vCPUs share. Declared so that the underlying VM goes before the memory that it refers to.
 pub struct Inner {
     pub(super) kvm: KvmVm,
@@ -73,6 +85,7 @@ pub struct Inner {
     notes: Notes,
     members: Mutex<Vec<Member>>,
     begun: Mutex<bool>,
+    stage: Mutex<Stage>,
 }
 
 /// The VM.
@@ -96,7 +109,10 @@ impl CodeMemory for Code<'_> {
 }
 
 fn patch_failed(e: PatchError) -> CallError {
-    CallError { call: "patching the guest's SNP instructions", source: io::Error::other(e) }
+    CallError {
+        call: "patching the SNP instructions that the guest has put in memory",
+        source: io::Error::other(e),
+    }
 }
 
 impl Inner {
@@ -139,19 +155,30 @@ impl Inner {
     /// aliases the views until the kernel proper runs. stage0 itself needs no alias: it lies in the first MiB, and has the
     /// C-bit in CR3 before it looks beyond.
     pub(super) fn begin_kernel(&self) -> Result<(), CallError> {
-        let Some(annotations) = &self.notes.kernel else { return Ok(()) };
+        let Some(annotations) = &self.notes.kernel else {
+            *lock(&self.stage) = Stage::Kernel;
+            return Ok(());
+        };
         annotations.patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
         if annotations.decompressor.is_some() {
-            self.views.begin_alias(&self.kvm, &self.model.pages)?;
+            *lock(&self.stage) = Stage::Decompressor;
+            return self.views.begin_alias(&self.kvm, &self.model.pages);
         }
+        *lock(&self.stage) = Stage::Kernel;
         Ok(())
     }
 
     /// Patches the kernel proper, whose entry point turned out to be at `entry`.
     pub(super) fn patch_kernel(&self, entry: u64) -> Result<(), CallError> {
         let Some(annotations) = &self.notes.kernel else { return Ok(()) };
+        *lock(&self.stage) = Stage::Kernel;
         let base = annotations.kernel.base_from_entry(entry);
         annotations.kernel.patch(&mut Code(&self.views), base, &self.ports).map_err(patch_failed)
+    }
+
+    /// What runs now.
+    pub(super) fn stage(&self) -> Stage {
+        *lock(&self.stage)
     }
 
     /// Starts or stops a vCPU.
@@ -231,6 +258,7 @@ impl EmulatedVm {
             notes,
             members: Mutex::default(),
             begun: Mutex::default(),
+            stage: Mutex::default(),
         })))
     }
 }

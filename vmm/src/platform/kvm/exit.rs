@@ -24,11 +24,11 @@ pub fn decode(run: &mut kvm_run) -> Exit<'_> {
             // SAFETY: exit_reason says that this union member is the valid one.
             let io = unsafe { u.io };
             let len = usize::from(io.size) * io.count as usize;
+            // The data lie behind the structure, so the pointer is made from the address of the mapping, which the kernel gave out.
+            let data = std::ptr::with_exposed_provenance_mut::<u8>(base.addr() + io.data_offset as usize);
             // SAFETY: the kernel places `len` bytes at `data_offset` within the vCPU's mapping, which starts at `base` and
             // lives as long as the vCPU, which is mutably borrowed for the life of the result.
-            let data = unsafe {
-                std::slice::from_raw_parts_mut(base.cast::<u8>().add(io.data_offset as usize), len)
-            };
+            let data = unsafe { std::slice::from_raw_parts_mut(data, len) };
             match u32::from(io.direction) {
                 KVM_EXIT_IO_IN => Exit::IoIn { port: io.port, data },
                 _ => Exit::IoOut { port: io.port, data },

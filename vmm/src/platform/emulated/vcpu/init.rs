@@ -5,6 +5,7 @@
 //! `kvm_lapic_reset` in it (Linux 6.12.117 and 7.3.4, `x86.c` and `lapic.c`). What the monitor had set in the local APIC is gone
 //! afterwards, and the guest's shared clocks are off; a guest that counted on either would fail on hardware too.
 
+use kvm_bindings::kvm_debugregs;
 use kvm_bindings::kvm_lapic_state;
 
 use super::EmulatedVcpu;
@@ -29,6 +30,24 @@ const INITIAL_COUNT: usize = 0x380;
 const DIVIDE: usize = 0x3e0;
 /// KVM's own MSRs of a vCPU: system time, asynchronous page faults, stolen time, end of interrupt, and the interrupt of the second.
 const PARAVIRTUAL_MSRS: [u32; 6] = [0x12, 0x4b56_4d01, 0x4b56_4d02, 0x4b56_4d03, 0x4b56_4d04, 0x4b56_4d06];
+/// MSRs that a save area holds and that a guest's may only hold as zero (`VmsaState::decode`): SYSENTER, STAR to SFMASK, FS and GS are
+/// loaded with the segments, KERNEL_GS_BASE, TSC_AUX, XSS, DEBUGCTL.
+const SAVED_MSRS: [u32; 11] = [
+    0x174,
+    0x175,
+    0x176,
+    0xc000_0081,
+    0xc000_0082,
+    0xc000_0083,
+    0xc000_0084,
+    0xc000_0102,
+    0xc000_0103,
+    0xda0,
+    0x1d9,
+];
+/// DR6 and DR7 after a reset.
+const DEBUG_STATUS: u64 = 0xffff_0ff0;
+const DEBUG_CONTROL: u64 = 0x400;
 /// LINT0 of the first vCPU after any reset (`KVM_X86_QUIRK_LINT0_REENABLED`): ExtINT.
 const LINT0: (usize, u32) = (0x350, 0x700);
 
@@ -39,11 +58,13 @@ impl EmulatedVcpu {
         let mut lapic = self.kvm.fd.get_lapic().map_err(CallError::of("KVM_GET_LAPIC"))?;
         reset(&mut lapic, x2apic, self.id == 0);
         self.kvm.fd.set_lapic(&lapic).map_err(CallError::of("KVM_SET_LAPIC"))?;
-        for msr in PARAVIRTUAL_MSRS {
+        // A vCPU that is started again must not keep what it had before.
+        for msr in PARAVIRTUAL_MSRS.into_iter().chain(SAVED_MSRS) {
             // One that the vCPU does not have is off already.
             let _ = self.kvm.set_msrs(&[(msr, 0)]);
         }
-        Ok(())
+        let debug = kvm_debugregs { dr6: DEBUG_STATUS, dr7: DEBUG_CONTROL, ..Default::default() };
+        self.kvm.fd.set_debug_regs(&debug).map_err(CallError::of("KVM_SET_DEBUGREGS"))
     }
 }
 
