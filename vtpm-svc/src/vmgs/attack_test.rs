@@ -148,6 +148,18 @@ fn mutate(image: &mut Vec<u8>, rng: &mut Rng, ours: &Past, others: &Past, plain:
     }
 }
 
+/// The record as a host that lost its power in the middle of a lease finds it: an image may be ahead of it.
+pub(super) fn after_a_power_loss(mut record: Vec<u8>) -> Vec<u8> {
+    for at in [0, 4096] {
+        let slot = &mut record[at..at + 512];
+        slot[16] = 1;
+        slot[24..40].fill(0xb0);
+        let crc = crc32fast::hash(&slot[..508]);
+        slot[508..].copy_from_slice(&crc.to_le_bytes());
+    }
+    record
+}
+
 #[test]
 fn only_what_the_options_name_is_served() {
     let dir = tempfile::tempdir().expect("tempdir");
@@ -157,6 +169,7 @@ fn only_what_the_options_name_is_served() {
     // The attacker makes this one himself, with any numbers that he likes.
     let plain = past(Identity { image: [5; 16], vm: VM }, false, None, 0xcc);
     let record = std::fs::read(folder.record_path(&[5; 16])).expect("record");
+    let records = [record.clone(), after_a_power_loss(record)];
     let demand = Demand { encrypted: true, vm: Some(VM) };
     let mut rng = Rng(0xa77a_c4e5);
     let (mut served, mut refused) = ([0u32; 4], [0u32; 4]);
@@ -169,7 +182,7 @@ fn only_what_the_options_name_is_served() {
             [(false, false), (true, false), (false, true), (true, true)].into_iter().enumerate()
         {
             let what = format!("attack {n}, rollback {rollback}, adopt {foreign}");
-            std::fs::write(folder.record_path(&[5; 16]), &record).expect("record");
+            std::fs::write(folder.record_path(&[5; 16]), &records[n as usize % 2]).expect("record");
             let accept = Accept { rollback, foreign, ..Accept::default() };
             let opened = Vmgs::open_for(MemFile(image.clone()), Some(key(7)), Some(&folder), accept, demand);
             let mut v = match opened {

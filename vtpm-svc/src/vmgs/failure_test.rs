@@ -111,8 +111,10 @@ fn used(dir: &tempfile::TempDir, k: Option<Key>, fill: usize) -> Vec<u8> {
 
 struct Case {
     name: &'static str,
-    /// Before.
+    /// The image's key before.
     key: Option<u8>,
+    /// The key that the operator gives.
+    given: Option<u8>,
     accept: Accept,
     prepare: fn(&mut Vec<u8>),
     run: fn(&mut Vmgs<Disk>) -> Result<(), VmgsError>,
@@ -134,6 +136,7 @@ fn cases() -> Vec<Case> {
         Case {
             name: "import",
             key: Some(7),
+            given: Some(7),
             accept: NONE,
             prepare: |_| {},
             run: |v| v.commit(&[Change::Put(clock(), &[1; 8])]).map(|_| ()),
@@ -142,6 +145,7 @@ fn cases() -> Vec<Case> {
         Case {
             name: "rekey",
             key: Some(7),
+            given: Some(7),
             accept: NONE,
             prepare: |_| {},
             run: |v| v.rekey(key(8), 0).map(|_| ()),
@@ -150,6 +154,7 @@ fn cases() -> Vec<Case> {
         Case {
             name: "encrypt",
             key: None,
+            given: None,
             accept: NONE,
             prepare: |_| {},
             run: |v| v.rekey(key(8), 0).map(|_| ()),
@@ -158,6 +163,19 @@ fn cases() -> Vec<Case> {
         Case {
             name: "repair",
             key: Some(7),
+            given: Some(7),
+            accept: REPAIR,
+            prepare: |i| {
+                let slot = newest(i);
+                seal_with_zero_key(i, slot, &[7; 32]);
+            },
+            run: |v| v.rekey(key(8), FLAG_DISCLOSED).map(|_| ()),
+            after: whole,
+        },
+        Case {
+            name: "repair by somebody who has no key",
+            key: Some(7),
+            given: None,
             accept: REPAIR,
             prepare: |i| {
                 let slot = newest(i);
@@ -169,6 +187,7 @@ fn cases() -> Vec<Case> {
         Case {
             name: "repair of the older table",
             key: Some(7),
+            given: Some(7),
             accept: REPAIR,
             prepare: |i| {
                 let slot = 1 - newest(i);
@@ -180,6 +199,7 @@ fn cases() -> Vec<Case> {
         Case {
             name: "adopt",
             key: Some(7),
+            given: Some(7),
             accept: ADOPT,
             prepare: |i| {
                 let e = entry_at(i, 61);
@@ -203,7 +223,7 @@ fn at_every_failure_point_an_image_is_as_before_or_as_after() {
             let disk = Disk::new(before, left);
             let anchors = folder(&dir);
             let mut v =
-                Vmgs::open(disk.clone(), case.key.map(key), Some(&anchors), case.accept).expect("open");
+                Vmgs::open(disk.clone(), case.given.map(key), Some(&anchors), case.accept).expect("open");
             let done = (case.run)(&mut v);
             // The process is gone without a word.
             drop(v);
@@ -216,8 +236,8 @@ fn at_every_failure_point_an_image_is_as_before_or_as_after() {
                 // One of the two keys opens it; options only as before, if it is as before.
                 let open = |k, accept| Vmgs::open(MemFile(image.clone()), k, Some(&anchors), accept);
                 let opened = open(Some(key(8)), NONE)
-                    .or_else(|_| open(case.key.map(key), NONE))
-                    .or_else(|_| open(case.key.map(key), case.accept));
+                    .or_else(|_| open(case.given.map(key), NONE))
+                    .or_else(|_| open(case.given.map(key), case.accept));
                 // A repair that was cut short after its first header is known by its traces, and repaired with the new key.
                 let opened = opened.or_else(|_| open(Some(key(8)), case.accept));
                 let v = opened.unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -242,12 +262,13 @@ fn without_space_nothing_is_changed() {
         (case.prepare)(&mut before);
         let disk = Disk::new(before.clone(), usize::MAX);
         let mut v =
-            Vmgs::open(disk.clone(), case.key.map(key), Some(&folder(&dir)), case.accept).expect("open");
+            Vmgs::open(disk.clone(), case.given.map(key), Some(&folder(&dir)), case.accept).expect("open");
         let full = (case.run)(&mut v);
         assert!(matches!(full, Err(VmgsError::NoSpace { .. })), "{}", case.name);
         drop(v);
         assert!(disk.written() == before, "{}: not a byte", case.name);
-        let again = Vmgs::open(disk, case.key.map(key), Some(&folder(&dir)), case.accept).expect("as before");
+        let again =
+            Vmgs::open(disk, case.given.map(key), Some(&folder(&dir)), case.accept).expect("as before");
         assert_eq!(again.read(FileId::VTPM_STATE).expect("read").as_slice(), b"the TPM");
     }
 }

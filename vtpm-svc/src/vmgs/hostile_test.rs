@@ -553,6 +553,83 @@ fn rollback_fork_and_second_copy_are_refused_by_the_anchor() {
     assert!(matches!(unknown, Err(VmgsError::Anchor(super::anchor::AnchorError::Unknown { .. }))));
 }
 
+/// An image with a TPM, a clock and a root, in use with an anchor; and a copy of it from before its last commit.
+fn anchored_pair(folder: &AnchorFolder) -> (Vec<u8>, Vec<u8>) {
+    let mut v = Vmgs::create(blank(), Some(key(7)), WHO, Some(folder)).expect("create");
+    let all = super::root::FLAG_PROVISIONED | super::root::FLAG_EXPORTED | super::root::FLAG_DISCLOSED;
+    v.commit(&[
+        Change::Put(STATE, SECRET),
+        Change::Put(FileId::VTPM_STATE_GOOD, SECRET),
+        Change::Put(FileId::RTC_SKEW, &[0; 8]),
+        Change::Flag(all),
+    ])
+    .expect("commit");
+    let old = v.file.0.clone();
+    v.commit(&[Change::Put(FileId::RTC_SKEW, &[1; 8])]).expect("commit");
+    v.commit(&[Change::Put(FileId::RTC_SKEW, &[2; 8])]).expect("commit");
+    (v.close().expect("close").0, old)
+}
+
+fn without(mut image: Vec<u8>, ids: &[usize]) -> Vec<u8> {
+    let slot = usize::from(u32_at(&image, 16) < u32_at(&image, 512 + 16));
+    for id in ids {
+        let e = entry_at(&image, slot, *id);
+        image[e..e + 64].fill(0);
+    }
+    image
+}
+
+#[test]
+fn a_lost_root_needs_both_words_names_every_loss_and_keeps_who_the_image_is() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let folder = AnchorFolder { path: dir.path().join("a"), durability: Durability::Leased };
+    let (newest, old) = anchored_pair(&folder);
+    let anchored = |image: &[u8], rollback, foreign| {
+        let accept = Accept { rollback, foreign, ..Accept::default() };
+        Vmgs::open(MemFile(image.to_vec()), Some(key(7)), Some(&folder), accept)
+    };
+    let robbed = without(newest, &[4, 60, 61, 62]);
+    for (rollback, foreign) in [(false, false), (true, false), (false, true)] {
+        let text = anchored(&robbed, rollback, foreign).map(|_| ()).expect_err("refused").to_string();
+        for named in ["file 4 ", "file 60 ", "file 61 ", "file 62", "--adopt and --accept-rollback together"]
+        {
+            assert!(text.contains(named), "{named}: {text}");
+        }
+        // An old copy is no newer for having lost its root.
+        let old = without(old.clone(), &[62]);
+        assert!(anchored(&old, rollback, foreign).is_err());
+    }
+    let mut v = anchored(&robbed, true, true).expect("both words");
+    assert!(!crate::engine::state::is_virgin(&v));
+    assert_eq!((v.root().image, v.root().vm), (WHO.image, WHO.vm));
+    assert_eq!(v.root().flags, 7, "made, exported, disclosed");
+    assert!(v.commit(&[]).expect("commit").generation > 4, "above all that the anchor knows");
+}
+
+#[test]
+fn a_plain_copy_of_an_encrypted_image_moves_no_anchor_and_no_option_accepts_it() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let folder = AnchorFolder { path: dir.path().join("a"), durability: Durability::Leased };
+    let (genuine, _) = anchored_pair(&folder);
+    let path = folder.record_path(&WHO.image);
+    let record = super::attack_test::after_a_power_loss(std::fs::read(&path).expect("record"));
+    // Anybody can make this one, with any generation.
+    let mut v = Vmgs::create(blank(), None, WHO, None).expect("create");
+    v.root.generation = (1 << 56) - 2;
+    v.commit(&[Change::Put(FileId::RTC_SKEW, &[9; 8])]).expect("commit");
+    let plain = v.close().expect("close").0;
+    for (rollback, foreign) in [(false, false), (true, false), (false, true), (true, true)] {
+        for plain in [plain.clone(), without(plain.clone(), &[62])] {
+            std::fs::write(&path, &record).expect("record");
+            let accept = Accept { rollback, foreign, ..Accept::default() };
+            let opened = Vmgs::open(MemFile(plain), None, Some(&folder), accept).map(|_| ());
+            opened.expect_err("stripped");
+            assert!(std::fs::read(&path).expect("record") == record, "{rollback} {foreign}");
+        }
+    }
+    Vmgs::open(MemFile(genuine), Some(key(7)), Some(&folder), Accept::default()).expect("the true one");
+}
+
 #[test]
 fn space_runs_out_without_touching_a_live_generation() {
     let mut v = open(&image()).expect("open");
