@@ -5,6 +5,8 @@
 //! SNP firmware, the RMP and KVM's SEV code do. It opens no device and depends on no KVM crate, so a policy author or a
 //! verifier can use it on any machine.
 
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
+
 pub mod attest;
 pub mod digest;
 pub mod explain;

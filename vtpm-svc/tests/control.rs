@@ -272,7 +272,7 @@ fn a_second_instance_and_an_old_copy_are_refused() {
     let table = u32::from_le_bytes(image[newest + 24..newest + 28].try_into().expect("four")) as usize * 4096;
     image[table + 60 * 64..table + 61 * 64].fill(0);
     std::fs::write(&gone, &image).expect("write");
-    refuse(&mut fresh(&again), "gone", "file 60 (VTPM_STATE): in this image before and removed");
+    refuse(&mut fresh(&again), "gone", "file 60 (VTPM_STATE): was in this image and has been removed");
 }
 
 /// The command line of a service on the usual sockets of a site, with another image.
