@@ -223,7 +223,8 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     for missing in process::hide_memory() {
         log::warn(&missing);
     }
-    let starting = Starting::watch(&wanted(args, path), lone_client(policy, control.as_ref()))
+    let client = lone_client(policy, control.as_ref());
+    let starting = Starting::watch(&wanted(args, path), args.key.key_hook.is_some(), client)
         .map_err(io_error("starting a thread"))?;
     // Before the image is opened, so that one which is replaced while a key hook is asked is noticed.
     let upkeep = Upkeep::of(path, args.store_limit);

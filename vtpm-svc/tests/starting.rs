@@ -51,9 +51,9 @@ fn a_start_that_waits_says_for_what_and_ends_with_who_started_it() {
     let started = Instant::now();
     let mut child = c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("start");
     drop(theirs);
-    wait_for(&site, "waiting for the key");
+    wait_for(&site, "waiting for the key hook");
     assert!(started.elapsed() >= Duration::from_secs(2), "a quick start says nothing");
-    assert!(site.log().contains("hook"), "{}", site.log());
+    assert_eq!(site.log().matches("waiting for").count(), 1, "{}", site.log());
     assert!(child.try_wait().expect("wait").is_none());
     drop(ours);
     assert_eq!(child.wait().expect("wait").code(), Some(1));
@@ -96,6 +96,25 @@ fn an_image_that_is_replaced_while_the_key_is_fetched_is_not_served() {
     // The copy is as good as the image was, and nobody holds it.
     let mut service = site.start(&[]);
     service.kill();
+}
+
+#[test]
+fn a_start_that_waits_for_a_key_file_says_so() {
+    let site = Site::new();
+    // A pipe in the place of the key: opening it waits for whoever writes.
+    let pipe = site.path("pipe");
+    assert!(output(Command::new("mkfifo").args(["-m", "600"]).arg(&pipe)).0);
+    let mut c = program();
+    c.args(["socket", "--tpm2", "--ctrl", &format!("type=unixio,path={}", site.path("c").display())]);
+    c.arg("--vmgs").arg(site.path("vmgs")).arg("--anchor").arg(site.path("anchor"));
+    c.arg("--key-file").arg(&pipe);
+    let log = std::fs::File::create(site.path("log")).expect("log");
+    let mut child = c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("start");
+    wait_for(&site, "starting: waiting for the key (key file");
+    std::fs::write(&pipe, common::KEY).expect("the key");
+    wait_for(&site, "ready");
+    child.kill().expect("kill");
+    child.wait().expect("wait");
 }
 
 /// What was asked for did not arrive, and the exit code says so.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A start that waits for others: for a hook that has the key, for whoever holds the image or its anchor.
 //!
-//! A thread says after two seconds what is waited for, and ends the process when whoever started it, and alone can use it, is
-//! gone. It is over before the cage closes, which must hold every thread.
+//! A thread says after two seconds what is waited for (of a key hook, the code that runs it tells first), and ends the process
+//! when whoever started it, and alone can use it, is gone. It is over before the cage closes, which must hold every thread.
 
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
@@ -46,12 +46,14 @@ pub(super) struct Starting {
 }
 
 impl Starting {
-    /// Begins to watch. `client` is the connection of the only one who can use the service.
-    pub(super) fn watch(what: &str, client: Option<OwnedFd>) -> std::io::Result<Self> {
+    /// Begins to watch. `client` is the connection of the only one who can use the service; `told` says that somebody else
+    /// tells of the wait first.
+    pub(super) fn watch(what: &str, told: bool, client: Option<OwnedFd>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { what: Mutex::new(Some(what.to_owned())), over: Condvar::new() });
         let theirs = shared.clone();
         let thread = std::thread::Builder::new().name("start".into()).stack_size(256 << 10);
-        let thread = thread.spawn(move || look_after(&theirs, client.as_ref()))?;
+        let first = if told { AGAIN } else { QUIET };
+        let thread = thread.spawn(move || look_after(&theirs, first, client.as_ref()))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 }
@@ -67,8 +69,8 @@ impl Drop for Starting {
     }
 }
 
-fn look_after(shared: &Shared, client: Option<&OwnedFd>) {
-    let mut next = Instant::now() + QUIET;
+fn look_after(shared: &Shared, first: Duration, client: Option<&OwnedFd>) {
+    let mut next = Instant::now() + first;
     let mut what = shared.what();
     while let Some(text) = what.as_ref() {
         if Instant::now() >= next {
