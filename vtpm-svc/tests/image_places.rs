@@ -374,3 +374,41 @@ fn a_sparse_giant_costs_its_reader_nothing() {
     assert!(code == 3 && text.contains("64 MiB limit"), "{code}: {text}");
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
 }
+
+/// A bit that flipped in a file that is not the TPM's state costs that file and not the TPM.
+#[test]
+fn a_damaged_file_of_the_platform_stops_no_tpm() {
+    let site = Site::new();
+    let image = site.path("vmgs");
+    let start = |what: &str| {
+        let mut service = site.start(&["--flags", "not-need-init"]);
+        let mut s = service.connect_data();
+        let answer = common::tpm(&mut s, common::STARTUP_CLEAR).expect("startup");
+        assert_eq!(common::code(&answer), 0, "{what}: {}", site.log());
+        service.kill();
+    };
+    start("made");
+    assert_eq!(vmgs(&site, &["clock", "--set", "1"], &[&image]).0, 0);
+    assert_eq!(vmgs(&site, &["ppi", "--request", "5"], &[&image]).0, 0);
+    start("request");
+    assert_eq!(import(&site, "1", &image).0, 0);
+    let whole = std::fs::read(&image).expect("read");
+    for id in [1, 2, 4, 61] {
+        let mut bytes = whole.clone();
+        let word = |b: &[u8], at: usize| u32::from_le_bytes(b[at..at + 4].try_into().expect("four")) as usize;
+        let newest = if word(&bytes, 16) > word(&bytes, 512 + 16) { 0 } else { 512 };
+        let entry = word(&bytes, newest + 24) * 4096 + id * 64;
+        assert_ne!(word(&bytes, entry + 4), 0, "file {id} is there");
+        let at = word(&bytes, entry) * 4096;
+        bytes[at] ^= 1;
+        std::fs::write(&image, &bytes).expect("write");
+        let accept = ["--accept-rollback"];
+        let (code, text) = vmgs(&site, &["clock", "--set", "2", accept[0]], &[&image]);
+        assert!(code == 0 && text.contains(&format!("file {id} ")), "{text}");
+        start(&format!("file {id}"));
+        let number = id.to_string();
+        let (code, text) = vmgs(&site, &["delete", "--id", &number], &[&image]);
+        assert!(code == 0 || id == 4 || id == 61, "{text}");
+        assert_eq!(vmgs(&site, &["check"], &[&image]).0, 0);
+    }
+}

@@ -37,7 +37,7 @@ fn failed(what: &str, error: &PlatformError) -> Response {
 
 impl<F: BlockFile + 'static> Service<F> {
     fn stored_ppi(&self) -> Result<Ppi, PlatformError> {
-        let stored = self.state.vmgs().read_optional(FileId::TPM_PPI)?;
+        let stored = self.state.vmgs().read_usable(FileId::TPM_PPI)?;
         Ok(stored.map(|bytes| Ppi::parse(&bytes)).transpose()?.unwrap_or_default())
     }
 
@@ -94,7 +94,7 @@ impl<F: BlockFile + 'static> Service<F> {
     }
 
     pub(super) fn clock(&self) -> Response {
-        let stored = self.state.vmgs().read_optional(FileId::RTC_SKEW);
+        let stored = self.state.vmgs().read_usable(FileId::RTC_SKEW);
         let skew = stored.map_err(PlatformError::from).and_then(|bytes| {
             Ok(bytes.map(|bytes| RtcSkew::parse(&bytes)).transpose()?.and_then(RtcSkew::checked))
         });
@@ -110,7 +110,7 @@ impl<F: BlockFile + 'static> Service<F> {
     pub(super) fn set_clock(&self, skew: RtcSkew) -> Response {
         let Some(skew) = skew.checked() else { return Response::refused(code::BAD_PARAMETER) };
         let bytes = skew.to_bytes();
-        let stored = self.state.vmgs().read_optional(FileId::RTC_SKEW).map_err(PlatformError::from);
+        let stored = self.state.vmgs().read_usable(FileId::RTC_SKEW).map_err(PlatformError::from);
         let stored = stored.and_then(|now| match now {
             Some(now) if **now == bytes => Ok(()),
             _ => Ok(self.state.commit(&[Change::Put(FileId::RTC_SKEW, &bytes)])?),

@@ -231,7 +231,7 @@ impl<F: BlockFile> VmgsState<F> {
             return Ok(None);
         }
         let vmgs = self.vmgs();
-        let Some(bytes) = vmgs.read_optional(FileId::TPM_PPI)? else { return Ok(None) };
+        let Some(bytes) = vmgs.read_usable(FileId::TPM_PPI)? else { return Ok(None) };
         match Ppi::parse(&bytes) {
             Ok(ppi) => Ok(Some(ppi).filter(|ppi| ppi.pending != 0)),
             Err(e) => {

@@ -167,7 +167,7 @@ impl std::fmt::Display for Finding {
                  delete --id {0}`",
                 id.number()
             ),
-            Self::Malformed(id, why) => write!(f, "{id} is not used: {why}"),
+            Self::Malformed(id, why) => write!(f, "{id} is no record and is not used: {why}"),
             Self::NeverRooted => f.write_str(
                 "the image has no integrity root (file 62), and never had one: another tool made it, and nothing proves which files \
                  belong to it",

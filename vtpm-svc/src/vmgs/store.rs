@@ -327,6 +327,15 @@ impl<F: BlockFile> Vmgs<F> {
         }
     }
 
+    /// Reads a file that its owner can do without: one that is damaged, which was said when the image was opened, counts as
+    /// one that is not there.
+    pub fn read_usable(&self, id: FileId) -> Result<Option<Zeroizing<Vec<u8>>>, VmgsError> {
+        match self.read_optional(id) {
+            Err(VmgsError::AuthFailed(_) | VmgsError::ZeroCiphertext(_)) => Ok(None),
+            other => other,
+        }
+    }
+
     /// Applies all changes at once; when it returns they are durable.
     ///
     /// The first commit after something was adopted also writes every file anew and overwrites what was there before.
