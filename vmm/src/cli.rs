@@ -31,7 +31,6 @@ use clap::CommandFactory;
 use clap::FromArgMatches;
 use clap::Parser;
 use clap::Subcommand;
-use vtpm_svc::cli_vmgs::CliError;
 
 use crate::note;
 use crate::outcome::EXIT_CODES;
@@ -125,12 +124,14 @@ pub fn main() -> ExitCode {
         Some(Command::Verify(args)) => verify::main(&args),
         Some(Command::Certs(args)) => certs::main(&args),
         Some(Command::Doctor(args)) => doctor::main(&args),
-        Some(Command::Vmgs(args)) => {
-            vtpm_svc::cli_vmgs::run(&args, &mut io::stdout().lock()).map(|()| 0).map_err(|e| match e {
-                CliError::Usage(message) => Failure::Usage(message),
-                other => Failure::monitor(other),
-            })
-        }
+        // It has exit codes of its own, the same as `vtpm-svc vmgs`.
+        Some(Command::Vmgs(args)) => match vtpm_svc::cli_vmgs::run(&args, &mut io::stdout().lock()) {
+            Ok(()) => Ok(0),
+            Err(error) => {
+                note::error(&error);
+                return ExitCode::from(error.exit_code());
+            }
+        },
         None => modes::check(&matches, false).and_then(|()| run::main(&cli.run)),
     };
     let (message, code) = match result {

@@ -52,7 +52,8 @@ Exit codes:
     4  the guest terminated itself (SEV_TERM); the reason is printed
     5  the guest crashed (triple fault)
   130  stopped by SIGINT, 143 by SIGTERM, 128 and its number by another signal that ends programs
-Other commands than a run end with 0, 1 or 2; 1 is also the answer of a check or a comparison that found a fault.";
+Other commands than a run end with 0, 1 or 2; 1 is also the answer of a check or a comparison that found a fault. `vmgs` has codes of
+its own (docs/vmgs.md).";
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
