@@ -18,6 +18,7 @@
 //! The record is read under its lock: what was read before could be another instance's past.
 
 use std::fs::File;
+use std::fs::TryLockError;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::fs::FileExt;
@@ -25,6 +26,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 
+use super::block::soon;
 use super::root::Mark;
 use super::root::uuid_text;
 
@@ -325,16 +327,16 @@ impl FileAnchor {
             .mode(0o600)
             .open(&path)
             .map_err(io(&path))?;
-        match file.try_lock() {
+        match soon(|| file.try_lock()) {
             Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
+            Err(TryLockError::WouldBlock) => {
                 let holder = match read_newest(&file) {
                     Ok(Found::Record(r)) => format!("process {}", r.pid),
                     _ => "unknown".into(),
                 };
                 return Err(AnchorError::InUse { image: uuid_text(image), holder });
             }
-            Err(std::fs::TryLockError::Error(source)) => return Err(AnchorError::Io { path, source }),
+            Err(TryLockError::Error(source)) => return Err(AnchorError::Io { path, source }),
         }
         #[cfg(test)]
         tests::between_lock_and_read();

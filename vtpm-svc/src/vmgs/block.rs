@@ -2,9 +2,15 @@
 //! The few operations that a guest-state store needs of a disk, so that tests can record and reorder them.
 
 use std::fs::File;
+use std::fs::TryLockError;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
+
+/// How often, and in what intervals, a lock that somebody holds is tried: a fifth of a second.
+const LOCK_TRIES: u32 = 20;
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A random-access file whose writes become durable at [`BlockFile::sync`] and in no particular order before it.
 pub trait BlockFile: Send {
@@ -41,7 +47,7 @@ impl FsFile {
         if file.metadata()?.is_dir() {
             return Err(io::ErrorKind::IsADirectory.into());
         }
-        file.try_lock_shared().map_err(lock_error)?;
+        soon(|| file.try_lock_shared()).map_err(lock_error)?;
         Ok(Self { file })
     }
 
@@ -70,18 +76,30 @@ impl FsFile {
         if file.metadata()?.is_dir() {
             return Err(io::ErrorKind::IsADirectory.into());
         }
-        file.try_lock().map_err(lock_error)?;
+        soon(|| file.try_lock()).map_err(lock_error)?;
         Ok(Self { file })
     }
 }
 
-fn lock_error(error: std::fs::TryLockError) -> io::Error {
+/// Takes a lock that may be held a moment longer than its holder: a process that starts another one shares its open files with it
+/// until that one is the other program, so a lock that was just given up can still be there.
+pub(super) fn soon(lock: impl Fn() -> Result<(), TryLockError>) -> Result<(), TryLockError> {
+    for _ in 0..LOCK_TRIES {
+        match lock() {
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_INTERVAL),
+            other => return other,
+        }
+    }
+    lock()
+}
+
+fn lock_error(error: TryLockError) -> io::Error {
     match error {
-        std::fs::TryLockError::WouldBlock => io::Error::new(
+        TryLockError::WouldBlock => io::Error::new(
             io::ErrorKind::WouldBlock,
             "another process has this file open (a running vtpm-svc?)",
         ),
-        std::fs::TryLockError::Error(e) => e,
+        TryLockError::Error(e) => e,
     }
 }
 
