@@ -21,19 +21,50 @@ pub struct KeyFile {
 /// The longest secret. One byte more is read, so that a longer one is noticed.
 pub(super) const MOST: u64 = 4096;
 
-/// Reads a secret, and refuses one that every user of the host can read.
+/// Reads a secret, and refuses one that is not its user's alone: others can read it, or have put it there.
 pub(super) fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, KeyError> {
+    read(path, 0o077, true)
+}
+
+/// Reads a secret; `others` are the rights that nobody else may have, and `ours` whether it has to be this user's or root's.
+fn read(path: &Path, others: u32, ours: bool) -> Result<Zeroizing<Vec<u8>>, KeyError> {
     use std::io::Read;
     let io = |source| KeyError::Io { path: path.to_path_buf(), source };
     let file = std::fs::File::open(path).map_err(io)?;
-    let mode = file.metadata().map_err(io)?.mode() & 0o777;
-    if mode & 0o007 != 0 {
+    let meta = file.metadata().map_err(io)?;
+    let mode = meta.mode() & 0o777;
+    if mode & others != 0 {
         return Err(KeyError::Exposed { path: path.to_path_buf(), mode });
+    }
+    if ours {
+        check_owner(path, meta.uid())?;
     }
     // One allocation that never grows, so that no copy of the secret is left behind.
     let mut bytes = Zeroizing::new(Vec::with_capacity(MOST as usize + 1));
     file.take(MOST + 1).read_to_end(&mut bytes).map_err(io)?;
     Ok(bytes)
+}
+
+/// Refuses what belongs to somebody who is neither this user nor root.
+fn check_owner(path: &Path, owner: u32) -> Result<(), KeyError> {
+    match owner {
+        0 => Ok(()),
+        id if id == rustix::process::geteuid().as_raw() => Ok(()),
+        owner => Err(KeyError::Foreign { path: path.to_path_buf(), owner }),
+    }
+}
+
+/// Refuses a program that somebody else can change. A name without a folder is looked for in the folders of the system's programs.
+pub(super) fn check_program(path: &Path) -> Result<(), KeyError> {
+    if !path.as_os_str().as_encoded_bytes().contains(&b'/') {
+        return Ok(());
+    }
+    let meta = std::fs::metadata(path).map_err(|source| KeyError::Io { path: path.to_path_buf(), source })?;
+    let mode = meta.mode() & 0o777;
+    if mode & 0o022 != 0 {
+        return Err(KeyError::Writable { path: path.to_path_buf(), mode });
+    }
+    check_owner(path, meta.uid())
 }
 
 impl KeyProvider for KeyFile {
@@ -61,6 +92,7 @@ impl KeyProvider for Credential {
         let folder = std::env::var_os("CREDENTIALS_DIRECTORY").filter(|_| !self.name.contains('/'));
         let folder = folder.ok_or_else(|| KeyError::NoCredentials(self.name.clone()))?;
         let path = PathBuf::from(folder).join(&self.name);
-        super::decode(path.display().to_string(), &read_secret(&path)?)
+        // systemd owns the file and gives this user a right of his own to it, which shows as the group's.
+        super::decode(path.display().to_string(), &read(&path, 0o007, false)?)
     }
 }

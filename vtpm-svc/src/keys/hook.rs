@@ -147,6 +147,7 @@ impl KeyProvider for Hook {
 
     fn obtain(&self, request: &KeyRequest<'_>) -> Result<Key, KeyError> {
         let io = |source| KeyError::Io { path: self.program.clone(), source };
+        super::file::check_program(&self.program)?;
         let mut child = Command::new(&self.program)
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")

@@ -72,7 +72,23 @@ pub enum KeyError {
         /// The operating system's answer.
         source: std::io::Error,
     },
-    /// Everyone may read the file.
+    /// Somebody else may have written it.
+    #[error("key {path}: it belongs to user {owner}, and is taken only from this user or root")]
+    Foreign {
+        /// The file or program.
+        path: PathBuf,
+        /// Who owns it.
+        owner: u32,
+    },
+    /// Somebody else may change the program.
+    #[error("key hook {path}: its mode {mode:#o} lets other users change it; run `chmod go-w {path}`")]
+    Writable {
+        /// The program.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Others may read the file.
     #[error("key {path}: its mode {mode:#o} lets other users read it; run `chmod 600 {path}`")]
     Exposed {
         /// The file.
@@ -287,9 +303,28 @@ mod tests {
             file::KeyFile { path }.obtain(&request()).expect_err("refused").to_string()
         };
         assert!(refuse("open", &[1; 32], 0o644).contains("chmod 600"));
+        assert!(refuse("group", &[1; 32], 0o640).contains("chmod 600"));
         assert!(refuse("short", b"hunter2", 0o600).contains("7 bytes"));
         assert!(!refuse("nothex", &[b'z'; 64], 0o600).contains("zzz"), "the contents are not printed");
         assert!(refuse("zero", &[0; 32], 0o600).contains("zero"));
+    }
+
+    #[test]
+    fn keys_and_hooks_of_other_users_are_refused() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = write(&dir, "hook", b"#!/bin/sh\n", 0o775);
+        let error = hook::Hook::new(path).obtain(&request()).expect_err("refused").to_string();
+        assert!(error.contains("chmod go-w"), "{error}");
+        let (key, program) =
+            (write(&dir, "key", &[1; 32], 0o600), write(&dir, "theirs", b"#!/bin/sh\n", 0o755));
+        // Only root can give a file away.
+        if [&key, &program].iter().any(|path| std::os::unix::fs::chown(path, Some(54321), None).is_err()) {
+            return;
+        }
+        let error = file::KeyFile { path: key }.obtain(&request()).expect_err("refused").to_string();
+        assert!(error.contains("belongs to user 54321"), "{error}");
+        let error = hook::Hook::new(program).obtain(&request()).expect_err("refused").to_string();
+        assert!(error.contains("belongs to user 54321"), "{error}");
     }
 
     /// Expected value from the reference program: `printf correct horse | argon2 <salt> -id -t 3 -m 16 -p 1 -l 32`,
