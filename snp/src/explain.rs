@@ -347,7 +347,7 @@ fn record_cause(a: Option<&RecordLine>, b: Option<&RecordLine>, inputs: &[String
 }
 
 fn diff_vcpus(first: &Explanation, second: &Explanation) -> Option<Divergence> {
-    let count = |e: &Explanation| e.vcpus.last().map_or(0, |line| line.last + 1);
+    let count = |e: &Explanation| e.vcpus.last().map_or(0, |line| u64::from(line.last) + 1);
     let at = |e: &Explanation, id: u32| e.vcpus.iter().find(|l| l.first <= id && id <= l.last).cloned();
     // Registers change only where a line of either launch begins.
     let starts = first.vcpus.iter().chain(&second.vcpus).map(|line| line.first);

@@ -5,17 +5,7 @@ mod certs;
 mod doctor;
 mod emulated;
 mod firmware;
-#[allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "the command's own output, with no guest beside it"
-)]
 mod id_block;
-#[allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "the command's own output, with no guest beside it"
-)]
 mod measure;
 mod modes;
 mod reboot;

@@ -194,6 +194,10 @@ impl Vtpm {
         let (client, service) = service::start(options, inbox)?;
         let mut vtpm = Self::new(client, events, Some(service));
         vtpm.again = options.state.is_some().then(|| options.clone());
+        if let Some(again) = &mut vtpm.again {
+            // What an operator accepted was this image at this moment, not one that is put in its place later.
+            again.arguments.retain(|word| word != "--accept-rollback" && word != "--adopt");
+        }
         Ok(vtpm)
     }
 

@@ -266,6 +266,11 @@ fn signals_at_any_moment_leave_nothing_behind() {
             wait(&mut child).unwrap_or_else(|| panic!("{what}: it does not end: {}", place.messages()));
         // Before the program catches it a signal ends it as it ends any program: for a shell the exit code is the same.
         let code = status.code().or_else(|| status.signal().map(|number| 128 + number));
+        if signal == Signal::XFSZ && status.signal() == Some(signal.as_raw()) {
+            // Such a signal is only sent to who writes a file too large; the program has not said yet that it does not mind.
+            assert!(moment < Duration::from_millis(100), "{what}: ended with {status}: {}", place.messages());
+            continue;
+        }
         assert!(expected.contains(&code), "{what}: ended with {status}: {}", place.messages());
         assert!(
             alike(&before, &tcgetattr(&place.terminal).unwrap()),

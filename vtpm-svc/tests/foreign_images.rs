@@ -162,3 +162,41 @@ fn a_clock_record_that_is_none_is_named_and_can_be_set() {
     let (code, text) = vmgs(&site, &["check"]);
     assert_eq!(code, 0, "{text}");
 }
+
+/// A backup from before the image was encrypted would take the place of a good file, and nothing would open it afterwards.
+#[test]
+fn a_restore_puts_no_plain_text_where_an_encrypted_image_is() {
+    let site = site("foreign-plain");
+    let out = site.path("new").display().to_string();
+    let (code, text) = vmgs(&site, &["import", "--id", "9", "-i", &out, "--adopt"]);
+    assert_eq!(code, 0, "{text}");
+    let backup = bytes(site.path("vmgs"));
+    std::fs::write(site.path("backup"), &backup).expect("backup");
+    let (code, text) = vmgs(&site, &["rekey", "--new-key-file", &out]);
+    assert_eq!(code, 0, "{text}");
+    let good = bytes(site.path("vmgs"));
+    let mut restore = program();
+    restore.args(["vmgs", "restore"]).arg(site.path("backup")).arg(site.path("vmgs")).arg("--confirm");
+    restore.arg("--key-file").arg(site.path("new")).arg("--anchor").arg(site.path("anchor"));
+    let answer = restore.output().expect("run");
+    assert_eq!(answer.status.code(), Some(5), "{}", String::from_utf8_lossy(&answer.stderr));
+    assert!(bytes(site.path("vmgs")) == good, "the good file was changed");
+}
+
+/// Whoever has put a TPM's state in, or taken it away, has said that there was a TPM.
+#[test]
+fn an_image_whose_tpm_was_imported_never_gets_a_new_one() {
+    let site = Site::new();
+    let key = site.path("key").display().to_string();
+    let (code, text) = vmgs(&site, &["import", "--id", "60", "-i", &key]);
+    assert_eq!(code, 0, "{text}");
+    let (code, text) = vmgs(&site, &["delete", "--id", "60", "--confirm"]);
+    assert_eq!(code, 0, "{text}");
+    let mut start = program();
+    start.args(["socket", "--tpm2", "--flags", "startup-clear", "--ctrl"]);
+    start.arg(format!("type=unixio,path={}", site.path("c").display()));
+    start.arg("--vmgs").arg(site.path("vmgs")).arg("--key-file").arg(site.path("key"));
+    let answer = start.arg("--anchor").arg(site.path("anchor")).output().expect("run");
+    let text = String::from_utf8_lossy(&answer.stderr);
+    assert!(!answer.status.success() && !text.contains("manufactured"), "{text}");
+}

@@ -29,6 +29,7 @@ use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
+use crate::note;
 
 /// Exit code: the ID block is not right.
 const EXIT_REFUSED: u8 = 1;
@@ -279,7 +280,7 @@ fn show_block(args: &Show) -> Result<u8, Failure> {
     if let Some(auth) = auth.as_ref().filter(|_| args.qemu || args.igvm.is_some())
         && let Err(error) = auth.check_signatures(&block)
     {
-        eprintln!("cvmm: warning: {error}; firmware refuses a launch with these files");
+        note::warn(format_args!("{error}; firmware refuses a launch with these files"));
     }
     if let (Some(path), Some(auth)) = (&args.igvm, &auth) {
         write(path, &id_block_header(&block, auth, 1))?;
@@ -333,19 +334,18 @@ fn check_block(args: &Check) -> Result<u8, Failure> {
     let auth = read_auth(&args.auth)?;
     let launch = args.digest.as_deref().map(digest).transpose()?.unwrap_or(block.launch_digest);
     if let Err(error) = block.policy.check_firmware() {
-        println!("{error}");
-        return Ok(EXIT_REFUSED);
+        return answer(error, EXIT_REFUSED);
     }
     match auth.check(&block, launch, args.policy.unwrap_or(block.policy)) {
-        Ok(()) => {
-            println!("good");
-            Ok(0)
-        }
-        Err(mismatch) => {
-            println!("{mismatch}");
-            Ok(EXIT_REFUSED)
-        }
+        Ok(()) => answer("good", 0),
+        Err(mismatch) => answer(mismatch, EXIT_REFUSED),
     }
+}
+
+/// Prints an answer; the result is the exit code.
+fn answer(text: impl std::fmt::Display, code: u8) -> Result<u8, Failure> {
+    std::io::stdout().write_all(format!("{text}\n").as_bytes()).map_err(Failure::monitor)?;
+    Ok(code)
 }
 
 /// An ID block that a launch is about to use.

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
+use std::io::Read as _;
 use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
@@ -43,9 +44,13 @@ use super::firmware::wrong;
 use super::run::ImageArgs;
 use super::vtpm::MeasureArgs;
 use crate::config::BootFiles;
+use crate::note;
 
 /// Most vCPUs that are measured: as many as KVM can give to a guest.
 const VCPUS_MAX: u32 = 4096;
+
+/// Largest file of `--json` that is read, in bytes.
+const EXPLANATION_MAX: u64 = 64 << 20;
 
 /// Numbers of vCPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,7 +162,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         out.push_str(&pcr_list(&explanation.pcrs));
     }
     for note in &measured.notes {
-        eprintln!("cvmm: {note}");
+        note::note(note);
     }
     std::io::stdout().write_all(out.as_bytes()).map_err(Failure::monitor)?;
     Ok(0)
@@ -166,19 +171,21 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
 fn print_diff(first: &Path, second: &Path) -> Result<u8, Failure> {
     let read = |path: &Path| {
         let wrong = |reason: String| Failure::Usage(format!("--diff {}: {reason}", path.display()));
-        let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+        let mut text = String::new();
+        let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
+        // Not by the file's size: a pipe and a device have none.
+        file.take(EXPLANATION_MAX + 1).read_to_string(&mut text).map_err(|e| wrong(e.to_string()))?;
+        if text.len() as u64 > EXPLANATION_MAX {
+            return Err(wrong(format!("more than {EXPLANATION_MAX} bytes, which no such file has")));
+        }
         Explanation::parse(&text).map_err(|e| wrong(format!("not a file of `cvmm measure --json`: {e}")))
     };
-    match diff(&read(first)?, &read(second)?) {
-        None => {
-            println!("the launches are the same");
-            Ok(0)
-        }
-        Some(divergence) => {
-            println!("{divergence}");
-            Ok(1)
-        }
-    }
+    let (text, code) = match diff(&read(first)?, &read(second)?) {
+        None => ("the launches are the same\n".to_owned(), 0),
+        Some(divergence) => (format!("{divergence}\n"), 1),
+    };
+    std::io::stdout().write_all(text.as_bytes()).map_err(Failure::monitor)?;
+    Ok(code)
 }
 
 fn counts(args: &Args) -> Vec<u32> {

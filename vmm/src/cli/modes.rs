@@ -39,6 +39,8 @@ struct Mode {
     restart: bool,
     /// The measured launch is cvmm's.
     ours: bool,
+    /// Under an SVSM, which is launched in one way only.
+    svsm: bool,
 }
 
 impl Mode {
@@ -63,6 +65,7 @@ impl Mode {
             vtpm: given("vtpm"),
             restart: is("on_reboot", "restart"),
             ours: !given("vmm") || is("vmm", "cvmm"),
+            svsm: given("svsm"),
         }
     }
 }
@@ -106,8 +109,8 @@ const RULES: &[Rule] = &[
     rule("guest_features", |mode| mode.snp && mode.image == Image::Firmware, FIRMWARE),
     rule(
         "vmm",
-        |mode| mode.ours || mode.image == Image::Firmware,
-        "other monitors launch --firmware; the boot of a --kernel without firmware, and cvmm's IGVM launch, are cvmm's own",
+        |mode| mode.ours || mode.image == Image::Firmware && !mode.svsm,
+        "other monitors launch --firmware without --svsm; the boot of a --kernel without firmware, and cvmm's IGVM launch, are cvmm's own",
     ),
     rule("svsm", |mode| mode.image == Image::Firmware, FIRMWARE),
     rule("vars_size", |mode| mode.image == Image::Firmware, FIRMWARE),

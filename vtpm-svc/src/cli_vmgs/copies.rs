@@ -264,6 +264,10 @@ pub(super) fn restore(
         })?;
     }
     let lease = folder.lease(&view.root.image)?;
+    if matches!(lease.known(), Known::Record(e) if e.facts.sealed) && !view.layout.header.encrypted {
+        // In its place every later open would refuse it, and the good file would be gone.
+        return Err(at(backup)(VmgsError::Stripped));
+    }
     let mut report = loss(&view, &lease.known(), backup, true);
     // To restore is to say that an older image is meant.
     let accept = Accept { rollback: true, ..anchor.accept() };

@@ -427,6 +427,10 @@ impl<F: BlockFile> Vmgs<F> {
             let listed = put(id, &data, &mut table, &mut extended)?;
             root.files.insert(id, listed);
         }
+        // Who puts a TPM's state in or takes it away says that there was a TPM: such an image never gets a new one.
+        if touched(FileId::VTPM_STATE) || touched(FileId::VTPM_STATE_GOOD) {
+            root.flags |= FLAG_PROVISIONED;
+        }
         for change in changes {
             match change {
                 Change::Put(id, data) => {

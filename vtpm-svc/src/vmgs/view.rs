@@ -130,10 +130,13 @@ impl View {
             }
         }
         // Whatever has become of the TPM's files: an image that had a TPM never gets a new one.
-        let had_tpm = |id: FileId| (57..=61).contains(&id.number());
-        if !matches!(self.state, RootState::Proven(_))
-            && FileId::files()
-                .any(|id| had_tpm(id) && (self.layout.table.entry(id).exists() || self.remembers(id)))
+        let unproven = !matches!(self.state, RootState::Proven(_));
+        let had_tpm = |id: FileId| match id {
+            FileId::VTPM_STATE | FileId::VTPM_STATE_GOOD => true,
+            id => unproven && (57..=61).contains(&id.number()),
+        };
+        if FileId::files()
+            .any(|id| had_tpm(id) && (self.layout.table.entry(id).exists() || self.remembers(id)))
         {
             self.root.flags |= FLAG_PROVISIONED;
         }
