@@ -50,7 +50,7 @@ pub(super) fn judge(anchor: &mut dyn Anchor, view: &mut View, accept: &Accept) -
     match known {
         Known::Record(e) if e.accepts(&mark, &view.root.previous) && (encrypted || !e.facts.sealed) => {
             anchor.confirm(mark, facts(view))?;
-            return Ok(0);
+            return Ok(highest);
         }
         Known::Record(e) if e.facts.sealed && !encrypted => return Err(VmgsError::Stripped),
         Known::Record(e) if !accept.rollback => {
