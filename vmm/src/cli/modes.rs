@@ -96,7 +96,8 @@ const SNP: &str = "it is about an SNP guest (--snp)";
 /// Every option that means something in some modes only.
 const RULES: &[Rule] = &[
     rule("initrd", |mode| mode.kernel, KERNEL),
-    rule("cmdline", |mode| mode.kernel, KERNEL),
+    // An IGVM file may have a place for it.
+    rule("cmdline", |mode| mode.kernel || mode.image == Image::Igvm, KERNEL),
     rule("accept", |mode| mode.snp && mode.image == Image::Direct, DIRECT),
     rule("secure_tsc", |mode| mode.snp && mode.image == Image::Direct, DIRECT),
     rule("validation", |mode| mode.snp && mode.image == Image::Direct, DIRECT),

@@ -26,7 +26,7 @@ const MEASURES: [(&str, &str); 3] = [
 /// An option with a value, and the words of which a mode's name has to have one for it to be used there.
 const OPTIONS: &[(&str, &[&str])] = &[
     ("--initrd r", &["plain", "direct"]),
-    ("--cmdline c", &["plain", "direct"]),
+    ("--cmdline c", &["plain", "direct", "igvm"]),
     ("--memory 1G", &["plain", "direct", "firmware", "igvm"]),
     ("--cpus 2", &["plain", "direct", "firmware", "igvm"]),
     ("--validation stage0", &["direct"]),
