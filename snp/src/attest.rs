@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Attestation: what a report says, and where each field lies in it.
 
+pub mod baseline;
 pub mod cert;
 pub mod cert_table;
 pub mod chain;

@@ -47,6 +47,9 @@ fn good() -> InputsPage {
     }
 }
 
+/// Puts two numbers into a place of the inputs.
+type Change = fn(&mut InputsPage, u64, u64);
+
 fn check(page: &InputsPage) -> Result<(), Reason> {
     Inputs(&page.encode().unwrap()).check(layout::IMAGE_END)
 }
@@ -122,6 +125,80 @@ fn each_rule_of_the_inputs_has_its_own_refusal() {
     }
 }
 
+/// `boot_params` with one e820 entry and a `setup_data` list that begins at `first`.
+fn boot_params(map: (u64, u64, u32), first: u64) -> Vec<u8> {
+    let mut page = vec![0; PAGE as usize];
+    page[e820::ENTRIES] = 1;
+    let entry: Vec<u8> = [&map.0.to_le_bytes()[..], &map.1.to_le_bytes(), &map.2.to_le_bytes()].concat();
+    page[e820::TABLE..e820::TABLE + entry.len()].copy_from_slice(&entry);
+    page[e820::SETUP_DATA..e820::SETUP_DATA + 8].copy_from_slice(&first.to_le_bytes());
+    page
+}
+
+#[test]
+fn a_memory_map_that_gives_the_efi_tables_or_the_ghcb_page_away_is_refused() {
+    let page = good().encode().unwrap();
+    let check = |start: u64, len: u64| e820::check(&boot_params((start, len, 1), 0), Inputs(&page));
+    assert_eq!(check(layout::GHCB, PAGE), Err(Reason::E820CoversStage0));
+    assert_eq!(check(layout::EFI_TABLES + PAGE, 1), Err(Reason::E820CoversStage0));
+    assert_eq!(check(layout::BLOCK_END, PAGE), Ok(()));
+    assert_eq!(check(0, layout::BLOCK), Ok(()));
+}
+
+#[test]
+fn a_setup_data_list_stays_in_measured_boot_data_ends_and_leaves_the_map_alone() {
+    // The element of the image builder: Linux's SETUP_CC_BLOB with 12 bytes.
+    const AT: u64 = 0x7800;
+    let page = good().encode().unwrap();
+    let walk = |first: u64, next: u64, kind: u32, len: u32| {
+        let element = [&next.to_le_bytes()[..], &kind.to_le_bytes(), &len.to_le_bytes()].concat();
+        e820::check_setup_data(&boot_params((0, PAGE, 1), first), Inputs(&page), |_| &*element.clone().leak())
+    };
+    assert_eq!(walk(0, 0, 0, 0), Ok(()), "no list");
+    assert_eq!(walk(AT, 0, 7, 12), Ok(()));
+    assert_eq!(walk(0x8000 - 16, 0, 9, 0), Ok(()), "up to the end of the item");
+    let cases: [(&str, u64, u64, u32, u32); 7] = [
+        ("adds to the map", AT, 0, 1, 20),
+        ("a circle", AT, AT, 7, 12),
+        ("outside of every item", 0x9000, 0, 7, 12),
+        ("in the kernel's item", KERNEL, 0, 7, 12),
+        ("header beyond the item", 0x8000 - 15, 0, 7, 0),
+        ("contents beyond the item", 0x8000 - 16, 0, 7, 1),
+        ("an address that wraps", u64::MAX - 3, 0, 7, u32::MAX),
+    ];
+    for (name, first, next, kind, len) in cases {
+        assert_eq!(walk(first, next, kind, len), Err(Reason::SetupData), "{name}");
+    }
+    assert_eq!(walk(AT, 0x9000, 7, 12), Err(Reason::SetupData), "the second element");
+}
+
+#[test]
+fn arithmetic_holds_at_the_ends_of_its_range() {
+    // stage0 is built without overflow checks, so what checks these numbers must not wrap.
+    let extremes = [0, 1, PAGE - 1, PAGE, 1 << 46, 1 << 63, u64::MAX - PAGE, u64::MAX - 1, u64::MAX];
+    for a in extremes {
+        for b in extremes {
+            let spans: [(&str, Change); 5] = [
+                ("RAM", |p, a, b| p.ram[1] = a..b),
+                ("launch pages", |p, a, b| p.excluded[1] = a..b),
+                ("staging", |p, a, b| p.staging[1] = a..b),
+                ("source", |p, a, b| (p.items[0].source, p.items[0].len, p.items[0].mem_len) = (a, b, b)),
+                ("target", |p, a, b| (p.items[0].target, p.items[0].mem_len) = (a, b)),
+            ];
+            for (name, change) in spans {
+                let mut page = good();
+                change(&mut page, a, b);
+                // An empty second range of RAM would be the only one of these to pass; it is refused like the others.
+                assert!(check(&page).is_err(), "{name} {a:#x} {b:#x}");
+            }
+            let inputs = good().encode().unwrap();
+            let map = e820::check(&boot_params((a, b, 1), 0), Inputs(&inputs));
+            let good = b != 0 && a.checked_add(b).is_some_and(|end| end <= layout::BLOCK);
+            assert_eq!(map.is_ok(), good, "e820 {a:#x} {b:#x}");
+        }
+    }
+}
+
 #[test]
 fn lists_that_do_not_fit_the_page_are_named() {
     let page = InputsPage { ram: vec![0..PAGE; 5], ..good() };
@@ -187,6 +264,8 @@ proptest! {
             }
         }
         let _ = e820::check(&bytes, inputs);
+        let element = bytes.get(..16).unwrap_or(&[]);
+        let _ = e820::check_setup_data(&bytes, inputs, |_| element);
     }
 
     #[test]

@@ -393,6 +393,23 @@ fn each_mismatch_fails_for_its_own_reason() {
     }
 }
 
+/// AMD-SB-3019 asks for SNP 0x18 of Milan, AMD-SB-3015 for the alias check.
+#[test]
+fn a_baseline_asks_for_what_its_bulletins_say() {
+    let authority = Authority::new();
+    let policy = "any_measurement = true\nbaseline = '2025-02'";
+    let tcb = |snp: u8| [3, 0, 0, 0, 0, 0, snp, 0xd2];
+    let fields = [field::CURRENT_TCB, field::REPORTED_TCB, field::COMMITTED_TCB, field::LAUNCH_TCB];
+    let report =
+        |snp: u8| fields.iter().fold(builder(), |builder, field| builder.set(field.clone(), &tcb(snp)));
+    let cert = |snp: u8| authority.endorsement("Milan-B0", &[("1.3.6.1.4.1.3704.1.3.3", vec![2, 1, snp])]);
+    let fails = |builder, snp| failures(&authority, &authority.report(builder), cert(snp), policy);
+    assert_eq!(fails(report(0x18), 0x18), [] as [&str; 0]);
+    assert_eq!(fails(report(0x17), 0x17), ["baseline"]);
+    assert_eq!(fails(report(0x18).set(field::LAUNCH_TCB, &tcb(0x17)), 0x18), ["baseline"], "launched before");
+    assert_eq!(fails(report(0x18).set(field::PLATFORM_INFO, &[0x04]), 0x18), ["baseline"], "no alias check");
+}
+
 #[test]
 fn mitigations_are_compared_bit_by_bit() {
     let authority = Authority::new();

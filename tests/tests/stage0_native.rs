@@ -392,16 +392,15 @@ impl Rig {
                     assert_eq!(self.translate(sregs.cr3, 3 << 30, host.c_bit), 3 << 30 | c);
                     return End::Kernel;
                 }
-                // A KVM that interprets guests may lack this one instruction.
+                // A KVM that interprets guests may lack this one instruction: RDRAND into EDI or ESP.
                 VcpuExit::InternalError => {
                     let mut regs = vcpu.get_regs().unwrap();
-                    assert_eq!(
-                        self.private.at(regs.rip, 3),
-                        [0x0f, 0xc7, 0xf7],
-                        "rdrand edi at {:#x}",
-                        regs.rip
-                    );
-                    (regs.rdi, regs.rflags, regs.rip) = (0x1234_5678, regs.rflags | 1, regs.rip + 3);
+                    match self.private.at(regs.rip, 3) {
+                        [0x0f, 0xc7, 0xf7] => regs.rdi = 0x1234_5678,
+                        [0x0f, 0xc7, 0xf4] => regs.rsp = 0x9abc_def0,
+                        other => panic!("{other:x?} at {:#x} is no RDRAND", regs.rip),
+                    }
+                    (regs.rflags, regs.rip) = (regs.rflags | 1, regs.rip + 3);
                     vcpu.set_regs(&regs).unwrap();
                 }
                 other => {
@@ -683,8 +682,9 @@ fn inputs_that_would_have_stage0_write_over_itself_are_refused() {
 #[test]
 fn a_memory_map_that_lies_is_refused_inside_the_guest() {
     let ram = (0, 0x8_0000, 1);
-    let cases: [(&[E820], Reason); 7] = [
+    let cases: [(&[E820], Reason); 8] = [
         (&[], Reason::E820Count),
+        (&[ram, (layout::GHCB, PAGE, 1)], Reason::E820CoversStage0),
         (&[ram, (0x7_f000, 0x2000, 2)], Reason::E820Overlap),
         (&[ram, (u64::MAX - 0xfff, 0x2000, 1)], Reason::E820Overflow),
         (&[ram, (0x10_0000, MEMORY, 1)], Reason::E820NotRam),
@@ -698,6 +698,23 @@ fn a_memory_map_that_lies_is_refused_inside_the_guest() {
         set_e820(&mut page, map);
         assert_eq!(refusal(Rig::with(page), |_| {}), End::Terminated(reason));
     }
+    // The same by a list of setup_data that leads out of what was measured.
+    let mut page = boot_params();
+    page[0x250..0x258].copy_from_slice(&0x9000u64.to_le_bytes());
+    assert_eq!(refusal(Rig::with(page), |_| {}), End::Terminated(Reason::SetupData));
+}
+
+#[test]
+fn the_stack_stays_far_from_the_page_tables() {
+    // Nothing guards the lower end of the 16 KiB stack, below which the page tables lie. stage0 fills it with zeros first, so what
+    // it never reached is zero still.
+    const STACK: u64 = 0x4000;
+    let mut rig = Rig::new();
+    assert_eq!(rig.run(&mut Host::default()), End::Kernel);
+    let stack = rig.private.at(layout::WORK_END - STACK, STACK);
+    let untouched = stack.iter().take_while(|byte| **byte == 0).count() as u64;
+    assert!(untouched < STACK, "the stack is where this test looks");
+    assert!(untouched >= STACK - 0x1000, "{} bytes of stack were used", STACK - untouched);
 }
 
 #[test]

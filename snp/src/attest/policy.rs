@@ -14,9 +14,11 @@ use serde::Deserialize;
 use serde::Deserializer;
 use serde::de::Error as _;
 
+use super::baseline::Baseline;
 use super::cert::printable;
 use super::named::Bits;
 use super::named::GuestBit;
+use super::named::Interface;
 use super::named::Mitigations;
 use super::named::PlatformBit;
 use super::named::Version;
@@ -114,6 +116,9 @@ impl<'de> Deserialize<'de> for ChipId {
             _ => &mut id[..],
         };
         match hex::decode_to_slice(&text, part) {
+            Ok(()) if id == [0; 64] => {
+                Err(D::Error::custom("a chip id of zeros is what every host shows that hides its own"))
+            }
             Ok(()) => Ok(ChipId(id)),
             Err(_) => Err(D::Error::custom("a chip id has 128 hex digits, or 16 for Turin")),
         }
@@ -175,13 +180,15 @@ pub struct Policy {
     /// What else the guest policy must demand, and must not allow.
     pub guest_policy: Bits<GuestBit>,
     /// Lowest firmware interface that the guest policy may ask for.
-    pub minimum_abi: Option<Version>,
+    pub minimum_abi: Option<Interface>,
     /// Mitigations that must be there, per product; products that are not named are refused when any is.
     pub minimum_mitigations: BTreeMap<Product, Mitigations>,
     /// Oldest committed firmware per product; products that are not named are refused when any is.
     pub minimum_firmware: BTreeMap<Product, Version>,
     /// Lowest report version: reports of version 2 do not say which CPU they come from.
     pub minimum_report_version: Option<u32>,
+    /// What AMD's bulletins up to a month ask of the platform.
+    pub baseline: Option<Baseline>,
     /// A revocation list has to be there.
     pub require_revocation_list: bool,
 }
@@ -340,7 +347,17 @@ mod tests {
         assert_eq!(policy.guest_policy.require, [GuestBit::SingleSocket, GuestBit::Aes256Xts]);
         assert_eq!(policy.minimum_firmware[&Product::Milan], Version { major: 1, minor: 55, build: 22 });
         assert_eq!(policy.minimum_mitigations[&Product::Turin], Mitigations { launch: 1, current: 3 });
-        for bad in ["[platform_info]\nrequire = ['smtt']", "[guest_policy]\nwant = []", "minimum_abi = 1.5"] {
+        for bad in [
+            "[platform_info]\nrequire = ['smtt']",
+            "[guest_policy]\nwant = []",
+            "minimum_abi = 1.5",
+            // No build number in what a guest policy asks for, and no chip has this id.
+            "minimum_abi = '1.55.38'",
+            "chips = ['00000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000']",
+            "chips = ['0000000000000000']",
+            "baseline = '2024-01'",
+            "baseline = 2025",
+        ] {
             assert!(Policy::parse(&format!("any_measurement = true\n{bad}")).is_err(), "{bad}");
         }
     }

@@ -148,35 +148,42 @@ pub fn verify(evidence: &Evidence, demands: &Demands) -> Verdict {
     let report = evidence.report;
     let mut checks = Checks(Vec::new());
     authentic::check_fields(report, demands.policy, &mut checks);
-    match Chain::find(evidence.certificates, demands.trust, |cert| signs(report, cert)) {
+    let chain = Chain::find(evidence.certificates, demands.trust, |cert| signs(report, cert));
+    match &chain {
         Ok(chain) => {
-            authentic::check_chain(evidence, demands, &chain, &mut checks);
-            platform::check(report, demands.policy, &chain, &mut checks);
+            authentic::check_chain(evidence, demands, chain, &mut checks);
+            platform::check(report, demands.policy, chain, &mut checks);
         }
         Err(error) => checks.push("certificates", "a VCEK or VLEK certificate", error.to_string(), false),
     }
     guest::check(evidence, demands, &mut checks);
+    let product = chain.ok().map(|chain| chain.product);
     let verified = !checks.0.is_empty() && checks.0.iter().all(|check| check.pass);
     let report = hex::encode(evidence.report.identity());
-    Verdict { verified, checks: checks.0, unchecked: unchecked(evidence, demands), report }
+    Verdict { verified, checks: checks.0, unchecked: unchecked(evidence, demands, product), report }
 }
 
 /// What no rule looks at, because nobody asked for it.
-fn unchecked(evidence: &Evidence, demands: &Demands) -> Vec<Unchecked> {
+fn unchecked(evidence: &Evidence, demands: &Demands, product: Option<Product>) -> Vec<Unchecked> {
     let policy = demands.policy;
     let software = policy.measurements.is_some()
         || !policy.measurement_sets.is_empty()
         || policy.id_key_digests.is_some()
         || policy.author_key_digests.is_some();
+    // By its certificate; what comes without a chain that holds is refused anyway.
+    let platform = !policy.minimum_tcb.is_empty()
+        || product.is_some_and(|p| {
+            policy.baseline.as_ref().is_some_and(|baseline| baseline.of(p).next().is_some())
+        });
     let place = policy.chips.is_some() || policy.providers.is_some();
     [
         (software, "software", "no measurement and no key of its owner is asked for: any software passes"),
         (demands.nonce.is_some(), "freshness", "no nonce is asked for: an old report passes"),
         (evidence.crl.is_some(), "revocation", "there is no revocation list: a revoked key passes"),
         (
-            !policy.minimum_tcb.is_empty(),
+            platform,
             "minimum-tcb",
-            "no minimum is asked for: a platform with known holes passes",
+            "no minimum is asked for, or the baseline has none for this product: a platform with known holes passes",
         ),
         (place, "chip", "no chip and no provider is asked for: any genuine chip passes, wherever it stands"),
         (

@@ -152,6 +152,12 @@ impl Layout<'_> {
         let boot_params = contents.iter().find(|r| r.gpa == layout::BOOT_PARAMS);
         let map = boot_params.map_or(&[][..], |r| r.contents.as_slice());
         e820::check(map, Inputs(&page)).map_err(|reason| ImageError::Stage0(reason.words()))?;
+        let header = |at: u64| match contents.iter().find(|r| r.gpa <= at && at < r.end()) {
+            Some(r) => r.contents.as_slice().get((at - r.gpa) as usize..).unwrap_or_default(),
+            None => &[],
+        };
+        e820::check_setup_data(map, Inputs(&page), header)
+            .map_err(|reason| ImageError::Stage0(reason.words()))?;
         if Inputs(&page).lazy() {
             check_lazy(map, Inputs(&page)).map_err(|reason| ImageError::Stage0(reason.words()))?;
         }

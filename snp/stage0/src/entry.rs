@@ -49,15 +49,18 @@ stage0_start:
     // The C-bit as the upper half of a table entry.
     xor     ebp, ebp
     bts     ebp, ecx
-    // A random number in memory, private because paging is off.
+    // A random number in memory, private because paging is off. ESP is free: there is no stack yet.
     mov     ecx, 1000
 4:  rdrand  edi
+    jnc     12f
+    rdrand  esp
     jc      5f
-    dec     ecx
+12: dec     ecx
     jnz     4b
     mov     eax, {r_random}
     jmp     stage0_fail32
 5:  mov     dword ptr [stage0_probe], edi
+    mov     dword ptr [stage0_probe + 4], esp
     // The first page table.
     mov     esi, offset stage0_first_table
     mov     eax, 3
@@ -123,8 +126,10 @@ stage0_long:
     or      rax, rbp
     mov     cr3, rax
     cmp     dword ptr [stage0_probe], edi
+    jne     13f
+    cmp     dword ptr [stage0_probe + 4], esp
     je      10f
-    mov     edi, {r_wrong}
+13: mov     edi, {r_wrong}
     jmp     11f
 10: mov     esp, offset stage0_first_stack
     mov     rdi, rbp
@@ -169,9 +174,9 @@ stage0_gdt_pointer:
     .long   0
 
     .section .data.probe, "aw"
-    .balign 4
+    .balign 8
 stage0_probe:
-    .long   0
+    .quad   0
 
     .section .bss.stack, "aw", @nobits
     .balign 16

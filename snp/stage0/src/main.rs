@@ -71,7 +71,10 @@ fn run(tables: Tables, leaf_ebx: u32) -> Result<core::convert::Infallible, Reaso
         take_over(&item)?;
     }
     // SAFETY: boot_params is part of an item, private by now, and changes only after this borrow.
-    e820::check(unsafe { cpu::bytes(inputs.boot_params(), PAGE) }, inputs)?;
+    let boot_params = unsafe { cpu::bytes(inputs.boot_params(), PAGE) };
+    e820::check(boot_params, inputs)?;
+    // SAFETY: the walk asks for bytes of items only, which are private by now and do not change during it.
+    e820::check_setup_data(boot_params, inputs, |at| unsafe { cpu::bytes(at, e820::SETUP_DATA_LEN) })?;
     if inputs.lazy() {
         announce_unaccepted(inputs)?;
     }

@@ -61,6 +61,7 @@ reasons! {
     E820Type = 0x33, "an e820 entry has a type other than RAM, reserved, ACPI or NVS";
     E820NotRam = 0x34, "an e820 entry of type RAM or ACPI covers addresses that are not RAM";
     E820CoversStage0 = 0x35, "an e820 entry of type RAM or ACPI covers stage0 or launch pages";
+    SetupData = 0x36, "the setup_data list leaves the measured boot data, does not end, or adds to the e820 map";
     LazyTables = 0x38, "the tables for lazy acceptance do not fit";
     Internal = 0xff, "stage0 failed an internal check";
 }

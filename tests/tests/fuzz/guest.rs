@@ -197,6 +197,8 @@ fn stage0_inputs() {
                 }
             }
             let _ = e820::check(&page, inputs);
+            let element = page.get(..16).unwrap_or(&[]);
+            let _ = e820::check_setup_data(&page, inputs, |_| element);
             answer.map_err(|reason| format!("{reason:?}"))
         },
         says: &[],

@@ -5,7 +5,7 @@ use super::Checks;
 use super::Demands;
 use super::Evidence;
 use crate::attest::named::GuestBit;
-use crate::attest::named::Version;
+use crate::attest::named::Interface;
 use crate::attest::report::field;
 use crate::policy::GuestPolicy;
 
@@ -85,8 +85,7 @@ pub(super) fn check(evidence: &Evidence, demands: &Demands, checks: &mut Checks)
     }
     if let Some(minimum) = policy.minimum_abi {
         let [minor, major, ..] = guest.0.to_le_bytes();
-        let found = Version { major, minor, build: 0 };
-        let show = |version: Version| format!("{}.{}", version.major, version.minor);
-        checks.push("guest-abi", format!("{} or higher", show(minimum)), show(found), found >= minimum);
+        let found = Interface { major, minor };
+        checks.push("guest-abi", format!("{minimum} or higher"), found.to_string(), found >= minimum);
     }
 }

@@ -2,6 +2,9 @@
 //! Where a report comes from: the chip, its product, its versions and what its platform does.
 
 use super::Checks;
+use crate::attest::baseline::Baseline;
+use crate::attest::baseline::Demand;
+use crate::attest::baseline::Line;
 use crate::attest::cert::printable;
 use crate::attest::chain::Chain;
 use crate::attest::chain::kind_of;
@@ -85,6 +88,9 @@ pub(super) fn check(report: &Report, policy: &Policy, chain: &Chain, checks: &mu
             None => checks.other_product("minimum-firmware", policy.minimum_firmware.keys(), product),
         }
     }
+    if let Some(baseline) = &policy.baseline {
+        check_baseline(report, baseline, product, checks);
+    }
     if !policy.minimum_mitigations.is_empty() {
         check_mitigations(report, policy, product, checks);
     }
@@ -110,6 +116,24 @@ fn check_info(report: &Report, policy: &Policy, checks: &mut Checks) {
         let violations = bits.violations(info, PlatformBit::bit);
         let found = if violations.is_empty() { format!("{info:#x}") } else { violations.join(", ") };
         checks.push("platform-info", bits.expected(), found, violations.is_empty());
+    }
+}
+
+fn check_baseline(report: &Report, baseline: &Baseline, product: Product, checks: &mut Checks) {
+    for Line { bulletin, demand, .. } in baseline.of(product) {
+        let (expected, found, pass) = match demand {
+            Demand::Platform(bit) => {
+                let set = report.platform_info() >> bit.bit() & 1 != 0;
+                (format!("{bit:?}"), if set { "set" } else { "not set" }.into(), set)
+            }
+            Demand::Snp(minimum) => {
+                let raw = [report.reported_tcb(), report.committed_tcb(), report.launch_tcb()];
+                let [reported, committed, launch] = raw.map(|raw| Tcb::from_raw(raw, product).snp);
+                let found = format!("reported {reported}, committed {committed}, at launch {launch}");
+                (format!("SNP {minimum} or newer"), found, reported.min(committed).min(launch) >= minimum)
+            }
+        };
+        checks.push("baseline", format!("{expected}, by {bulletin}"), found, pass);
     }
 }
 
