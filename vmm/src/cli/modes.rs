@@ -8,6 +8,7 @@
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
+use snp::vmm_type::VmmType;
 
 use super::Failure;
 
@@ -39,6 +40,12 @@ struct Mode {
     restart: bool,
     /// The measured launch is cvmm's.
     ours: bool,
+    /// Nothing runs: a digest is computed.
+    measure: bool,
+    /// The digest is of a monitor whose vCPUs start with the same registers on every model.
+    any_model: bool,
+    /// All RAM is launched, none is left to accept.
+    launches_all: bool,
     /// Under an SVSM, which is launched in one way only.
     svsm: bool,
 }
@@ -65,6 +72,13 @@ impl Mode {
             vtpm: given("vtpm"),
             restart: is("on_reboot", "restart"),
             ours: !given("vmm") || is("vmm", "cvmm"),
+            measure,
+            any_model: matches
+                .try_get_one::<VmmType>("vmm")
+                .ok()
+                .flatten()
+                .is_some_and(|vmm| !vmm.uses_signature()),
+            launches_all: is("validation", "launch"),
             svsm: given("svsm"),
         }
     }
@@ -99,6 +113,12 @@ const RULES: &[Rule] = &[
     // An IGVM file may have a place for it.
     rule("cmdline", |mode| mode.kernel || mode.image == Image::Igvm, KERNEL),
     rule("accept", |mode| mode.snp && mode.image == Image::Direct, DIRECT),
+    rule("accept", |mode| !mode.launches_all, "with --validation launch no memory is left to accept"),
+    rule(
+        "memory",
+        |mode| !mode.measure || mode.image == Image::Direct,
+        "the digest of a firmware or IGVM launch is the same for every memory size",
+    ),
     rule("secure_tsc", |mode| mode.snp && mode.image == Image::Direct, DIRECT),
     rule("validation", |mode| mode.snp && mode.image == Image::Direct, DIRECT),
     rule("tamper", |mode| mode.snp && mode.image == Image::Direct, DIRECT),
@@ -107,6 +127,11 @@ const RULES: &[Rule] = &[
     rule("igvm", |mode| mode.snp, FILE),
     rule("zero_pages", |mode| mode.snp && mode.image == Image::Igvm, "it is about a launch of --igvm"),
     rule("vcpu_model", |mode| mode.snp && mode.image == Image::Firmware, FIRMWARE),
+    rule(
+        "vcpu_model",
+        |mode| !mode.any_model,
+        "this monitor's vCPUs start with the same registers on every model",
+    ),
     rule("guest_features", |mode| mode.snp && mode.image == Image::Firmware, FIRMWARE),
     rule(
         "vmm",
