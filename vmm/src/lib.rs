@@ -24,6 +24,7 @@ pub mod outcome;
 pub mod platform;
 pub mod prefault;
 pub mod registers;
+pub mod spec;
 pub mod tamper;
 pub mod terminal;
 pub mod vcpu;

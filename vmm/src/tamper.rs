@@ -5,6 +5,7 @@
 //! launch; stage0 copies it and hashes the copy. So the host may alter it before stage0 looks, or keep changing it while stage0
 //! works; the guest must end, or run with the bytes that were measured.
 
+use std::fmt;
 use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -68,6 +69,22 @@ impl FromStr for Tamper {
             (Target::Stage0 | Target::Hashes, true) => Err("launch pages cannot be raced for".into()),
             _ => Ok(Tamper { target, racing }),
         }
+    }
+}
+
+/// As [`Tamper::from_str`] reads it.
+impl fmt::Display for Tamper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.target {
+            Target::Item(Kind::Kernel) => "kernel",
+            Target::Item(Kind::Initrd) => "initrd",
+            Target::Item(Kind::Cmdline) => "cmdline",
+            Target::Item(Kind::BootData) => "boot-params",
+            Target::Item(Kind::Acpi) => "acpi",
+            Target::Stage0 => "stage0",
+            Target::Hashes => "hashes",
+        })?;
+        if self.racing { f.write_str("@race") } else { Ok(()) }
     }
 }
 
