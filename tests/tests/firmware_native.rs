@@ -50,10 +50,10 @@ use vmm::monitor::Host;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
 use vmm::platform::VmKind;
-use vmm::platform::emulated::Backing;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::spec::Backing;
 
 const MEMORY: u64 = 128 << 20;
 

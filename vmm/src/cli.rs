@@ -10,6 +10,7 @@ mod measure;
 mod modes;
 mod reboot;
 mod run;
+mod spec;
 mod trials;
 mod verify;
 mod vtpm;
@@ -67,6 +68,8 @@ struct Cli {
 enum Command {
     /// Compute the launch digest of a guest, without a VM
     Measure(Box<measure::Args>),
+    /// Print the VM that a command line describes as JSON, for --spec
+    Spec(Box<run::Args>),
     /// Make, sign, show and check ID blocks: your signed statement of what may launch
     IdBlock(id_block::Args),
     /// Check an attestation report, its certificates, and your policy
@@ -109,6 +112,10 @@ pub fn main() -> ExitCode {
         Some(Command::Measure(args)) => match matches.subcommand() {
             Some((_, matches)) => modes::check(matches, true).and_then(|()| measure::main(&args)),
             None => measure::main(&args),
+        },
+        Some(Command::Spec(args)) => match matches.subcommand() {
+            Some((_, matches)) => modes::check(matches, false).and_then(|()| spec::main(&args)),
+            None => spec::main(&args),
         },
         Some(Command::IdBlock(args)) => id_block::main(&args),
         Some(Command::Verify(args)) => verify::main(&args),

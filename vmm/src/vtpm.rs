@@ -14,6 +14,7 @@
 //! the guest write its own measurements. What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
 //! [`POWER_ON_PATIENCE`], so that signals are heard meanwhile ([`crate::events::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
 
+pub mod backend;
 mod clock;
 pub mod measured;
 pub mod service;

@@ -25,7 +25,7 @@ use vmm::monitor;
 use vmm::monitor::Host;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
-use vmm::platform::emulated::Backing;
+use vmm::spec::Backing;
 
 /// The pages that are converted.
 const START: u32 = 32 << 20;

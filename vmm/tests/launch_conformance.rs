@@ -38,10 +38,10 @@ use vmm::monitor::Guest;
 use vmm::monitor::Host;
 use vmm::monitor::MonitorError;
 use vmm::platform::Platform;
-use vmm::platform::emulated::Backing;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::spec::Backing;
 
 const MEMORY: u64 = 16 << 20;
 /// The record that most faults are aimed at, and its pages.

@@ -34,7 +34,7 @@ use vmm::monitor::Work;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
 use vmm::platform::Vm;
-use vmm::platform::emulated::Backing;
+use vmm::spec::Backing;
 
 /// One test at a time: they count what the process holds, and send it signals.
 fn alone() -> MutexGuard<'static, ()> {

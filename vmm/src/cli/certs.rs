@@ -6,7 +6,6 @@ use std::io;
 use std::io::Write as _;
 use std::path::Path;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use snp::attest::cert::Cert;
 use snp::attest::cert::Crl;
@@ -15,29 +14,14 @@ use snp::attest::cert_table::Kind;
 
 use super::Failure;
 use super::run::SNP;
-use crate::certs::CertFile;
 use crate::certs::FILE_LIMIT;
-use crate::certs::Source;
 
 /// Options of a run about certificates.
 #[derive(clap::Args, Clone, Debug)]
 pub struct CertsArgs {
     /// Certificates for the guest's extended reports: a table that `cvmm certs` made. Read at each request, under a shared lock
     #[arg(long, value_name = "FILE", help_heading = SNP)]
-    certs: Option<PathBuf>,
-}
-
-impl CertsArgs {
-    /// Whether there is a file.
-    pub fn given(&self) -> bool {
-        self.certs.is_some()
-    }
-
-    /// Opens and checks the file.
-    pub fn source(&self) -> Result<Option<Source>, Failure> {
-        let open = |path: &PathBuf| CertFile::open(path).map(|file| Source::File(Arc::new(file)));
-        self.certs.as_ref().map(open).transpose().map_err(|e| Failure::Usage(format!("--certs: {e}")))
-    }
+    pub certs: Option<PathBuf>,
 }
 
 /// Options of `cvmm certs`.

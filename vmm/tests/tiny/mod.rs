@@ -27,10 +27,10 @@ use vmm::monitor::Guest;
 use vmm::monitor::Host;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
-use vmm::platform::emulated::Backing;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::spec::Backing;
 
 /// Where the guest's code is loaded and entered.
 pub const CODE: u64 = 0x10_0000;
