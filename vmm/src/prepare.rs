@@ -11,10 +11,12 @@ mod firmware;
 mod identity;
 mod image;
 
+use std::ops::Range;
 use std::path::Path;
 use std::path::PathBuf;
 
-use snp::digest::launch_digest;
+use kvm_bindings::kvm_cpuid_entry2;
+use snp::digest::Measured;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::Bytes;
@@ -39,6 +41,8 @@ use crate::cpuid;
 use crate::files::read_file;
 use crate::launch::LaunchOptions;
 use crate::monitor::Guest;
+use crate::monitor::Load;
+use crate::monitor::SnpLaunch;
 use crate::platform::Platform;
 use crate::platform::emulated::EmulatedOptions;
 use crate::platform::emulated::EmulatedPlatform;
@@ -163,8 +167,9 @@ fn plain_guest(spec: &VmSpec, platform: &dyn Platform) -> Result<Prepared, Prepa
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(PrepareError::host)?);
     let image = direct(spec, kernel, &files, &Target::default())?;
     let table = CpuidTable::plain(&offered, spec.cpus, platform.raw_cpuid().as_ref());
-    let (events, notes) = (image.events.clone(), image.notes.clone());
-    Ok(Prepared { guest: guest(image, &table, None), events, notes })
+    let guest =
+        Guest { cpuid: cpuids(&table, &image.plan), ram: lengths(&image.ram), load: Load::Plain(image.plan) };
+    Ok(Prepared { guest, events: image.events, notes: image.notes })
 }
 
 fn snp_guest(spec: &VmSpec, snp: &SnpSpec, platform: &dyn Platform) -> Result<Prepared, PrepareError> {
@@ -210,41 +215,46 @@ fn snp_guest(spec: &VmSpec, snp: &SnpSpec, platform: &dyn Platform) -> Result<Pr
     };
     policy.check_kvm(rules).map_err(PrepareError::request)?;
     check_features(&image.plan, platform)?;
-    let digest = launch_digest(&image.plan).map_err(PrepareError::host)?;
-    image.notes.push(format!("launch digest {digest} ({} pages)", image.plan.launch_pages()));
-    let identity = identity::identity(snp, &mut image, digest, policy)?;
+    let mut measured = Measured::of(std::mem::take(&mut image.plan)).map_err(PrepareError::host)?;
+    let digest = measured.digest();
+    image.notes.push(format!("launch digest {digest} ({} pages)", measured.plan().launch_pages()));
+    let identity = identity::identity(snp, &mut image, &measured, policy)?;
     let options = LaunchOptions {
         policy,
         host_data: snp.host_data.unwrap_or_default(),
         identity,
         accept_cpuid: snp.accept_cpuid,
         host_cpuid: platform.raw_cpuid(),
-        // A trial that changes the plan behind our back is for the guest to find.
-        predicted: snp.tamper.is_none().then_some(digest),
         firmware: matches!(spec.boot, BootSpec::Firmware(_)),
         validated_at_start: image.inputs_page.as_ref().map_or_else(Vec::new, InputsPage::validated),
     };
-    let inputs = image.inputs_page.take();
-    let (events, notes) = (std::mem::take(&mut image.events), std::mem::take(&mut image.notes));
-    let mut guest = guest(image, &table, Some(options));
+    let mut staged = image.staged;
     if let Some(tamper) = snp.tamper {
         let tamper_error = |problem| SpecError { field: "snp.tamper".into(), problem };
-        let inputs = inputs.ok_or_else(|| tamper_error("needs a guest with stage0".into()))?;
-        tamper.apply(&inputs, &mut guest.plan, &mut guest.staged).map_err(tamper_error)?;
+        let inputs = image.inputs_page.ok_or_else(|| tamper_error("needs a guest with stage0".into()))?;
+        // The digest that was announced stays what it is: that the launch is another one is for the guest, or its owner, to find.
+        let mut result = Ok(());
+        measured = measured
+            .altered(|plan| result = tamper.apply(&inputs, plan, &mut staged))
+            .map_err(PrepareError::host)?;
+        result.map_err(tamper_error)?;
     }
-    Ok(Prepared { guest, events, notes })
+    let guest = Guest {
+        cpuid: cpuids(&table, measured.plan()),
+        ram: lengths(&image.ram),
+        load: Load::Snp(Box::new(SnpLaunch { measured, options, staged })),
+    };
+    Ok(Prepared { guest, events: image.events, notes: image.notes })
 }
 
-/// The guest that an image describes.
-fn guest(image: LaunchImage, table: &CpuidTable, snp: Option<LaunchOptions>) -> Guest {
-    let vcpus = (0u32..).zip(&image.plan.vcpus);
-    Guest {
-        cpuid: vcpus.map(|(id, _)| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
-        plan: image.plan,
-        ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
-        snp,
-        staged: image.staged,
-    }
+/// CPUID of each vCPU.
+fn cpuids(table: &CpuidTable, plan: &LaunchPlan) -> Vec<Vec<kvm_cpuid_entry2>> {
+    (0u32..).zip(&plan.vcpus).map(|(id, _)| cpuid::to_kvm(&table.for_vcpu(id))).collect()
+}
+
+/// Start and length of each range.
+fn lengths(ram: &[Range<u64>]) -> Vec<(u64, u64)> {
+    ram.iter().map(|r| (r.start, r.end - r.start)).collect()
 }
 
 /// Refuses features of the save areas that this host's KVM does not give.

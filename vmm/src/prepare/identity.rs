@@ -5,7 +5,7 @@ use std::path::Path;
 
 use base64ct::Base64;
 use base64ct::Encoding as _;
-use snp::digest::LaunchDigest;
+use snp::digest::Measured;
 use snp::digest::trace;
 use snp::explain::Explanation;
 use snp::explain::diff;
@@ -53,11 +53,11 @@ pub fn read_auth(field: &'static str, path: &Path) -> Result<IdAuth, PrepareErro
 pub(super) fn identity(
     snp: &SnpSpec,
     image: &mut LaunchImage,
-    digest: LaunchDigest,
+    measured: &Measured,
     policy: GuestPolicy,
 ) -> Result<Option<(IdBlock, IdAuth)>, PrepareError> {
     if let Some(files) = &snp.id_block {
-        let identity = check(files, image, digest, policy)?;
+        let identity = check(files, image, measured, policy)?;
         if let Some((in_file, _)) = &image.identity {
             if *in_file != identity.0 {
                 return Err(PrepareError::file("snp.id_block.block", &files.block)(
@@ -72,7 +72,7 @@ pub(super) fn identity(
         return Ok(Some(identity));
     }
     if let Some((block, auth)) = &image.identity {
-        auth.check(block, digest, policy)
+        auth.check(block, measured.digest(), policy)
             .map_err(|e| PrepareError::Request(format!("the ID block in the IGVM file: {e}")))?;
         image.notes.push("the launch uses the ID block in the IGVM file".into());
     }
@@ -83,12 +83,12 @@ pub(super) fn identity(
 fn check(
     files: &IdBlockSpec,
     image: &LaunchImage,
-    launch: LaunchDigest,
+    measured: &Measured,
     policy: GuestPolicy,
 ) -> Result<(IdBlock, IdAuth), PrepareError> {
     let block = read_block("snp.id_block.block", &files.block)?;
     let auth = read_auth("snp.id_block.auth", &files.auth)?;
-    let mismatch = match auth.check(&block, launch, policy) {
+    let mismatch = match auth.check(&block, measured.digest(), policy) {
         Ok(()) => return Ok((block, auth)),
         Err(mismatch) => mismatch,
     };
@@ -98,8 +98,9 @@ fn check(
         let text = read(FIELD, path)?;
         let text = std::str::from_utf8(text.as_slice()).map_err(PrepareError::file(FIELD, path))?;
         let reference = Explanation::parse(text).map_err(PrepareError::file(FIELD, path))?;
-        let trace = trace(&image.plan).map_err(PrepareError::host)?;
-        let mut ours = Explanation::new(&image.plan.records, &image.plan.vcpus, &trace);
+        let plan = measured.plan();
+        let trace = trace(plan).map_err(PrepareError::host)?;
+        let mut ours = Explanation::new(&plan.records, &plan.vcpus, &trace);
         // What a launch does not record is taken to be the same.
         ours.inputs.clone_from(&reference.inputs);
         ours.inputs.extend(image.inputs.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));

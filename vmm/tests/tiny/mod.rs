@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::OnceLock;
 
+use snp::digest::Measured;
 use snp::image::direct::DirectBoot;
 use snp::image::direct::DirectImage;
 use snp::image::direct::Guest as ImageGuest;
@@ -25,6 +26,8 @@ use vmm::launch::LaunchOptions;
 use vmm::monitor;
 use vmm::monitor::Guest;
 use vmm::monitor::Host;
+use vmm::monitor::Load;
+use vmm::monitor::SnpLaunch;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
 use vmm::platform::emulated::EmulatedOptions;
@@ -103,11 +106,9 @@ pub fn plain_guest(code: &[u8], cpus: u32) -> Option<(KvmPlatform, Guest)> {
     let image = image(code, cpus);
     let table = CpuidTable::plain(&cpuid::from_kvm(&platform.supported_cpuid().unwrap()), cpus, None);
     let guest = Guest {
-        plan: image.plan,
+        load: Load::Plain(image.plan),
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
-        snp: None,
-        staged: Default::default(),
     };
     Some((platform, guest))
 }
@@ -152,13 +153,23 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
         image.plan.records.into_iter().map(|r| Record { page_type: PageType::Normal, ..r }).collect();
     let table = CpuidTable::plain(&cpuid::from_kvm(&host.supported_cpuid().unwrap()), 1, None);
     let guest = Guest {
-        plan: LaunchPlan { records, vcpus: image.plan.vcpus },
+        load: snp(LaunchPlan { records, vcpus: image.plan.vcpus }, LaunchOptions::default()),
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: vec![cpuid::to_kvm(&table.for_vcpu(0))],
-        snp: Some(LaunchOptions::default()),
-        staged: Default::default(),
     };
     Some((platform, guest))
+}
+
+/// The launch of `plan`.
+pub fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
+    let measured = Measured::of(plan).unwrap();
+    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default() }))
+}
+
+/// Changes what is launched.
+pub fn alter(guest: &mut Guest, change: impl FnOnce(&mut LaunchPlan)) {
+    let Load::Snp(snp) = &mut guest.load else { panic!("a plain guest") };
+    snp.measured = snp.measured.clone().altered(change).unwrap();
 }
 
 /// Runs a guest to its end, with a host that has nothing but a console.
