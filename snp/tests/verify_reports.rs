@@ -400,8 +400,7 @@ fn a_baseline_asks_for_what_its_bulletins_say() {
     let policy = "any_measurement = true\nbaseline = '2025-02'";
     let tcb = |snp: u8| [3, 0, 0, 0, 0, 0, snp, 0xd2];
     let fields = [field::CURRENT_TCB, field::REPORTED_TCB, field::COMMITTED_TCB, field::LAUNCH_TCB];
-    let report =
-        |snp: u8| fields.iter().fold(builder(), |builder, field| builder.set(field.clone(), &tcb(snp)));
+    let report = |snp: u8| fields.iter().fold(builder(), |builder, field| builder.set(*field, &tcb(snp)));
     let cert = |snp: u8| authority.endorsement("Milan-B0", &[("1.3.6.1.4.1.3704.1.3.3", vec![2, 1, snp])]);
     let fails = |builder, snp| failures(&authority, &authority.report(builder), cert(snp), policy);
     assert_eq!(fails(report(0x18), 0x18), [] as [&str; 0]);
