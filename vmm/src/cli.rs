@@ -9,6 +9,7 @@ mod id_block;
 mod measure;
 mod modes;
 mod reboot;
+mod report;
 mod run;
 mod spec;
 mod trials;
@@ -74,6 +75,8 @@ enum Command {
     IdBlock(id_block::Args),
     /// Check an attestation report, its certificates, and your policy
     Verify(Box<verify::Args>),
+    /// Show what a report says, and what to fetch to verify it
+    Report(report::Args),
     /// Make and show certificate tables for --certs
     Certs(certs::Args),
     /// Say what this host offers for SNP guests and for emulated ones, and how to fix what is missing
@@ -119,6 +122,7 @@ pub fn main() -> ExitCode {
         },
         Some(Command::IdBlock(args)) => id_block::main(&args),
         Some(Command::Verify(args)) => verify::main(&args),
+        Some(Command::Report(args)) => report::main(&args),
         Some(Command::Certs(args)) => certs::main(&args),
         Some(Command::Doctor(args)) => doctor::main(&args),
         // It has exit codes of its own, the same as `vtpm-svc vmgs`.

@@ -26,7 +26,7 @@ enum ZeroPagesArg {
 #[derive(clap::Args, Clone, Debug)]
 pub struct FirmwareArgs {
     /// OVMF firmware with SEV metadata, in place of direct boot; a --kernel is then measured by its hash
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["igvm", "accept", "secure_tsc"])]
+    #[arg(long, visible_alias = "ovmf", value_name = "FILE", conflicts_with_all = ["igvm", "accept", "secure_tsc"])]
     pub firmware: Option<PathBuf>,
     /// IGVM file, in place of direct boot
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "accept", "secure_tsc"])]
@@ -36,7 +36,7 @@ pub struct FirmwareArgs {
     zero_pages: Option<ZeroPagesArg>,
     /// vCPU model of a firmware launch, as a name (EPYC-Milan) or a CPUID signature (0xa00f11): RDX of every vCPU, so part of
     /// the digest. A launch takes the host's if this is left out
-    #[arg(long, value_name = "MODEL", conflicts_with = "igvm", value_parser = |text: &str| vcpu_model::parse(text))]
+    #[arg(long, visible_alias = "vcpu-type", value_name = "MODEL", conflicts_with = "igvm", value_parser = |text: &str| vcpu_model::parse(text))]
     pub vcpu_model: Option<u32>,
     /// The complete sev_features of a firmware launch
     #[arg(long, value_name = "BITS", conflicts_with = "igvm", default_value = "0x1", value_parser = parse_features)]

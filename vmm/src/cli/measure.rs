@@ -104,7 +104,7 @@ pub struct Args {
     #[arg(long, value_name = "BYTES", requires = "svsm")]
     vars_size: Option<u64>,
     /// Monitor that launches the firmware: cvmm, qemu, ec2, gce or krun
-    #[arg(long, value_name = "NAME", default_value = "cvmm")]
+    #[arg(long, visible_alias = "vmm-type", value_name = "NAME", default_value = "cvmm")]
     vmm: VmmType,
     /// Numbers of vCPUs, in place of --cpus: a list or range such as 1,2,4-8
     #[arg(long, value_name = "LIST", value_parser = parse_counts, conflicts_with = "cpus")]

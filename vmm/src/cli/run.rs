@@ -59,7 +59,7 @@ pub struct ImageArgs {
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line
-    #[arg(long, value_name = "TEXT", default_value = CMDLINE_DEFAULT)]
+    #[arg(long, visible_alias = "append", value_name = "TEXT", default_value = CMDLINE_DEFAULT)]
     pub cmdline: String,
     /// Guest memory; units K, M, G, T
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
