@@ -17,6 +17,9 @@ use snp::policy::GuestPolicy;
 
 use super::Failure;
 
+/// The form of `--json`. Fields are added to it, and never renamed or taken away.
+const FORMAT: &str = "cvmm-report-1";
+
 /// Options of `cvmm report`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -57,8 +60,12 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     let named = report.cpuid_fms().and_then(|[family, model, _]| Product::from_cpuid(family, model));
     let fields = fields(&report, named.or(show.product));
     let text = if show.json {
-        let map: serde_json::Map<String, serde_json::Value> =
-            fields.into_iter().map(|(name, value)| (name.replace(' ', "_"), value.into())).collect();
+        let format = [("format", FORMAT.to_owned())];
+        let map: serde_json::Map<String, serde_json::Value> = format
+            .into_iter()
+            .chain(fields)
+            .map(|(name, value)| (name.replace(' ', "_"), value.into()))
+            .collect();
         serde_json::to_string_pretty(&map).map_err(Failure::monitor)? + "\n"
     } else {
         fields.iter().map(|(name, value)| format!("{name:20} {value}\n")).collect()
