@@ -4,7 +4,7 @@
 //! The files in `formats/` have a line for each field: its path, with `[]` for the items of a list and `*` where names are data, and
 //! its type. They are written by hand; a line is taken out only together with a new number of the format.
 
-#![allow(clippy::unwrap_used, reason = "a test fails where its host fails")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
 #[path = "../../snp/tests/support/chain.rs"]
 #[allow(dead_code, reason = "made for other tests")]
