@@ -27,6 +27,8 @@ use crate::keys::KeyProvider;
 use crate::keys::KeyRequest;
 use crate::keys::NewKeyArgs;
 use crate::keys::Purpose;
+use crate::keys::open::OpenError;
+use crate::keys::open::key_of;
 use crate::vmgs::Accept;
 use crate::vmgs::FsFile;
 use crate::vmgs::Key;
@@ -36,7 +38,6 @@ use crate::vmgs::VmgsError;
 use crate::vmgs::anchor::AnchorError;
 use crate::vmgs::findings::sentences;
 use crate::vmgs::history;
-use crate::vmgs::image;
 use crate::vmgs::root::parse_uuid;
 use crate::vmgs::view::RootState;
 
@@ -326,7 +327,10 @@ fn needed(provider: Option<Box<dyn KeyProvider>>, what: &str) -> Result<Box<dyn 
 
 fn key_for(file: &FsFile, path: &Path, args: &KeyArgs) -> Result<Option<Key>, CliError> {
     let Some(provider) = args.provider() else { return Ok(None) };
-    ask(provider.as_ref(), image::unique_id(file).map_err(at(path))?, Purpose::Open).map(Some)
+    key_of(provider.as_ref(), file, None, Purpose::Open).map(Some).map_err(|e| match e {
+        OpenError::Image(source) => at(path)(source),
+        OpenError::Key(e) => e.into(),
+    })
 }
 
 /// An image that somebody looks at.
@@ -370,6 +374,16 @@ fn open_to_write(
 ) -> Result<Vmgs<FsFile>, CliError> {
     let file = FsFile::open(path).map_err(VmgsError::opening).map_err(at(path))?;
     let key = key_for(&file, path, key)?;
+    open_with(file, path, key, anchor, accept)
+}
+
+fn open_with(
+    file: FsFile,
+    path: &Path,
+    key: Option<Key>,
+    anchor: &AnchorArgs,
+    accept: Accept,
+) -> Result<Vmgs<FsFile>, CliError> {
     let vmgs = Vmgs::open(file, key, Some(&anchor.folder()), accept).map_err(at(path))?;
     for warning in vmgs.warnings() {
         crate::log::warn(&format!("{}: {warning}", path.display()));

@@ -156,6 +156,9 @@ fn a_clock_record_that_is_none_is_named_and_can_be_set() {
     let (code, text) = vmgs(&site, &["clock", "--set", "5", "--accept-rollback", "--adopt"]);
     assert_eq!(code, 0, "{text}");
     let new = site.path("new").display().to_string();
+    // An id that is not the image's discloses nothing.
+    let (code, text) = vmgs(&site, &["repair", "--new-key-file", &new, "--adopt"]);
+    assert!(code == 2 && text.contains("needs no repair"), "{text}");
     let (code, text) = vmgs(&site, &["rekey", "--new-key-file", &new, "--adopt"]);
     assert_eq!(code, 0, "{text}");
     std::fs::rename(site.path("new"), site.path("key")).expect("key");

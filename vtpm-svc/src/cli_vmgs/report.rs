@@ -17,6 +17,7 @@ use crate::vmgs::findings::Accept;
 use crate::vmgs::findings::sentences;
 use crate::vmgs::format::BLOCK;
 use crate::vmgs::format::ENCRYPTED;
+use crate::vmgs::format::SCRUB_PENDING;
 use crate::vmgs::image;
 use crate::vmgs::image::Layout;
 use crate::vmgs::root::FLAG_DISCLOSED;
@@ -150,6 +151,9 @@ fn check_chain(
         Err(_) => {}
     }
     if layout.header.encrypted && key.is_none() {
+        if layout.header.markers & SCRUB_PENDING != 0 {
+            said.open.push(Finding::ScrubPending.to_string());
+        }
         match zero_key::find(file, &layout)? {
             Some(place) => said.failed.push(Finding::ZeroKey(place).to_string()),
             None => said.proved.push("no table in the file opens with the zero key".into()),

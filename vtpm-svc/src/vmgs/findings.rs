@@ -43,6 +43,8 @@ pub enum Finding {
     NoAnchor,
     /// The older header is wrapped by another key, or in plain text: a change of key was interrupted.
     OldKeyInSlot,
+    /// The image was written anew, and not everything of before was overwritten.
+    ScrubPending,
     /// A second key opens the image, and the next write takes that away.
     SecondKey,
     /// More writes than one datastore key should see.
@@ -147,8 +149,13 @@ impl std::fmt::Display for Finding {
                 f.write_str("opened without an anchor: an older copy cannot be told from the newest")
             }
             Self::OldKeyInSlot => f.write_str(
-                "a change of key was interrupted: the older header still opens with another key, or with none. The next \
-                 write replaces that header; `vmgs rekey` again overwrites the old blocks too and proves it",
+                "a change of key was interrupted: the older header still opens with another key, or with none. The \
+                 same `vmgs rekey` again ends that, and proves it",
+            ),
+            Self::ScrubPending => f.write_str(
+                "the image was written anew (a change of key, a repair or an adoption) and that was cut short: bytes of before \
+                 may still be in the file. The next command that opens it to write, and the next start of its service, \
+                 overwrites them",
             ),
             Self::SecondKey => f.write_str(
                 "a second key, added by another tool, opens this image; the next write by this program ends that",

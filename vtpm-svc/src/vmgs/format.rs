@@ -23,6 +23,9 @@ pub const FIRST_BLOCK: u32 = 2;
 pub const ENTRIES: usize = 64;
 /// No file is loaded or written beyond this size, whatever a table says.
 pub const MAX_FILE: u64 = 64 << 20;
+/// Marker bit of ours in a header: the image was written anew and not everything of before is overwritten yet. Other tools
+/// leave it alone or drop it; whoever sets it makes an opener overwrite what nothing names.
+pub const SCRUB_PENDING: u16 = 1 << 15;
 /// Attribute bit: the file is encrypted.
 pub const ENCRYPTED: u32 = 1;
 /// Attribute bit: the file is authenticated; this format always sets it along with [`ENCRYPTED`].
@@ -171,7 +174,7 @@ pub struct Header {
     pub table_block: u32,
     /// Whether files may be encrypted (algorithm 1) or not (0).
     pub encrypted: bool,
-    /// Marker bits; bit 0 says that the image was reformatted on request.
+    /// Marker bits; bit 0 says that the image was reformatted on request, [`SCRUB_PENDING`] is ours.
     pub markers: u16,
     /// The metadata key, wrapped under up to two datastore keys.
     pub keys: [KeySlot; 2],

@@ -34,6 +34,7 @@ use super::format::FileTable;
 use super::format::Header;
 use super::format::KeySlot;
 use super::format::MAX_FILE;
+use super::format::SCRUB_PENDING;
 use super::format::SECTOR;
 use super::image;
 use super::judge::judge;
@@ -184,7 +185,7 @@ impl<F: BlockFile> Vmgs<F> {
         Ok(store)
     }
 
-    /// Opens an image, or refuses it without having written anything.
+    /// Opens an image, or refuses it without having written anything. A rewrite that was cut short is finished.
     pub fn open(
         file: F,
         key: Option<Key>,
@@ -239,7 +240,7 @@ impl<F: BlockFile> Vmgs<F> {
         let unsettled = view.findings.iter().any(|f| f.unsettles(&accept));
         let other = view.layout.other_spans();
         let View { layout, extended, root, state, container, findings, .. } = view;
-        Ok(Self {
+        let mut store = Self {
             file,
             payload: layout.payload,
             capacity: layout.capacity,
@@ -262,7 +263,13 @@ impl<F: BlockFile> Vmgs<F> {
             fresh: false,
             unsettled,
             unplaced: false,
-        })
+        };
+        // What is not settled is written anew by the next commit, and this with it.
+        if !store.unsettled && store.header.markers & SCRUB_PENDING != 0 && store.payload <= MAX_SIZE {
+            store.finish_rewrite()?;
+            store.mark_whole()?;
+        }
+        Ok(store)
     }
 
     /// What was odd at open.
@@ -464,7 +471,10 @@ impl<F: BlockFile> Vmgs<F> {
             anchor.announce(mark)?;
         }
         self.write_all(&placer.runs())?;
-        let header = self.next_header(table.entry(FileId::FILE_TABLE).block, keys, encrypted);
+        let mut header = self.next_header(table.entry(FileId::FILE_TABLE).block, keys, encrypted);
+        if all {
+            header.markers |= SCRUB_PENDING;
+        }
         self.write_header(header)?;
         self.other = live;
         (self.table, self.extended, self.root, self.key) = (table, extended, root, key);
