@@ -351,7 +351,8 @@ fn look(path: &Path, key: &KeyArgs) -> Result<Looked, CliError> {
 }
 
 impl Looked {
-    /// Notes who looked, if there is a place for it that this user may write.
+    /// Notes who looked, if this image has a place for it here. To look needs no permission to change, so what cannot be
+    /// noted is said and stops nobody.
     fn note(&self, path: &Path, history: &HistoryArgs, what: &str, detail: &str) {
         let folder = history.folder();
         if self.view.state == RootState::Never || !folder.path.exists() {
@@ -360,9 +361,10 @@ impl Looked {
         let file = path.display().to_string();
         let (root, findings) = (&self.view.root, &self.view.findings[..]);
         let reason = history.reason.as_deref();
-        // Whoever may not write there may look all the same.
-        let _ =
-            history::record(&folder, &history::Event { what, file: &file, root, findings, detail, reason });
+        let event = history::Event { what, file: &file, root, findings, detail, reason };
+        if let Err(e) = history::record(&folder, &event) {
+            crate::log::warn(&format!("that {file} was looked at could not be noted in its history: {e}"));
+        }
     }
 }
 
@@ -471,9 +473,12 @@ fn execute(command: &Command) -> Outcome {
             let raw = FsFile::open_read_only(file).map_err(VmgsError::opening).map_err(at(file))?;
             let key = key_for(&raw, file, key)?;
             place::tell_left_over(file);
-            let report = report::check(&raw, key.as_ref(), &history.folder());
-            let failed = report["failed"].as_array().is_some_and(|f| !f.is_empty());
-            let verdict = failed.then(|| format!("{}: the check found a fault", file.display()));
+            let (report, view) = report::check(&raw, key.as_ref(), &history.folder());
+            let faults = report["failed"].as_array().map_or(0, Vec::len);
+            if let Some(view) = view {
+                Looked { raw, view }.note(file, history, "check", &format!("{faults} faults"));
+            }
+            let verdict = (faults > 0).then(|| format!("{}: the check found a fault", file.display()));
             Ok(Done { verdict, ..report.into() })
         }
         Command::List { file, key, history } => {

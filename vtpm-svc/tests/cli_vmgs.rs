@@ -86,6 +86,64 @@ fn check_says_what_it_can_and_cannot_prove() {
     assert!(!ok && damaged["failed"].to_string().contains("fails authentication"), "{damaged}");
 }
 
+/// Who looked is in the history, and who may not write there looks all the same.
+#[test]
+fn every_look_with_the_key_is_noted_and_none_needs_the_history() {
+    let site = used();
+    let image = site.path("vmgs");
+    let look = |args: &[&str]| {
+        let (ok, text) = vmgs(&site, args, &[&image]);
+        assert!(ok, "{text}");
+        text
+    };
+    for what in ["check", "list", "inspect"] {
+        look(&[what, "--reason", "a question"]);
+    }
+    look(&["export", "--id", "60", "-o", "/dev/null"]);
+    let files = || std::fs::read_dir(site.path("anchor")).expect("folder").flatten().map(|e| e.path());
+    let log = files().find(|p| p.extension().is_some_and(|e| e == "log")).expect("a history");
+    let text = std::fs::read_to_string(&log).expect("text");
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    for what in ["check", "list", "inspect", "export"] {
+        let line = lines.iter().find(|line| line["event"] == what).expect(what);
+        assert!(what == "export" || line["reason"] == "a question", "{line}");
+    }
+    let check = lines.iter().find(|line| line["event"] == "check").expect("check");
+    assert!(check["detail"] == "0 faults" && check["user"].is_u64(), "{check}");
+    // A history that nobody can write, root neither.
+    std::fs::remove_file(&log).expect("remove");
+    std::fs::create_dir(&log).expect("a folder in its place");
+    for what in ["check", "list", "inspect"] {
+        assert!(look(&[what]).contains("could not be noted"), "{what}");
+    }
+}
+
+#[test]
+fn a_clone_that_is_refused_changes_nothing() {
+    let site = used();
+    let key = site.path("key").display().to_string();
+    let (image, to) = (site.path("large"), site.path("to"));
+    let args = ["clone", "--keep-identity", "--size", "4M", "--new-key-file", &key];
+    let (ok, text) = vmgs(&site, &args, &[&site.path("vmgs"), &image]);
+    assert!(ok, "{text}");
+    let big = site.path("big");
+    std::fs::write(&big, vec![5; 1_200_000]).expect("write");
+    let big = big.display().to_string();
+    let (ok, text) = vmgs(&site, &["import", "--id", "40", "-i", &big], &[&image]);
+    assert!(ok, "{text}");
+    let before = std::fs::read(&image).expect("read");
+    let refused = |more: &[&str], why: &str| {
+        let (ok, text) = vmgs(&site, &[&["clone", "--keep-identity"], more].concat(), &[&image, &to]);
+        assert!(!ok && text.contains(why), "{text}");
+        assert!(std::fs::read(&image).expect("read") == before, "{why}: the source was changed");
+    };
+    refused(&["--new-key-file", &key, "--size", "1M"], "no space");
+    refused(&["--new-key-file", "/nonexistent"], "/nonexistent");
+    std::fs::write(&to, b"somebody's").expect("write");
+    refused(&["--new-key-file", &key], "exists already");
+}
+
 #[test]
 fn a_rekey_leaves_nothing_to_the_old_key() {
     let site = used();

@@ -133,6 +133,19 @@ pub(super) struct Generation<'a> {
     pub all: bool,
 }
 
+/// A commit that is sealed and has its place, and is not written.
+pub struct Prepared {
+    table: FileTable,
+    extended: ExtendedTable,
+    root: Root,
+    key: Option<Key>,
+    /// What the generation before names.
+    live: Spans,
+    runs: Vec<(u32, Vec<u8>)>,
+    header: Header,
+    touched: Vec<FileId>,
+}
+
 impl<F: BlockFile> Vmgs<F> {
     /// Makes an image in `file`, whose length must be that of the payload and a footer.
     ///
@@ -395,7 +408,25 @@ impl<F: BlockFile> Vmgs<F> {
         Ok(self.file)
     }
 
+    /// Places and seals a commit without writing any of it: whatever can be refused is refused here.
+    pub fn prepare(&self, changes: &[Change<'_>]) -> Result<Prepared, VmgsError> {
+        self.plan(Generation { changes, new_key: None, all: self.unsettled })
+    }
+
+    /// Writes what was prepared; nothing may have been committed since.
+    pub fn write(&mut self, prepared: Prepared) -> Result<Mark, VmgsError> {
+        if self.unsettled || prepared.root.generation != self.root.next_generation()? {
+            return Err(VmgsError::Invalid("a commit was prepared for another generation".into()));
+        }
+        self.write_planned(prepared)
+    }
+
     pub(super) fn write_generation(&mut self, next: Generation<'_>) -> Result<Mark, VmgsError> {
+        let prepared = self.plan(next)?;
+        self.write_planned(prepared)
+    }
+
+    fn plan(&self, next: Generation<'_>) -> Result<Prepared, VmgsError> {
         if self.poisoned {
             return Err(VmgsError::Poisoned);
         }
@@ -465,22 +496,27 @@ impl<F: BlockFile> Vmgs<F> {
         put(FileId::ROOT, &root.to_bytes(), &mut table, &mut extended)?;
         let key = new_key.or_else(|| self.key.clone());
         let keys = placer.tables(&mut table, &extended, key.as_ref())?;
-
-        let mark = root.mark();
-        if let Some(anchor) = &mut self.anchor {
-            anchor.announce(mark)?;
-        }
-        self.write_all(&placer.runs())?;
         let mut header = self.next_header(table.entry(FileId::FILE_TABLE).block, keys, encrypted);
         if all {
             header.markers |= SCRUB_PENDING;
         }
+        let touched = FileId::files().filter(|id| touched(*id)).collect();
+        Ok(Prepared { table, extended, root, key, live, runs: placer.runs(), header, touched })
+    }
+
+    fn write_planned(&mut self, planned: Prepared) -> Result<Mark, VmgsError> {
+        let Prepared { table, extended, root, key, live, runs, header, touched } = planned;
+        let mark = root.mark();
+        if let Some(anchor) = &mut self.anchor {
+            anchor.announce(mark)?;
+        }
+        self.write_all(&runs)?;
         self.write_header(header)?;
         self.other = live;
         (self.table, self.extended, self.root, self.key) = (table, extended, root, key);
         self.mark = Some(mark);
         self.fresh = false;
-        self.findings.retain(|f| !matches!(f, Finding::Damaged(id, _) if touched(*id)));
+        self.findings.retain(|f| !matches!(f, Finding::Damaged(id, _) if touched.contains(id)));
         let facts = self.facts();
         if let Some(anchor) = &mut self.anchor
             && !self.unplaced
