@@ -8,6 +8,7 @@ mod firmware;
 mod id_block;
 mod measure;
 mod modes;
+mod out;
 mod reboot;
 mod report;
 mod run;

@@ -7,7 +7,6 @@
 mod copies;
 mod files;
 mod keying;
-mod place;
 mod platform;
 mod report;
 
@@ -40,6 +39,8 @@ use crate::vmgs::findings::sentences;
 use crate::vmgs::history;
 use crate::vmgs::root::parse_uuid;
 use crate::vmgs::view::RootState;
+use crate::whole_file as place;
+use crate::whole_file::PlaceError;
 
 /// Options of `vmgs`.
 #[derive(Debug, clap::Args)]
@@ -261,6 +262,15 @@ pub enum CliError {
     /// `restore` without `--confirm`, or `check` that found something.
     #[error("{0}")]
     Verdict(String),
+}
+
+impl From<PlaceError> for CliError {
+    fn from(error: PlaceError) -> Self {
+        match error {
+            PlaceError::Usage(text) => Self::Usage(text),
+            PlaceError::Io { path, source } => Self::Io { path, source },
+        }
+    }
 }
 
 impl CliError {

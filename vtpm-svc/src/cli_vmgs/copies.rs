@@ -16,8 +16,6 @@ use super::close;
 use super::key_for;
 use super::needed;
 use super::open_to_write;
-use super::place;
-use super::place::Waiting;
 use crate::control::options::AnchorArgs;
 use crate::keys::KeyArgs;
 use crate::keys::NewKeyArgs;
@@ -42,6 +40,8 @@ use crate::vmgs::root::uuid_text;
 use crate::vmgs::store::MAX_SIZE;
 use crate::vmgs::store::MIN_SIZE;
 use crate::vmgs::view::RootState;
+use crate::whole_file as place;
+use crate::whole_file::Waiting;
 
 /// Makes an image.
 pub(super) fn create(
@@ -77,7 +77,7 @@ fn make_image(
 ) -> Result<(), CliError> {
     place::tell_left_over(path);
     if path.symlink_metadata().is_ok() {
-        return Err(place::exists(path));
+        return Err(place::exists(path).into());
     }
     let secret = secret()?;
     let folder = anchor.folder();
@@ -137,7 +137,7 @@ pub(super) fn clone(
 ) -> Outcome {
     let keep = how.keep;
     if to.symlink_metadata().is_ok() {
-        return Err(place::exists(to));
+        return Err(place::exists(to).into());
     }
     let provider = needed(new_key.provider(), "new key")?;
     let mut source = open_to_write(file, key, anchor, anchor.accept())?;
@@ -271,9 +271,11 @@ pub(super) fn restore(
     };
     not_anothers(&view, replaced.as_ref(), backup, file)?;
     if let Some(old) = &replaced {
-        place::inherit(copy.file(), old.file()).map_err(|source| CliError::Io {
-            path: format!("giving the restored file the owner and mode of {}", file.display()),
-            source,
+        old.file().metadata().and_then(|old| place::inherit(copy.file(), &old)).map_err(|source| {
+            CliError::Io {
+                path: format!("giving the restored file the owner and mode of {}", file.display()),
+                source,
+            }
         })?;
     }
     let lease = folder.lease(&view.root.image)?;
