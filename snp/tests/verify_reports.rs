@@ -747,6 +747,22 @@ fn a_table_holds_certificates_that_belong_together() {
 }
 
 #[test]
+fn a_table_holds_no_revocation_list_that_its_root_has_not_signed() {
+    let authority = Authority::new();
+    let all =
+        [authority.endorsement("Milan-B0", &[]), authority.intermediate.clone(), authority.root.clone()];
+    let list = |of: &Authority| Crl::read(&of.crl(&[], NOW - 5, NOW + 5)).unwrap();
+    let own = list(&authority);
+    let table = cert_table::of_certificates(&all, Some(&own)).unwrap();
+    let held = cert_table::parse(&table).unwrap();
+    assert!(held.contains(&(cert_table::Kind::CRL, own.der())));
+    let error = cert_table::of_certificates(&all, Some(&list(&Authority::new()))).unwrap_err();
+    assert!(error.contains("not signed by 'ARK-Test'"), "{error}");
+    let error = cert_table::of_certificates(&all[..2], Some(&own)).unwrap_err();
+    assert!(error.contains("without its root"), "{error}");
+}
+
+#[test]
 fn evidence_is_read_in_the_forms_that_people_have() {
     for real in real_reports() {
         // The file of issuers has an intermediate for each kind of key, a table has one.

@@ -9,6 +9,7 @@ mod help;
 mod id_block;
 mod measure;
 mod modes;
+mod out;
 mod reboot;
 mod report;
 mod run;

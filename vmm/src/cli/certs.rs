@@ -13,6 +13,7 @@ use snp::attest::cert_table;
 use snp::attest::cert_table::Kind;
 
 use super::Failure;
+use super::out;
 use super::run::SNP;
 use crate::certs::FILE_LIMIT;
 
@@ -67,7 +68,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     Ok(0)
 }
 
-fn make(args: &Args, out: &Path) -> Result<(), Failure> {
+fn make(args: &Args, to: &Path) -> Result<(), Failure> {
     let mut certificates = Vec::new();
     for path in &args.certificates {
         certificates.extend(Cert::read_all(&read(path)?).map_err(named(path))?);
@@ -90,25 +91,7 @@ fn make(args: &Args, out: &Path) -> Result<(), Failure> {
             "cvmm: warning: the table has no ASK or ASVK and no ARK: who verifies with it has to get them elsewhere"
         );
     }
-    write_anew(out, &table).map_err(|e| Failure::Monitor(format!("{}: {e}", out.display())))
-}
-
-/// Writes beside the target, then renames: a reader sees the old table or the new one, never a part.
-fn write_anew(out: &Path, table: &[u8]) -> io::Result<()> {
-    let mut name = out.as_os_str().to_owned();
-    name.push(format!(".{}", std::process::id()));
-    let temporary = PathBuf::from(name);
-    let write = || {
-        let mut file = File::options().write(true).create_new(true).open(&temporary)?;
-        file.write_all(table)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, out)
-    };
-    let result = write();
-    if result.is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
-    result
+    out::write(to, &table)
 }
 
 fn show(path: &Path) -> Result<(), Failure> {

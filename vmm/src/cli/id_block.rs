@@ -23,6 +23,7 @@ use snp::image::igvm::id_block_header;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
+use super::out::write;
 use crate::note;
 use crate::prepare;
 
@@ -157,10 +158,6 @@ fn read(path: &Path) -> Result<Vec<u8>, Failure> {
 
 fn read_text(path: &Path) -> Result<String, Failure> {
     String::from_utf8(read(path)?).map_err(|_| Failure::Usage(format!("{}: not a PEM file", path.display())))
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    std::fs::write(path, bytes).map_err(|e| Failure::Monitor(format!("{}: {e}", path.display())))
 }
 
 /// A file's contents in a form, with the file's name in the error.
