@@ -153,12 +153,6 @@ pub(crate) fn boot(
 impl Booted {
     /// Starts the vCPUs, each in its thread; the first that ends the guest says so to `events`.
     pub(crate) fn start(self, life: u32, events: &Sender<Event>) -> Result<Running, MonitorError> {
-        vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), kvm::interrupt).map_err(|e| {
-            MonitorError::Host {
-                what: "cannot set the signal that interrupts vCPUs",
-                source: io::Error::from_raw_os_error(e.errno()),
-            }
-        })?;
         let mut running =
             Running { threads: Vec::new(), shared: self.shared, _racer: self.racer, vm: self.vm };
         for (id, mut vcpu) in (0u32..).zip(self.vcpus) {
@@ -206,6 +200,16 @@ impl Running {
         }
         true
     }
+}
+
+/// From here on the signal that interrupts vCPUs does nothing else, whoever sends it. Comes before any vCPU starts.
+pub(crate) fn catch_interrupts() -> Result<(), MonitorError> {
+    vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), kvm::interrupt).map_err(|e| {
+        MonitorError::Host {
+            what: "cannot set the signal that interrupts vCPUs",
+            source: io::Error::from_raw_os_error(e.errno()),
+        }
+    })
 }
 
 /// Starts a thread of the monitor.

@@ -124,6 +124,11 @@ fn image(code: &[u8], vcpus: u32) -> DirectImage {
 /// `code` as an SNP guest on the emulated platform, in the form that the platform's patches leave: VMGEXIT is
 /// `out 0xe4, al` and a two-byte NOP.
 pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform, Guest)> {
+    emulated_guest_with(code, backing, 1)
+}
+
+/// The same with `cpus` vCPUs, of which the guest starts all but the first.
+pub fn emulated_guest_with(code: &[u8], backing: Backing, cpus: u32) -> Option<(EmulatedPlatform, Guest)> {
     let host = kvm()?;
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys.pem");
@@ -140,7 +145,7 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
 
     // The registers and tables of a plain boot will do, with what KVM adds to EFER, CR4 and the features for SEV guests
     // (Linux 6.12, `svm_set_efer`, `svm_set_cr4`, `sev_es_sync_vmsa`); the plan is code and tables, each page measured.
-    let mut image = image(code, 1);
+    let mut image = image(code, cpus);
     image.plan.vcpus.iter_mut().for_each(|state| {
         state.efer |= EFER_SVME;
         state.cr4 |= CR4_MCE;
@@ -151,11 +156,11 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
     image.plan.records.sort_by_key(|r| r.gpa);
     let records =
         image.plan.records.into_iter().map(|r| Record { page_type: PageType::Normal, ..r }).collect();
-    let table = CpuidTable::plain(&cpuid::from_kvm(&host.supported_cpuid().unwrap()), 1, None);
+    let table = CpuidTable::plain(&cpuid::from_kvm(&host.supported_cpuid().unwrap()), cpus, None);
     let guest = Guest {
         load: snp(LaunchPlan { records, vcpus: image.plan.vcpus }, LaunchOptions::default()),
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
-        cpuid: vec![cpuid::to_kvm(&table.for_vcpu(0))],
+        cpuid: (0..cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
     };
     Some((platform, guest))
 }
