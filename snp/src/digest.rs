@@ -76,6 +76,43 @@ pub fn launch_digest(plan: &LaunchPlan) -> Result<LaunchDigest, PlanError> {
     Ok(trace(plan)?.launch_digest())
 }
 
+/// A plan and its launch digest, made once. It owns every byte that is launched, so what it says of them stays true, whatever becomes
+/// of the files that they were read from.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    plan: LaunchPlan,
+    digest: LaunchDigest,
+}
+
+impl Measured {
+    /// Measures `plan`.
+    pub fn of(plan: LaunchPlan) -> Result<Self, PlanError> {
+        let digest = launch_digest(&plan)?;
+        Ok(Measured { plan, digest })
+    }
+
+    /// What is launched.
+    pub fn plan(&self) -> &LaunchPlan {
+        &self.plan
+    }
+
+    /// What the guest's reports will show.
+    pub fn digest(&self) -> LaunchDigest {
+        self.digest
+    }
+
+    /// Another plan, made from this one.
+    pub fn altered(mut self, alter: impl FnOnce(&mut LaunchPlan)) -> Result<Self, PlanError> {
+        alter(&mut self.plan);
+        Measured::of(self.plan)
+    }
+
+    /// Lets go of what only a launch needs: the contents, of which the guest has its own copy by then.
+    pub fn forget_contents(&mut self) {
+        self.plan.records = Vec::new();
+    }
+}
+
 /// Computes the digest of `plan` after every record and every vCPU.
 pub fn trace(plan: &LaunchPlan) -> Result<Trace, PlanError> {
     plan.check()?;

@@ -400,8 +400,7 @@ fn a_baseline_asks_for_what_its_bulletins_say() {
     let policy = "any_measurement = true\nbaseline = '2025-02'";
     let tcb = |snp: u8| [3, 0, 0, 0, 0, 0, snp, 0xd2];
     let fields = [field::CURRENT_TCB, field::REPORTED_TCB, field::COMMITTED_TCB, field::LAUNCH_TCB];
-    let report =
-        |snp: u8| fields.iter().fold(builder(), |builder, field| builder.set(field.clone(), &tcb(snp)));
+    let report = |snp: u8| fields.iter().fold(builder(), |builder, field| builder.set(*field, &tcb(snp)));
     let cert = |snp: u8| authority.endorsement("Milan-B0", &[("1.3.6.1.4.1.3704.1.3.3", vec![2, 1, snp])]);
     let fails = |builder, snp| failures(&authority, &authority.report(builder), cert(snp), policy);
     assert_eq!(fails(report(0x18), 0x18), [] as [&str; 0]);
@@ -745,6 +744,22 @@ fn a_table_holds_certificates_that_belong_together() {
         let twice = [std::slice::from_ref(&key), &all].concat();
         assert!(cert_table::of_certificates(&twice, None).unwrap_err().contains("one key"));
     }
+}
+
+#[test]
+fn a_table_holds_no_revocation_list_that_its_root_has_not_signed() {
+    let authority = Authority::new();
+    let all =
+        [authority.endorsement("Milan-B0", &[]), authority.intermediate.clone(), authority.root.clone()];
+    let list = |of: &Authority| Crl::read(&of.crl(&[], NOW - 5, NOW + 5)).unwrap();
+    let own = list(&authority);
+    let table = cert_table::of_certificates(&all, Some(&own)).unwrap();
+    let held = cert_table::parse(&table).unwrap();
+    assert!(held.contains(&(cert_table::Kind::CRL, own.der())));
+    let error = cert_table::of_certificates(&all, Some(&list(&Authority::new()))).unwrap_err();
+    assert!(error.contains("not signed by 'ARK-Test'"), "{error}");
+    let error = cert_table::of_certificates(&all[..2], Some(&own)).unwrap_err();
+    assert!(error.contains("without its root"), "{error}");
 }
 
 #[test]

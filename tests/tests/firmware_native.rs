@@ -20,6 +20,7 @@ use cvmm_tests::workspace::Workspace;
 use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
 use snp::digest::LaunchDigest;
+use snp::digest::Measured;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
 use snp::image::igvm::Facts;
@@ -47,13 +48,15 @@ use vmm::memory::GuestRam;
 use vmm::monitor;
 use vmm::monitor::Guest;
 use vmm::monitor::Host;
+use vmm::monitor::Load;
+use vmm::monitor::SnpLaunch;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
 use vmm::platform::VmKind;
-use vmm::platform::emulated::Backing;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::spec::Backing;
 
 const MEMORY: u64 = 128 << 20;
 
@@ -130,15 +133,13 @@ impl Bench {
         let auth = IdAuth::sign(&block, &SigningKey::random(&mut rand_core::OsRng), None);
         let vcpus = plan.vcpus.len() as u32;
         Guest {
-            plan,
             ram: ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
             cpuid: (0..vcpus).map(|id| cpuid::to_kvm(&self.cpuid.for_vcpu(id))).collect(),
-            snp: Some(LaunchOptions {
-                identity: Some((block, auth)),
-                predicted: Some(LaunchDigest(digest)),
-                ..LaunchOptions::default()
-            }),
-            staged,
+            load: Load::Snp(Box::new(SnpLaunch {
+                measured: Measured::of(plan).unwrap(),
+                options: LaunchOptions { identity: Some((block, auth)), ..LaunchOptions::default() },
+                staged,
+            })),
         }
     }
 
@@ -146,7 +147,8 @@ impl Bench {
     fn launch(&self, guest: &Guest) -> Result<Option<LaunchDigest>, LaunchError> {
         let vm = self.platform.create_vm(VmKind::Snp).unwrap();
         vm.create_irqchip().unwrap();
-        launch::init_snp(vm.as_ref(), &guest.plan)?;
+        let snp = guest.snp().unwrap();
+        launch::init_snp(vm.as_ref(), snp.measured.plan())?;
         let ram = GuestRam::new(guest.ram.clone()).unwrap();
         launch::add_memory(vm.as_ref(), &ram, true)?;
         let mut vcpus = Vec::new();
@@ -157,13 +159,13 @@ impl Bench {
         }
         let prepared = Prepared {
             vm: vm.as_ref(),
-            plan: &guest.plan,
-            staged: &guest.staged,
+            measured: &snp.measured,
+            staged: &snp.staged,
             ram: &ram,
             vcpus: &mut vcpus,
             cpuid: &guest.cpuid,
         };
-        launch::launch_snp(prepared, guest.snp.as_ref().unwrap())?;
+        launch::launch_snp(prepared, &snp.options)?;
         Ok(vm.measured())
     }
 }

@@ -21,8 +21,11 @@ use signal_hook::consts::SIGABRT;
 use signal_hook::consts::SIGALRM;
 use signal_hook::consts::SIGHUP;
 use signal_hook::consts::SIGINT;
+use signal_hook::consts::SIGIO;
+use signal_hook::consts::SIGPROF;
 use signal_hook::consts::SIGQUIT;
 use signal_hook::consts::SIGTERM;
+use signal_hook::consts::SIGTRAP;
 use signal_hook::consts::SIGUSR1;
 use signal_hook::consts::SIGUSR2;
 use signal_hook::consts::SIGVTALRM;
@@ -31,15 +34,33 @@ use signal_hook::consts::SIGXFSZ;
 use signal_hook::iterator::Handle;
 use signal_hook::iterator::Signals;
 
+use crate::life;
 use crate::life::spawn;
 use crate::monitor::MonitorError;
 use crate::note::note;
 use crate::outcome::Outcome;
 use crate::vcpu::RunError;
 
-/// Signals that end the run. By default they would end the process, and leave the terminal in raw mode and a child behind.
-const ENDING: [i32; 10] =
-    [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGABRT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGXCPU];
+/// Signals that end the run, beside the real-time ones ([`ending`]). By default they would end the process, and leave the terminal in raw
+/// mode and a child behind. Not here are SIGKILL, which nobody can catch, and what a fault of the processor raises (SIGSEGV, SIGBUS,
+/// SIGILL, SIGFPE, SIGSYS): a handler that returns would meet the fault again.
+const ENDING: [i32; 15] = [
+    SIGINT,
+    SIGTERM,
+    SIGHUP,
+    SIGQUIT,
+    SIGABRT,
+    SIGUSR1,
+    SIGUSR2,
+    SIGALRM,
+    SIGVTALRM,
+    SIGXCPU,
+    SIGPROF,
+    SIGIO,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
+    SIGTRAP,
+];
 /// How long the monitor waits for something without saying so.
 const SILENCE: Duration = Duration::from_secs(2);
 
@@ -156,6 +177,11 @@ impl Inbox {
     }
 }
 
+/// Signals that end the run. Of the real-time ones the first is this program's own, and those below it are the C library's.
+fn ending() -> impl Iterator<Item = i32> {
+    ENDING.into_iter().chain(libc::SIGRTMIN() + 1..=libc::SIGRTMAX())
+}
+
 /// Turns signals into events until it is dropped.
 struct SignalThread {
     handle: Handle,
@@ -169,7 +195,9 @@ impl SignalThread {
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(caught)?;
         let ignored = ignored();
         // Who starts us with nohup wants us to go on.
-        let heard = ENDING.into_iter().filter(|signal| *signal != SIGHUP || ignored >> (SIGHUP - 1) & 1 == 0);
+        // The first real-time signal interrupts vCPUs, and may come from outside as well.
+        life::catch_interrupts()?;
+        let heard = ending().filter(|signal| *signal != SIGHUP || ignored >> (SIGHUP - 1) & 1 == 0);
         let mut signals = Signals::new(heard).map_err(caught)?;
         let handle = signals.handle();
         let thread = spawn("signals".into(), move || {

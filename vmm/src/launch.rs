@@ -20,8 +20,7 @@ use kvm_bindings::kvm_memory_attributes;
 use kvm_bindings::kvm_sev_init;
 use kvm_bindings::kvm_sev_snp_launch_finish;
 use kvm_bindings::kvm_sev_snp_launch_start;
-use snp::digest::LaunchDigest;
-use snp::digest::launch_digest;
+use snp::digest::Measured;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
 use snp::pages::cpuid_diff::CpuidDiff;
@@ -59,8 +58,6 @@ pub struct LaunchOptions {
     pub accept_cpuid: bool,
     /// What CPUID gives on the platform's processors, if known: bits that KVM made up beyond it may be lost without being asked.
     pub host_cpuid: Option<RawCpuid>,
-    /// The digest that was announced: another one ends the launch where the platform knows what its firmware measured.
-    pub predicted: Option<LaunchDigest>,
     /// What starts is firmware. It uses some pages as shared without asking ([`crate::implicit`]), and starts the other vCPUs by
     /// INIT and SIPI. A kernel announces every change, and starts them by AP creation.
     pub firmware: bool,
@@ -84,7 +81,7 @@ pub struct Prepared<'a> {
     /// The VM, initialised by [`init_snp`].
     pub vm: &'a dyn Vm,
     /// What enters it.
-    pub plan: &'a LaunchPlan,
+    pub measured: &'a Measured,
     /// What it finds in shared memory.
     pub staged: &'a Staged,
     /// The shared side of its RAM.
@@ -143,14 +140,15 @@ pub fn init_snp(vm: &dyn Vm, plan: &LaunchPlan) -> Result<(), LaunchError> {
 
 /// Launches `guest`. Returns what the firmware changed in the CPUID page, if that was accepted.
 pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option<CpuidDiff>, LaunchError> {
-    let Prepared { vm, plan, staged, ram, vcpus, cpuid } = guest;
+    let Prepared { vm, measured, staged, ram, vcpus, cpuid } = guest;
+    let plan = measured.plan();
     let _no_signals = signals::Blocked::all();
     if vcpus.len() != plan.vcpus.len() {
         return Err(LaunchError::VcpuCount { planned: plan.vcpus.len(), found: vcpus.len() });
     }
     if let Some((block, auth)) = &options.identity {
         // FINISH seals the vCPUs before the firmware looks at the block: there is no second try.
-        auth.check(block, launch_digest(plan)?, options.policy)?;
+        auth.check(block, measured.digest(), options.policy)?;
     }
     share_memory(vm, ram, staged)?;
     let mut start = kvm_sev_snp_launch_start { policy: options.policy.0, ..Default::default() };
@@ -169,7 +167,7 @@ pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option
         let found = registers::read_back(real.as_ref(), planned)
             .map_err(call(format!("reading back the registers of vCPU {vcpu}")))?;
         if let Some(mismatch) = found {
-            return Err(LaunchError::Register { vcpu, mismatch, digest: launch_digest(plan)? });
+            return Err(LaunchError::Register { vcpu, mismatch, digest: measured.digest() });
         }
     }
     let mut finish = kvm_sev_snp_launch_finish { host_data: options.host_data, ..Default::default() };
@@ -178,12 +176,13 @@ pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option
     finish.auth_key_en = u8::from(options.identity.as_ref().is_some_and(|(_, auth)| auth.author.is_some()));
     vm.snp_launch_finish(&mut finish, identity.as_ref().map(|(block, auth)| (block, auth)))
         .map_err(sev("finishing the launch"))?;
-    if let (Some(measured), Some(predicted)) = (vm.measured(), options.predicted)
-        && measured != predicted
-    {
-        return Err(LaunchError::Digest { measured, predicted });
+    // Where the platform knows what its firmware measured.
+    match vm.measured() {
+        Some(found) if found != measured.digest() => {
+            Err(LaunchError::Digest { measured: found, predicted: measured.digest() })
+        }
+        _ => Ok(accepted),
     }
-    Ok(accepted)
 }
 
 /// Makes RAM private but for what is staged, and fills in the latter.

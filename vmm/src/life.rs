@@ -32,6 +32,7 @@ use crate::machine::Machine;
 use crate::memory::GuestRam;
 use crate::monitor::Guest;
 use crate::monitor::Host;
+use crate::monitor::Load;
 use crate::monitor::MonitorError;
 use crate::note::note;
 use crate::platform::Platform;
@@ -77,13 +78,14 @@ pub(crate) fn boot(
     life: u32,
 ) -> Result<Booted, MonitorError> {
     let create = |step| move |source| MonitorError::Create { step, source };
-    let kind = if guest.snp.is_some() { VmKind::Snp } else { VmKind::Plain };
+    let snp = guest.snp();
+    let kind = if snp.is_some() { VmKind::Snp } else { VmKind::Plain };
     let vm = platform.create_vm(kind).map_err(create("creating the VM"))?;
     vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
-    if guest.snp.is_some() {
-        launch::init_snp(vm.as_ref(), &guest.plan)?;
+    if let Some(snp) = snp {
+        launch::init_snp(vm.as_ref(), snp.measured.plan())?;
     }
-    let certificates = match guest.snp {
+    let certificates = match snp {
         Some(_) => host.certificates.clone().or_else(|| platform.certificates().map(Source::Table)),
         None => None,
     };
@@ -95,13 +97,13 @@ pub(crate) fn boot(
         })?;
     }
     let ram = GuestRam::new(guest.ram.iter().copied()).map_err(MonitorError::Ram)?;
-    let memfds = launch::add_memory(vm.as_ref(), &ram, guest.snp.is_some())?;
+    let memfds = launch::add_memory(vm.as_ref(), &ram, snp.is_some())?;
     let mut vcpus = Vec::new();
     for (id, cpuid) in (0u32..).zip(&guest.cpuid) {
         let mut vcpu = vm.create_vcpu(id).map_err(create("creating a vCPU"))?;
         vcpu.set_cpuid(cpuid).map_err(create("setting a vCPU's CPUID"))?;
         vcpu.set_lint().map_err(create("setting a vCPU's APIC"))?;
-        if id != 0 && guest.snp.as_ref().is_some_and(|options| !options.firmware) {
+        if id != 0 && snp.is_some_and(|snp| !snp.options.firmware) {
             // KVM carries out an AP creation for a vCPU that is halted, not for one that waits for an INIT
             // (Linux 6.12 to 7.3, `x86.c:kvm_arch_vcpu_ioctl_run`).
             let halted = kvm_mp_state { mp_state: KVM_MP_STATE_HALTED };
@@ -115,35 +117,34 @@ pub(crate) fn boot(
             .before_life(life, vm.as_ref(), &mut machine)
             .map_err(|problem| MonitorError::Companion { name: companion.name(), problem })?;
     }
-    let conversions = match &guest.snp {
-        None => {
-            launch::load_plain(&guest.plan, &ram, &mut vcpus)?;
+    let conversions = match &guest.load {
+        Load::Plain(plan) => {
+            launch::load_plain(plan, &ram, &mut vcpus)?;
             None
         }
-        Some(options) => {
+        Load::Snp(snp) => {
             let prepared = Prepared {
                 vm: vm.as_ref(),
-                plan: &guest.plan,
-                staged: &guest.staged,
+                measured: &snp.measured,
+                staged: &snp.staged,
                 ram: &ram,
                 vcpus: &mut vcpus,
                 cpuid: &guest.cpuid,
             };
-            if let Some(diff) = launch::launch_snp(prepared, options)? {
-                note(diff.accepted_note(options.host_cpuid.as_ref()));
+            if let Some(diff) = launch::launch_snp(prepared, &snp.options)? {
+                note(diff.accepted_note(snp.options.host_cpuid.as_ref()));
             }
-            Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &guest.staged.shared))
+            Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &snp.staged.shared))
         }
     };
-    let racer = guest.staged.raced.map(|gpa| Racer::start(ram.clone(), gpa));
+    let racer = snp.and_then(|snp| snp.staged.raced).map(|gpa| Racer::start(ram.clone(), gpa));
     let racer =
         racer.transpose().map_err(|source| MonitorError::Host { what: "cannot start a thread", source })?;
     let certificates = certificates.map(|source| Certificates::new(source, ram));
-    let implicit = guest.snp.as_ref().filter(|o| o.firmware).map(|_| ImplicitSharing::default());
-    let pre_fault = guest
-        .snp
-        .as_ref()
-        .map(|o| PreFault::new(prefault::private_part(&o.validated_at_start, &guest.staged.shared)));
+    let implicit = snp.filter(|snp| snp.options.firmware).map(|_| ImplicitSharing::default());
+    let pre_fault = snp.map(|snp| {
+        PreFault::new(prefault::private_part(&snp.options.validated_at_start, &snp.staged.shared))
+    });
     let stop = AtomicBool::new(false);
     let shared = Arc::new(Shared { machine, conversions, implicit, pre_fault, certificates, stop });
     Ok(Booted { vcpus, shared, racer, vm })
@@ -152,12 +153,6 @@ pub(crate) fn boot(
 impl Booted {
     /// Starts the vCPUs, each in its thread; the first that ends the guest says so to `events`.
     pub(crate) fn start(self, life: u32, events: &Sender<Event>) -> Result<Running, MonitorError> {
-        vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), kvm::interrupt).map_err(|e| {
-            MonitorError::Host {
-                what: "cannot set the signal that interrupts vCPUs",
-                source: io::Error::from_raw_os_error(e.errno()),
-            }
-        })?;
         let mut running =
             Running { threads: Vec::new(), shared: self.shared, _racer: self.racer, vm: self.vm };
         for (id, mut vcpu) in (0u32..).zip(self.vcpus) {
@@ -205,6 +200,16 @@ impl Running {
         }
         true
     }
+}
+
+/// From here on the signal that interrupts vCPUs does nothing else, whoever sends it. Comes before any vCPU starts.
+pub(crate) fn catch_interrupts() -> Result<(), MonitorError> {
+    vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), kvm::interrupt).map_err(|e| {
+        MonitorError::Host {
+            what: "cannot set the signal that interrupts vCPUs",
+            source: io::Error::from_raw_os_error(e.errno()),
+        }
+    })
 }
 
 /// Starts a thread of the monitor.

@@ -17,8 +17,8 @@ use std::time::Instant;
 
 use devices::serial::Serial;
 use signal_hook::consts::SIGINT;
-use snp::digest::LaunchDigest;
-use snp::digest::launch_digest;
+use snp::digest::Measured;
+use snp::plan::LaunchPlan;
 
 use crate::certs::Source;
 use crate::events::Event;
@@ -46,29 +46,50 @@ const INPUT_PAUSE: Duration = Duration::from_millis(2);
 
 /// A guest that is ready to be created.
 pub struct Guest {
-    /// What enters it.
-    pub plan: snp::plan::LaunchPlan,
+    /// What enters it, and how.
+    pub load: Load,
     /// RAM: guest-physical address and bytes of each range.
     pub ram: Vec<(u64, u64)>,
     /// CPUID of each vCPU.
     pub cpuid: Vec<Vec<kvm_bindings::kvm_cpuid_entry2>>,
-    /// How to launch it as an SNP guest; `None` for a plain one.
-    pub snp: Option<LaunchOptions>,
-    /// What an SNP guest finds in shared memory when it starts.
+}
+
+/// What enters a guest.
+pub enum Load {
+    /// A plan that is copied into the memory of a plain guest.
+    Plain(LaunchPlan),
+    /// The launch of an SNP guest.
+    Snp(Box<SnpLaunch>),
+}
+
+/// The launch of an SNP guest.
+pub struct SnpLaunch {
+    /// What is launched.
+    pub measured: Measured,
+    /// How.
+    pub options: LaunchOptions,
+    /// What it finds in shared memory when it starts.
     pub staged: Staged,
 }
 
 impl Guest {
     /// Lets go of everything that only a launch needs: kernel and initrd, of which the guest has its own copy by then.
     fn forget_contents(&mut self) {
-        self.plan.records = Vec::new();
-        self.staged = Staged::default();
+        match &mut self.load {
+            Load::Plain(plan) => plan.records = Vec::new(),
+            Load::Snp(snp) => {
+                snp.measured.forget_contents();
+                snp.staged = Staged::default();
+            }
+        }
     }
 
-    /// What an SNP guest's reports will show.
-    fn digest(&self) -> Result<Option<LaunchDigest>, MonitorError> {
-        let digest = self.snp.is_some().then(|| launch_digest(&self.plan)).transpose();
-        digest.map_err(|e| MonitorError::Launch(LaunchError::Plan(e)))
+    /// The launch, if it is an SNP guest.
+    pub fn snp(&self) -> Option<&SnpLaunch> {
+        match &self.load {
+            Load::Plain(_) => None,
+            Load::Snp(snp) => Some(snp),
+        }
     }
 }
 
@@ -181,17 +202,6 @@ pub enum MonitorError {
     /// A VM that must be gone before the next one is there.
     #[error("a vCPU of the VM before it did not stop")]
     Stuck,
-    /// Another guest than before.
-    #[error(
-        "its launch digest would be {now}, but the first VM's was {first}: the file of the kernel or of the initrd was \
-         changed while the guest ran"
-    )]
-    Digest {
-        /// What was launched first.
-        first: LaunchDigest,
-        /// What would be launched now.
-        now: LaunchDigest,
-    },
     /// The terminal.
     #[error("cannot switch the terminal to raw mode: {0}")]
     Terminal(io::Error),
@@ -213,7 +223,6 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<
     let output = Arc::new(Mutex::new(std::mem::replace(&mut host.console, Box::new(io::sink()))));
     let keyboard = Keyboard::default();
     let mut raw = None;
-    let digest = if restart.is_some() { guest.digest()? } else { None };
 
     let mut life = 1;
     loop {
@@ -252,8 +261,9 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<
             return Ok(Outcome::Signal(signal));
         }
         life = life.saturating_add(1);
-        let next = if stopped { same_guest(&guest, digest) } else { Err(MonitorError::Stuck) };
-        next.map_err(|e| in_life(life, e))?;
+        if !stopped {
+            return Err(in_life(life, MonitorError::Stuck));
+        }
         note(format_args!("the guest asked for a reset: VM number {life} follows"));
     }
 }
@@ -261,14 +271,6 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<
 /// Says of an error of a later life that there were others before.
 fn in_life(life: u32, source: MonitorError) -> MonitorError {
     if life > 1 { MonitorError::Restart { life, source: Box::new(source) } } else { source }
-}
-
-/// The plan must still be what was launched first: parts of it may be files.
-fn same_guest(guest: &Guest, first: Option<LaunchDigest>) -> Result<(), MonitorError> {
-    match (first, guest.digest()?) {
-        (Some(first), Some(now)) if first != now => Err(MonitorError::Digest { first, now }),
-        _ => Ok(()),
-    }
 }
 
 /// Has each companion get ready for a life. A signal ends that, and the run.

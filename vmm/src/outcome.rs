@@ -42,18 +42,25 @@ impl Outcome {
     }
 }
 
-/// The table that `--help` and the documentation show.
-pub const EXIT_CODES: &str = "\
-Exit codes:
-    0  the guest switched itself off
-    1  the monitor, or another command, failed; the message says where
-    2  the request is not valid (bad option, bad file, not enough memory for the image)
-    3  the guest asked for a reset (and --on-reboot restart was not given)
-    4  the guest terminated itself (SEV_TERM); the reason is printed
-    5  the guest crashed (triple fault)
-  130  stopped by SIGINT, 143 by SIGTERM, 128 and its number by another signal that ends programs
-Other commands than a run end with 0, 1 or 2; 1 is also the answer of a check or a comparison that found a fault. `vmgs` has codes of
-its own (docs/vmgs.md).";
+/// Every exit code of a run, and what it means. `--help` and the documentation print this table.
+pub const EXIT_CODES: &[(&str, &str)] = &[
+    ("0", "the guest switched itself off"),
+    ("1", "the monitor, its host, or another command failed; the message says where"),
+    ("2", "the request is not valid (bad option, bad file, not enough memory for the image)"),
+    ("3", "the guest asked for a reset, and --on-reboot restart was not given"),
+    ("4", "the guest terminated itself (SEV_TERM); the reason is printed in words"),
+    ("5", "the guest crashed (triple fault)"),
+    ("130", "stopped by SIGINT or Ctrl-A X; 143 by SIGTERM, 128 + N by signal N, any that ends programs"),
+];
+
+/// The table as `--help` shows it.
+pub fn exit_codes_help() -> String {
+    let rows: String = EXIT_CODES.iter().map(|(code, meaning)| format!("  {code:>3}  {meaning}\n")).collect();
+    format!(
+        "Exit codes:\n{rows}Other commands than a run end with 0, 1 or 2; 1 is also the answer of a check or a comparison that found a \
+         fault. `doctor` and `vmgs` have codes of their own, which their help shows."
+    )
+}
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -8,7 +8,7 @@
 //! Devices are what the guest sees, backends are what the host gives; a name joins them. What is measured depends on the devices
 //! alone, so a digest can be computed where no backend is.
 
-mod text;
+pub mod text;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -421,8 +421,10 @@ impl VmSpec {
     /// Reads the text of a file. A field that is not known, a value of another type and a contradiction are refused with their path.
     pub fn parse(json: &str) -> Result<VmSpec, SpecError> {
         let mut reader = serde_json::Deserializer::from_str(json);
-        let spec: VmSpec = serde_path_to_error::deserialize(&mut reader)
-            .map_err(|error| SpecError { field: error.path().to_string(), problem: error.inner().to_string() })?;
+        let spec: VmSpec = serde_path_to_error::deserialize(&mut reader).map_err(|error| SpecError {
+            field: error.path().to_string(),
+            problem: error.inner().to_string(),
+        })?;
         reader.end().map_err(|error| SpecError { field: ".".into(), problem: error.to_string() })?;
         spec.validate()?;
         Ok(spec)
@@ -440,8 +442,12 @@ impl VmSpec {
             return wrong("cpus", format!("{} vCPUs, expected 1 to {VCPUS_MAX}", self.cpus));
         }
         match (&self.boot, &self.snp) {
-            (BootSpec::Firmware(_), None) => wrong("boot.firmware", "only SNP guests start from firmware; add snp"),
-            (BootSpec::Igvm(_), None) => wrong("boot.igvm", "only SNP guests start from an IGVM file; add snp"),
+            (BootSpec::Firmware(_), None) => {
+                wrong("boot.firmware", "only SNP guests start from firmware; add snp")
+            }
+            (BootSpec::Igvm(_), None) => {
+                wrong("boot.igvm", "only SNP guests start from an IGVM file; add snp")
+            }
             (_, Some(snp)) => self.validate_snp(snp),
             (BootSpec::Direct(_), None) => Ok(()),
         }?;
@@ -560,14 +566,26 @@ mod tests {
             ("snp.accept", direct(r#""snp": {"accept": "sometimes"}"#)),
             ("snp.accept", direct(r#""snp": {"accept": "eager", "validation": "launch"}"#)),
             ("snp.platform", direct(r#""snp": {"platform": "tdx"}"#)),
-            ("snp.platform.emulated.strict", direct(r#""snp": {"platform": {"emulated": {"strict": true}}}"#)),
-            ("snp.platform.emulated.stirct", direct(r#""snp": {"platform": {"emulated": {"stirct": true}}}"#)),
+            (
+                "snp.platform.emulated.strict",
+                direct(r#""snp": {"platform": {"emulated": {"strict": true}}}"#),
+            ),
+            (
+                "snp.platform.emulated.stirct",
+                direct(r#""snp": {"platform": {"emulated": {"stirct": true}}}"#),
+            ),
             ("snp.secure_tsc", igvm(r#""snp": {"secure_tsc": true}"#)),
-            ("snp.platform.emulated.backing", igvm(r#""snp": {"platform": {"emulated": {"backing": "split"}}}"#)),
+            (
+                "snp.platform.emulated.backing",
+                igvm(r#""snp": {"platform": {"emulated": {"backing": "split"}}}"#),
+            ),
             ("tpm.backend", direct(r#""tpm": {"backend": "t"}"#)),
             ("tpm", igvm(&format!(r#""snp": {{}}, {}"#, tpm(r#""t": {"tpm_socket": {"path": "s"}}"#)))),
             ("backends.u", direct(&tpm(r#""t": {"tpm_socket": {"path": "s"}}, "u": {"tpm_service": {}}"#))),
-            ("backends.t.tpm_service.state", direct(&tpm(r#""t": {"tpm_service": {"state": {"file": "v"}}}"#))),
+            (
+                "backends.t.tpm_service.state",
+                direct(&tpm(r#""t": {"tpm_service": {"state": {"file": "v"}}}"#)),
+            ),
             ("on_reset.restart.max_lives", direct(r#""on_reset": {"restart": {"max_lives": 0}}"#)),
         ];
         for (field, json) in cases {

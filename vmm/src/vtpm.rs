@@ -14,8 +14,10 @@
 //! the guest write its own measurements. What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
 //! [`POWER_ON_PATIENCE`], so that signals are heard meanwhile ([`crate::events::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
 
+pub mod backend;
 mod clock;
 pub mod measured;
+mod presence;
 pub mod service;
 
 use std::error::Error;
@@ -255,29 +257,17 @@ impl Vtpm {
         Ok(())
     }
 
-    /// What the device calls with a request. A thread makes the call, so that a service that hangs holds a vCPU only briefly.
+    /// What the device calls with a request.
     fn submitter(&self) -> io::Result<Submit> {
-        type Order = (u32, u32, mpsc::Sender<u32>);
-        let (wanted, orders) = mpsc::sync_channel::<Order>(1);
         let control = self.control();
-        thread::Builder::new().name("tpm-ppi".into()).stack_size(256 << 10).spawn(move || {
-            for (operation, argument, answer) in orders {
-                let outcome = match control.submit_ppi(operation, argument) {
-                    Ok(outcome) => outcome,
-                    Err(ClientError::Refused { .. }) => tpm_ppi::NOT_IMPLEMENTED,
-                    Err(_) => tpm_ppi::FAILURE,
-                };
-                // Whoever waited may have given up.
-                let _ = answer.send(outcome);
+        presence::submitter(SUBMIT_PATIENCE, move |operation, argument, hears| {
+            if let Err(e) = control.submit_ppi_for(operation, argument, hears) {
+                warn(format_args!(
+                    "a physical-presence request of the guest (operation {operation}) was stored too late and could not be taken back: {e}; \
+                     see what waits with `cvmm vmgs ppi`"
+                ));
             }
-        })?;
-        Ok(Box::new(move |operation, argument| {
-            let (answer, outcome) = mpsc::channel();
-            match wanted.try_send((operation, argument, answer)) {
-                Ok(()) => outcome.recv_timeout(SUBMIT_PATIENCE).unwrap_or(tpm_ppi::FAILURE),
-                Err(_) => tpm_ppi::FAILURE,
-            }
-        }))
+        })
     }
 
     /// What the device calls to cancel. It must not wait for the service, so a thread does.

@@ -17,6 +17,7 @@ use std::sync::Mutex;
 
 use snp::plan::PageType;
 use snp::plan::Record;
+use tiny::alter;
 use tiny::emulated_guest;
 use tiny::msrs_reach_the_monitor;
 use tiny::out;
@@ -25,7 +26,7 @@ use vmm::monitor;
 use vmm::monitor::Host;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
-use vmm::platform::emulated::Backing;
+use vmm::spec::Backing;
 
 /// The pages that are converted.
 const START: u32 = 32 << 20;
@@ -134,16 +135,20 @@ fn pages_that_go_back_and_forth_leave_host_memory_where_it_was() {
     }
     let Some((platform, mut guest)) = emulated_guest(&flipping_guest(), Backing::Split) else { return };
     let c_bit = 1 << platform.snp_cpuid().c_bit;
-    let root = guest.plan.records.iter_mut().find(|r| (r.gpa..r.end()).contains(&ROOT)).unwrap();
-    let mut tables = root.contents.as_slice().to_vec();
-    let second = (ROOT - root.gpa) as usize + 8;
-    tables[second..second + 8].copy_from_slice(&(LEVEL_3 | PRESENT_WRITABLE).to_le_bytes());
-    root.contents = tables.into();
-    let large = (0..512u64).map(|i| i << 21 | c_bit | LARGE | PRESENT_WRITABLE);
-    for (gpa, bytes) in [(LEVEL_3, page([LEVEL_2 | PRESENT_WRITABLE].into_iter())), (LEVEL_2, page(large))] {
-        guest.plan.records.push(Record::new(gpa, PageType::Normal, bytes, "tables of the private view"));
-    }
-    guest.plan.records.sort_by_key(|r| r.gpa);
+    alter(&mut guest, |plan| {
+        let root = plan.records.iter_mut().find(|r| (r.gpa..r.end()).contains(&ROOT)).unwrap();
+        let mut tables = root.contents.as_slice().to_vec();
+        let second = (ROOT - root.gpa) as usize + 8;
+        tables[second..second + 8].copy_from_slice(&(LEVEL_3 | PRESENT_WRITABLE).to_le_bytes());
+        root.contents = tables.into();
+        let large = (0..512u64).map(|i| i << 21 | c_bit | LARGE | PRESENT_WRITABLE);
+        for (gpa, bytes) in
+            [(LEVEL_3, page([LEVEL_2 | PRESENT_WRITABLE].into_iter())), (LEVEL_2, page(large))]
+        {
+            plan.records.push(Record::new(gpa, PageType::Normal, bytes, "tables of the private view"));
+        }
+        plan.records.sort_by_key(|r| r.gpa);
+    });
 
     let observer = Observer::default();
     let outcome = monitor::run(&platform, guest, Host::new(Box::new(observer.clone()))).unwrap();

@@ -14,7 +14,7 @@ use std::sync::PoisonError;
 
 use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
-use snp::digest::launch_digest;
+use snp::digest::Measured;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
 use snp::model::commands::CommandFault;
@@ -36,12 +36,14 @@ use vmm::launch::LaunchOptions;
 use vmm::monitor;
 use vmm::monitor::Guest;
 use vmm::monitor::Host;
+use vmm::monitor::Load;
 use vmm::monitor::MonitorError;
+use vmm::monitor::SnpLaunch;
 use vmm::platform::Platform;
-use vmm::platform::emulated::Backing;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::spec::Backing;
 
 const MEMORY: u64 = 16 << 20;
 /// The record that most faults are aimed at, and its pages.
@@ -99,11 +101,9 @@ impl Bench {
             Record::empty(0x20_0000, 0x4000, PageType::Zero, "zeros"),
         ];
         Guest {
-            plan: LaunchPlan { records, vcpus: vec![VmsaState::reset()] },
+            load: snp(LaunchPlan { records, vcpus: vec![VmsaState::reset()] }, LaunchOptions::default()),
             ram: vec![(0, MEMORY)],
             cpuid: vec![cpuid::to_kvm(&self.cpuid.for_vcpu(0))],
-            snp: Some(LaunchOptions::default()),
-            staged: Default::default(),
         }
     }
 
@@ -120,6 +120,24 @@ impl Bench {
             Err(e) => Some(e.to_string()),
         }
     }
+}
+
+/// The launch of `plan`.
+fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
+    let measured = Measured::of(plan).unwrap();
+    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default() }))
+}
+
+/// Changes what is launched.
+fn alter(guest: &mut Guest, change: impl FnOnce(&mut LaunchPlan)) {
+    let Load::Snp(snp) = &mut guest.load else { panic!("a plain guest") };
+    snp.measured = snp.measured.clone().altered(change).unwrap();
+}
+
+/// How it is launched.
+fn options(guest: &mut Guest) -> &mut LaunchOptions {
+    let Load::Snp(snp) = &mut guest.load else { panic!("a plain guest") };
+    &mut snp.options
 }
 
 /// What a process can leak: descriptors, the monitor's threads, mappings.
@@ -259,8 +277,8 @@ fn a_refused_cpuid_page_is_shown_and_accepted_only_on_request_and_within_the_lis
         let mut page = table.to_vec();
         page[at] ^= flip;
         let mut guest = bench.guest();
-        guest.plan.records[0] = Record::new(0x1000, PageType::Cpuid, page, "CPUID page");
-        guest.snp = Some(LaunchOptions { accept_cpuid, ..LaunchOptions::default() });
+        alter(&mut guest, |plan| plan.records[0] = Record::new(0x1000, PageType::Cpuid, page, "CPUID page"));
+        options(&mut guest).accept_cpuid = accept_cpuid;
         bench.run(guest)
     };
     assert_eq!(table[leaf1 + 35] & 1, 0, "ECX bit 24 is clear in our table");
@@ -284,8 +302,8 @@ fn a_refused_cpuid_page_is_shown_and_accepted_only_on_request_and_within_the_lis
         let mut page = table.to_vec();
         page[at] ^= 1;
         let mut guest = bench.guest();
-        guest.plan.records[0] = Record::new(0x1000, PageType::Cpuid, page, "CPUID page");
-        guest.snp = Some(LaunchOptions { host_cpuid: host_cpuid.clone(), ..LaunchOptions::default() });
+        alter(&mut guest, |plan| plan.records[0] = Record::new(0x1000, PageType::Cpuid, page, "CPUID page"));
+        options(&mut guest).host_cpuid = host_cpuid.clone();
         bench.run(guest)
     };
     assert_eq!(knowing(leaf1 + 35), None);
@@ -302,7 +320,7 @@ fn an_id_block_is_checked_before_the_launch_and_taken_by_the_firmware() {
     let (id_key, author_key) =
         (SigningKey::random(&mut rand_core::OsRng), SigningKey::random(&mut rand_core::OsRng));
     let good = IdBlock {
-        launch_digest: launch_digest(&bench.guest().plan).unwrap(),
+        launch_digest: bench.guest().snp().unwrap().measured.digest(),
         family_id: [1; 16],
         image_id: [2; 16],
         guest_svn: 3,
@@ -311,7 +329,7 @@ fn an_id_block_is_checked_before_the_launch_and_taken_by_the_firmware() {
     let launch = |block: &[u8], auth: &[u8]| {
         let identity = Some((IdBlock::decode(block).unwrap(), IdAuth::decode(auth).unwrap()));
         let mut guest = bench.guest();
-        guest.snp = Some(LaunchOptions { identity, ..LaunchOptions::default() });
+        options(&mut guest).identity = identity;
         // START would fail: what is reported before was found before.
         let error = bench.launch(guest, Step::Start, Trigger::always(), Injection::Errno(Errno::ENOTTY));
         error.unwrap()
@@ -320,7 +338,7 @@ fn an_id_block_is_checked_before_the_launch_and_taken_by_the_firmware() {
         let (block, auth) = (good.encode(), IdAuth::sign(&good, &id_key, author).encode());
         let mut guest = bench.guest();
         let identity = Some((IdBlock::decode(&block).unwrap(), IdAuth::decode(&auth).unwrap()));
-        guest.snp = Some(LaunchOptions { identity, ..LaunchOptions::default() });
+        options(&mut guest).identity = identity;
         assert_eq!(bench.run(guest), None);
     }
     let other = IdBlock { policy: GuestPolicy(0xb_0000), ..good.clone() };
@@ -340,10 +358,12 @@ fn an_id_block_is_checked_before_the_launch_and_taken_by_the_firmware() {
 fn segments_that_kvm_reports_otherwise_are_no_reason_to_refuse() {
     let Some(bench) = bench() else { return };
     let mut guest = bench.guest();
-    let state = &mut guest.plan.vcpus[0];
-    (state.tr.attrib, state.tr.limit) = (0x89, 0xffff);
-    (state.ds.attrib, state.ds.limit) = (0x92, 0xffff);
-    (state.es.attrib, state.es.limit) = (0x893, 0xffff);
+    alter(&mut guest, |plan| {
+        let state = &mut plan.vcpus[0];
+        (state.tr.attrib, state.tr.limit) = (0x89, 0xffff);
+        (state.ds.attrib, state.ds.limit) = (0x92, 0xffff);
+        (state.es.attrib, state.es.limit) = (0x893, 0xffff);
+    });
     assert_eq!(bench.run(guest), None);
 }
 
@@ -357,7 +377,7 @@ fn registers_that_no_call_can_set_are_refused_before_finish() {
         ("efer", |s| s.efer = 0),
     ] {
         let mut guest = bench.guest();
-        change(&mut guest.plan.vcpus[0]);
+        alter(&mut guest, |plan| change(&mut plan.vcpus[0]));
         let error =
             bench.launch(guest, Step::Finish, Trigger::always(), Injection::Errno(Errno::EINVAL)).unwrap();
         assert!(error.contains(&format!("vCPU 0: {name} is ")), "{name}: {error}");

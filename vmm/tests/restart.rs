@@ -8,7 +8,6 @@
 mod tiny;
 
 use std::error::Error;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -18,7 +17,6 @@ use std::time::Instant;
 
 use tiny::CRASH;
 use tiny::Capture;
-use tiny::SNP_CODE;
 use tiny::emulated_guest;
 use tiny::out;
 use tiny::plain_guest;
@@ -34,7 +32,7 @@ use vmm::monitor::Work;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
 use vmm::platform::Vm;
-use vmm::platform::emulated::Backing;
+use vmm::spec::Backing;
 
 /// One test at a time: they count what the process holds, and send it signals.
 fn alone() -> MutexGuard<'static, ()> {
@@ -112,8 +110,6 @@ fn host(
 /// Byte in RAM that the guest of [`touch_and_reset`] writes, far from its code.
 const MARK: u32 = 0x20_0000;
 const LIVES: u32 = 50;
-/// Time from one life to the next where something is to happen in between.
-const PACE: Duration = Duration::from_secs(4);
 
 /// Sends the byte at [`MARK`] to the console, overwrites it, and asks for a reset.
 fn touch_and_reset() -> Vec<u8> {
@@ -221,31 +217,6 @@ fn a_companion_that_cannot_start_anew_ends_the_run_and_is_named() {
     let error = monitor::run(&platform, guest, host).unwrap_err();
     assert!(matches!(error, MonitorError::Restart { life: 3, .. }), "{error:?}");
     assert!(error.to_string().ends_with("VM number 3 could not follow: observer: no answer"), "{error}");
-}
-
-#[test]
-fn a_plan_that_is_another_one_by_now_is_not_launched() {
-    let _alone = alone();
-    let Some((platform, mut guest)) = emulated_guest(&touch_and_reset(), Backing::Single) else { return };
-    // The code lies in a file, which is changed before the second life.
-    let record = guest.plan.records.iter_mut().find(|r| r.gpa == SNP_CODE).unwrap();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), record.contents.as_slice()).unwrap();
-    record.contents = snp::plan::Bytes::map(file.as_file()).unwrap();
-    let path = file.path().to_owned();
-    let host = host(&Capture::default(), None, move |life| {
-        assert_eq!(life, 1);
-        let path = path.clone();
-        std::thread::spawn(move || {
-            std::thread::sleep(PACE / 2);
-            let file = std::fs::File::options().write(true).open(path).unwrap();
-            file.write_all_at(&[0x90], 0).unwrap();
-        });
-        Ok(())
-    });
-    let host = Host { restart: Some(Restart { lives: None, pace: PACE }), ..host };
-    let error = monitor::run(&platform, guest, host).unwrap_err().to_string();
-    assert!(error.contains("VM number 2") && error.contains("its launch digest would be"), "{error}");
 }
 
 /// A companion whose work before life 2 never ends.

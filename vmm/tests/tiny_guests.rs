@@ -16,7 +16,7 @@ use tiny::plain_guest;
 use tiny::power_off;
 use tiny::run;
 use vmm::outcome::Outcome;
-use vmm::platform::emulated::Backing;
+use vmm::spec::Backing;
 
 type Ended = (Result<Outcome, String>, Vec<u8>);
 

@@ -7,7 +7,6 @@
 mod copies;
 mod files;
 mod keying;
-mod place;
 mod platform;
 mod report;
 
@@ -27,6 +26,8 @@ use crate::keys::KeyProvider;
 use crate::keys::KeyRequest;
 use crate::keys::NewKeyArgs;
 use crate::keys::Purpose;
+use crate::keys::open::OpenError;
+use crate::keys::open::key_of;
 use crate::vmgs::Accept;
 use crate::vmgs::FsFile;
 use crate::vmgs::Key;
@@ -36,9 +37,10 @@ use crate::vmgs::VmgsError;
 use crate::vmgs::anchor::AnchorError;
 use crate::vmgs::findings::sentences;
 use crate::vmgs::history;
-use crate::vmgs::image;
 use crate::vmgs::root::parse_uuid;
 use crate::vmgs::view::RootState;
+use crate::whole_file as place;
+use crate::whole_file::PlaceError;
 
 /// Options of `vmgs`.
 #[derive(Debug, clap::Args)]
@@ -262,6 +264,15 @@ pub enum CliError {
     Verdict(String),
 }
 
+impl From<PlaceError> for CliError {
+    fn from(error: PlaceError) -> Self {
+        match error {
+            PlaceError::Usage(text) => Self::Usage(text),
+            PlaceError::Io { path, source } => Self::Io { path, source },
+        }
+    }
+}
+
 impl CliError {
     /// The exit code, as docs/vmgs.md has it.
     pub fn exit_code(&self) -> u8 {
@@ -326,7 +337,10 @@ fn needed(provider: Option<Box<dyn KeyProvider>>, what: &str) -> Result<Box<dyn 
 
 fn key_for(file: &FsFile, path: &Path, args: &KeyArgs) -> Result<Option<Key>, CliError> {
     let Some(provider) = args.provider() else { return Ok(None) };
-    ask(provider.as_ref(), image::unique_id(file).map_err(at(path))?, Purpose::Open).map(Some)
+    key_of(provider.as_ref(), file, None, Purpose::Open).map(Some).map_err(|e| match e {
+        OpenError::Image(source) => at(path)(source),
+        OpenError::Key(e) => e.into(),
+    })
 }
 
 /// An image that somebody looks at.
@@ -347,7 +361,8 @@ fn look(path: &Path, key: &KeyArgs) -> Result<Looked, CliError> {
 }
 
 impl Looked {
-    /// Notes who looked, if there is a place for it that this user may write.
+    /// Notes who looked, if this image has a place for it here. To look needs no permission to change, so what cannot be
+    /// noted is said and stops nobody.
     fn note(&self, path: &Path, history: &HistoryArgs, what: &str, detail: &str) {
         let folder = history.folder();
         if self.view.state == RootState::Never || !folder.path.exists() {
@@ -356,9 +371,10 @@ impl Looked {
         let file = path.display().to_string();
         let (root, findings) = (&self.view.root, &self.view.findings[..]);
         let reason = history.reason.as_deref();
-        // Whoever may not write there may look all the same.
-        let _ =
-            history::record(&folder, &history::Event { what, file: &file, root, findings, detail, reason });
+        let event = history::Event { what, file: &file, root, findings, detail, reason };
+        if let Err(e) = history::record(&folder, &event) {
+            crate::log::warn(&format!("that {file} was looked at could not be noted in its history: {e}"));
+        }
     }
 }
 
@@ -370,6 +386,16 @@ fn open_to_write(
 ) -> Result<Vmgs<FsFile>, CliError> {
     let file = FsFile::open(path).map_err(VmgsError::opening).map_err(at(path))?;
     let key = key_for(&file, path, key)?;
+    open_with(file, path, key, anchor, accept)
+}
+
+fn open_with(
+    file: FsFile,
+    path: &Path,
+    key: Option<Key>,
+    anchor: &AnchorArgs,
+    accept: Accept,
+) -> Result<Vmgs<FsFile>, CliError> {
     let vmgs = Vmgs::open(file, key, Some(&anchor.folder()), accept).map_err(at(path))?;
     for warning in vmgs.warnings() {
         crate::log::warn(&format!("{}: {warning}", path.display()));
@@ -457,9 +483,12 @@ fn execute(command: &Command) -> Outcome {
             let raw = FsFile::open_read_only(file).map_err(VmgsError::opening).map_err(at(file))?;
             let key = key_for(&raw, file, key)?;
             place::tell_left_over(file);
-            let report = report::check(&raw, key.as_ref(), &history.folder());
-            let failed = report["failed"].as_array().is_some_and(|f| !f.is_empty());
-            let verdict = failed.then(|| format!("{}: the check found a fault", file.display()));
+            let (report, view) = report::check(&raw, key.as_ref(), &history.folder());
+            let faults = report["failed"].as_array().map_or(0, Vec::len);
+            if let Some(view) = view {
+                Looked { raw, view }.note(file, history, "check", &format!("{faults} faults"));
+            }
+            let verdict = (faults > 0).then(|| format!("{}: the check found a fault", file.display()));
             Ok(Done { verdict, ..report.into() })
         }
         Command::List { file, key, history } => {

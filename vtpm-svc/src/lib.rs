@@ -21,3 +21,4 @@ pub mod sandbox;
 pub mod service;
 pub mod tpm2;
 pub mod vmgs;
+pub mod whole_file;

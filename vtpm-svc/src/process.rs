@@ -9,6 +9,9 @@ use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Child;
+use std::process::Command;
 
 /// Takes over a descriptor that the parent process left open.
 pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
@@ -175,6 +178,104 @@ pub fn beside(work: impl FnOnce(UnixStream)) -> io::Result<UnixStream> {
             unsafe { libc::_exit(0) }
         }
         _ => Ok(ours),
+    }
+}
+
+/// A program that ends with this process, whatever ends this one, and takes along what it has started.
+///
+/// It leads a process group. The kernel kills the program itself when the thread that started it ends; a second process, which does
+/// nothing but wait for this one's end, kills the whole group.
+pub struct Dependent {
+    child: Child,
+    /// The second process and the connection that it waits on.
+    guard: Option<(libc::pid_t, UnixStream)>,
+}
+
+/// Starts such a program.
+pub fn spawn_dependent(command: &mut Command) -> io::Result<Dependent> {
+    let parent = std::process::id();
+    command.process_group(0);
+    // SAFETY: the closure makes two system calls and allocates nothing, as code between fork and exec must.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // The parent may have ended before the kernel was told.
+            if libc::getppid().cast_unsigned() != parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            Ok(())
+        });
+    }
+    let mut dependent = Dependent { child: command.spawn()?, guard: None };
+    // If there can be no guard, the program does not run either: dropping it ends it.
+    dependent.guard = Some(guard(dependent.child.id())?);
+    Ok(dependent)
+}
+
+/// Starts the process that kills `group` when this process ends.
+fn guard(group: u32) -> io::Result<(libc::pid_t, UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let (group, wait) = (group.cast_signed(), theirs.as_raw_fd());
+    // SAFETY: other threads may exist, so up to its end the child makes system calls and nothing else: no allocation, no lock, no
+    // destructor. The raw call keeps the C library's own work at a fork out of it.
+    match unsafe { libc::syscall(libc::SYS_fork) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: as above; the byte is on this process's own stack.
+        0 => unsafe {
+            // What a terminal or a monitor sends to this process's group is not for the guard.
+            libc::setsid();
+            // Only the connection stays open; else whoever waits for the end of a pipe would wait for the guard.
+            let wait_u = wait.cast_unsigned();
+            if wait_u > 0 {
+                libc::syscall(libc::SYS_close_range, 0u32, wait_u - 1, 0u32);
+            }
+            libc::syscall(libc::SYS_close_range, wait_u + 1, u32::MAX, 0u32);
+            let mut byte = 0u8;
+            loop {
+                match libc::read(wait, (&raw mut byte).cast(), 1) {
+                    1 => break,
+                    -1 if *libc::__errno_location() == libc::EINTR => {}
+                    // The connection has ended without a word: so has the process.
+                    _ => {
+                        libc::kill(-group, libc::SIGKILL);
+                        break;
+                    }
+                }
+            }
+            libc::_exit(0)
+        },
+        guard => Ok((guard as libc::pid_t, ours)),
+    }
+}
+
+impl Dependent {
+    /// The program.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// Kills the program and what it has started. Does nothing when the program has ended and was waited for.
+    pub fn kill(&mut self) {
+        // Its number is only its own while it has not been waited for.
+        if let Ok(None) = self.child.try_wait() {
+            // SAFETY: plain integers.
+            unsafe { libc::kill(-self.child.id().cast_signed(), libc::SIGKILL) };
+            let _ = self.child.wait();
+        }
+    }
+}
+
+impl Drop for Dependent {
+    fn drop(&mut self) {
+        self.kill();
+        if let Some((guard, mut connection)) = self.guard.take() {
+            // What a program that ended by itself has left behind is its own affair.
+            let _ = io::Write::write_all(&mut connection, &[1]);
+            // SAFETY: plain integers; the guard is a child of this process and nobody else waits for it.
+            unsafe { libc::waitpid(guard, std::ptr::null_mut(), 0) };
+        }
     }
 }
 

@@ -34,8 +34,9 @@ use crate::engine::state::VmgsState;
 use crate::engine::state::is_virgin;
 use crate::engine::upkeep::Upkeep;
 use crate::keys::KeyError;
-use crate::keys::KeyRequest;
 use crate::keys::Purpose;
+use crate::keys::open::OpenError;
+use crate::keys::open::key_of;
 use crate::log;
 use crate::manufacture::ManufactureError;
 use crate::process;
@@ -46,7 +47,6 @@ use crate::vmgs::FsFile;
 use crate::vmgs::Vmgs;
 use crate::vmgs::VmgsError;
 use crate::vmgs::history;
-use crate::vmgs::image;
 use crate::vmgs::root::FLAG_PROVISIONED;
 use crate::vmgs::root::parse_uuid;
 
@@ -131,8 +131,10 @@ fn open_image(args: &SocketArgs, path: &Path) -> Result<Vmgs<FsFile>, ServiceErr
     let provider = args.key.provider().ok_or(ServiceError::Missing(
         "a key is needed: --key-file, --passphrase-file, --key-credential or --key-hook",
     ))?;
-    let image = image::unique_id(&file).map_err(at)?;
-    let key = provider.obtain(&KeyRequest { image, vm, purpose: Purpose::Open, evidence: None })?;
+    let key = key_of(provider.as_ref(), &file, vm, Purpose::Open).map_err(|e| match e {
+        OpenError::Image(source) => at(source),
+        OpenError::Key(e) => e.into(),
+    })?;
     let demand = Demand { encrypted: true, vm };
     let folder = args.anchor.folder();
     let mut vmgs =

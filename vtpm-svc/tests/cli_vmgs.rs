@@ -13,6 +13,9 @@ use common::decoder::decode;
 use common::output;
 use common::program;
 use common::tpm;
+use vtpm_svc::vmgs::FsFile;
+use vtpm_svc::vmgs::Vmgs;
+use vtpm_svc::vmgs::block::BlockFile;
 
 /// A site whose TPM has been made.
 fn used() -> Site {
@@ -81,6 +84,64 @@ fn check_says_what_it_can_and_cannot_prove() {
     std::fs::write(&image, &bytes).expect("write");
     let (ok, damaged) = json(&[], true);
     assert!(!ok && damaged["failed"].to_string().contains("fails authentication"), "{damaged}");
+}
+
+/// Who looked is in the history, and who may not write there looks all the same.
+#[test]
+fn every_look_with_the_key_is_noted_and_none_needs_the_history() {
+    let site = used();
+    let image = site.path("vmgs");
+    let look = |args: &[&str]| {
+        let (ok, text) = vmgs(&site, args, &[&image]);
+        assert!(ok, "{text}");
+        text
+    };
+    for what in ["check", "list", "inspect"] {
+        look(&[what, "--reason", "a question"]);
+    }
+    look(&["export", "--id", "60", "-o", "/dev/null"]);
+    let files = || std::fs::read_dir(site.path("anchor")).expect("folder").flatten().map(|e| e.path());
+    let log = files().find(|p| p.extension().is_some_and(|e| e == "log")).expect("a history");
+    let text = std::fs::read_to_string(&log).expect("text");
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    for what in ["check", "list", "inspect", "export"] {
+        let line = lines.iter().find(|line| line["event"] == what).expect(what);
+        assert!(what == "export" || line["reason"] == "a question", "{line}");
+    }
+    let check = lines.iter().find(|line| line["event"] == "check").expect("check");
+    assert!(check["detail"] == "0 faults" && check["user"].is_u64(), "{check}");
+    // A history that nobody can write, root neither.
+    std::fs::remove_file(&log).expect("remove");
+    std::fs::create_dir(&log).expect("a folder in its place");
+    for what in ["check", "list", "inspect"] {
+        assert!(look(&[what]).contains("could not be noted"), "{what}");
+    }
+}
+
+#[test]
+fn a_clone_that_is_refused_changes_nothing() {
+    let site = used();
+    let key = site.path("key").display().to_string();
+    let (image, to) = (site.path("large"), site.path("to"));
+    let args = ["clone", "--keep-identity", "--size", "4M", "--new-key-file", &key];
+    let (ok, text) = vmgs(&site, &args, &[&site.path("vmgs"), &image]);
+    assert!(ok, "{text}");
+    let big = site.path("big");
+    std::fs::write(&big, vec![5; 1_200_000]).expect("write");
+    let big = big.display().to_string();
+    let (ok, text) = vmgs(&site, &["import", "--id", "40", "-i", &big], &[&image]);
+    assert!(ok, "{text}");
+    let before = std::fs::read(&image).expect("read");
+    let refused = |more: &[&str], why: &str| {
+        let (ok, text) = vmgs(&site, &[&["clone", "--keep-identity"], more].concat(), &[&image, &to]);
+        assert!(!ok && text.contains(why), "{text}");
+        assert!(std::fs::read(&image).expect("read") == before, "{why}: the source was changed");
+    };
+    refused(&["--new-key-file", &key, "--size", "1M"], "no space");
+    refused(&["--new-key-file", "/nonexistent"], "/nonexistent");
+    std::fs::write(&to, b"somebody's").expect("write");
+    refused(&["--new-key-file", &key], "exists already");
 }
 
 #[test]
@@ -221,6 +282,78 @@ fn a_rekey_that_is_killed_leaves_one_key_that_works() {
     assert!(ok && text.contains("opens neither header"), "{text}");
     let (ok, text) = site.vmgs(&["list"], &[&image]);
     assert!(!ok && text.contains("key"), "{text}");
+}
+
+/// A file of the host on which only some more operations succeed.
+struct Cut(FsFile, usize);
+
+impl Cut {
+    fn step(&mut self) -> std::io::Result<()> {
+        self.1 = self.1.checked_sub(1).ok_or_else(|| std::io::Error::other("cut"))?;
+        Ok(())
+    }
+}
+
+impl BlockFile for Cut {
+    fn len(&self) -> std::io::Result<u64> {
+        self.0.len()
+    }
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
+        self.0.read_at(buffer, offset)
+    }
+    fn write_at(&mut self, data: &[u8], offset: u64) -> std::io::Result<()> {
+        self.step()?;
+        self.0.write_at(data, offset)
+    }
+    fn sync(&mut self) -> std::io::Result<()> {
+        self.step()?;
+        self.0.sync()
+    }
+}
+
+/// The same command again, old key and new key as before, ends a change of key wherever it was cut short.
+#[test]
+fn a_rekey_that_was_cut_short_is_ended_by_the_same_command() {
+    let site = used();
+    let image = site.path("vmgs");
+    let new = site.path("new");
+    std::fs::write(&new, [0x77; 32]).expect("key");
+    std::fs::set_permissions(&new, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("mode");
+    let old = vtpm_svc::vmgs::Key::from_bytes(
+        std::fs::read(site.path("key")).expect("key").as_slice().try_into().expect("32 bytes"),
+    )
+    .expect("key");
+    let anchors = vtpm_svc::vmgs::AnchorFolder { path: site.path("anchor"), durability: Default::default() };
+    let before = std::fs::read(&image).expect("image");
+    let record = std::fs::read_dir(site.path("anchor")).expect("folder").flatten().map(|e| e.path());
+    let record = record.into_iter().find(|p| p.extension().is_some_and(|e| e == "anchor")).expect("a record");
+    let kept = std::fs::read(&record).expect("record");
+    let (mut told, mut ended) = (0, 0);
+    for left in 0.. {
+        std::fs::write(&image, &before).expect("image");
+        std::fs::write(&record, &kept).expect("record");
+        let file = Cut(FsFile::open(&image).expect("open"), left);
+        let mut v = Vmgs::open(file, Some(old.clone()), Some(&anchors), Default::default()).expect("open");
+        let done = v.rekey(vtpm_svc::vmgs::Key::from_bytes(&[0x77; 32]).expect("key"), 0).is_ok();
+        drop(v);
+        let (ok, text) = site.vmgs(&["check"], &[&image]);
+        let taken = !ok && text.contains("neither key slot");
+        if taken {
+            let (_, text) = output(program().args(["vmgs", "check"]).arg(&image));
+            told += usize::from(text.contains("bytes of before may still be in the file"));
+        }
+        let new = new.display().to_string();
+        let (ok, text) = vmgs(&site, &["rekey", "--new-key-file", &new], &[&image]);
+        let nothing_to_do = taken && text.contains("the key that the image has");
+        assert!(ok || nothing_to_do, "{left} operations: {text}");
+        ended += usize::from(taken && ok);
+        let (ok, text) = site.vmgs(&["list"], &[&image]);
+        assert!(!ok && text.contains("neither key slot"), "{left} operations: {text}");
+        if done {
+            break;
+        }
+    }
+    assert!(told > 4 && ended > 4, "{told}, {ended}");
 }
 
 #[test]

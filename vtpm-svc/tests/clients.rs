@@ -113,6 +113,39 @@ fn silent_clients_do_not_keep_others_out() {
     drop(held);
 }
 
+/// As many as there are places, on each socket: they ask until their answers fill the socket, and never read.
+#[test]
+fn clients_that_never_read_do_not_keep_others_out() {
+    let site = Site::new();
+    let service = site.start(&["--flags", "startup-clear"]);
+    let flood = |path: &std::path::Path, message: &[u8]| {
+        let mut s = UnixStream::connect(path).expect("connect");
+        s.set_write_timeout(Some(Duration::from_millis(200))).expect("timeout");
+        // Until nothing goes any more: the service is waiting for this client to read.
+        while s.write_all(message).is_ok() {}
+        s
+    };
+    let held: Vec<_> = (0..16)
+        .flat_map(|_| [flood(&service.data, GET_RANDOM_8), flood(&service.control, &words(&[1]))])
+        .collect();
+    let served = |path: &std::path::Path, message: &[u8]| {
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            let mut s = UnixStream::connect(path).expect("connect");
+            s.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
+            let mut answer = [0; 8];
+            if s.write_all(message).and_then(|()| s.read_exact(&mut answer)).is_ok() {
+                return answer;
+            }
+            assert!(std::time::Instant::now() < deadline, "nobody else is served");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    assert_eq!(served(&service.data, GET_RANDOM_8)[..6], [0x80, 1, 0, 0, 0, 20]);
+    assert_eq!(served(&service.control, &words(&[1])), words(&[0, 0x1_ffff])[..]);
+    drop(held);
+}
+
 #[test]
 fn with_terminate_the_last_control_client_ends_the_service() {
     let site = Site::new();

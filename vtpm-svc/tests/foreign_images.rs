@@ -62,13 +62,25 @@ fn looking_needs_nobodys_permission_and_changes_nothing() {
         let (code, text) = vmgs(&site, &["inspect"]);
         assert!(code == 0 && text.contains("root: -"), "{text}");
         assert!(bytes(site.path("vmgs")) == before && !site.path("anchor").exists(), "{name}");
-        // To change it is another thing, and adopting takes no rollback with it.
-        let (code, text) = vmgs(&site, &["import", "--id", "9", "-i", &out]);
-        assert!(code == 5 && text.contains("--adopt") && !text.contains("--accept-rollback"), "{text}");
-        let (code, text) = vmgs(&site, &["import", "--id", "9", "-i", &out, "--adopt"]);
+        // To change it is another thing: nothing says that it is the newest copy either.
+        for words in [&[][..], &["--adopt"], &["--accept-rollback"]] {
+            let (code, text) = vmgs(&site, &[&["import", "--id", "9", "-i", &out], words].concat());
+            assert!(code == 5 && text.contains("--adopt and --accept-rollback together"), "{text}");
+        }
+        let (code, text) = vmgs(&site, &["import", "--id", "9", "-i", &out, "--adopt", "--accept-rollback"]);
         assert!(code == 0 && text.contains("ADOPTED") && !text.contains("ROLLBACK"), "{text}");
         let (code, text) = vmgs(&site, &["import", "--id", "9", "-i", &out]);
         assert_eq!(code, 0, "{text}");
+        // The copy of before, under an id that the anchor does not know: to adopt it would be a rollback.
+        let mut copy = before;
+        let footer = copy.len() - 512;
+        copy[footer + 68] ^= 1;
+        let sum: u32 = copy[footer..].iter().map(|b| u32::from(*b)).sum::<u32>()
+            - copy[footer + 64..footer + 68].iter().map(|b| u32::from(*b)).sum::<u32>();
+        copy[footer + 64..footer + 68].copy_from_slice(&(!sum).to_be_bytes());
+        std::fs::write(site.path("vmgs"), copy).expect("copy");
+        let (code, text) = vmgs(&site, &["import", "--id", "9", "-i", &out, "--adopt"]);
+        assert!(code == 5 && text.contains("--adopt and --accept-rollback together"), "{text}");
     }
 }
 
@@ -156,6 +168,9 @@ fn a_clock_record_that_is_none_is_named_and_can_be_set() {
     let (code, text) = vmgs(&site, &["clock", "--set", "5", "--accept-rollback", "--adopt"]);
     assert_eq!(code, 0, "{text}");
     let new = site.path("new").display().to_string();
+    // An id that is not the image's discloses nothing.
+    let (code, text) = vmgs(&site, &["repair", "--new-key-file", &new, "--adopt"]);
+    assert!(code == 2 && text.contains("needs no repair"), "{text}");
     let (code, text) = vmgs(&site, &["rekey", "--new-key-file", &new, "--adopt"]);
     assert_eq!(code, 0, "{text}");
     std::fs::rename(site.path("new"), site.path("key")).expect("key");
@@ -168,7 +183,7 @@ fn a_clock_record_that_is_none_is_named_and_can_be_set() {
 fn a_restore_puts_no_plain_text_where_an_encrypted_image_is() {
     let site = site("foreign-plain");
     let out = site.path("new").display().to_string();
-    let (code, text) = vmgs(&site, &["import", "--id", "9", "-i", &out, "--adopt"]);
+    let (code, text) = vmgs(&site, &["import", "--id", "9", "-i", &out, "--adopt", "--accept-rollback"]);
     assert_eq!(code, 0, "{text}");
     let backup = bytes(site.path("vmgs"));
     std::fs::write(site.path("backup"), &backup).expect("backup");

@@ -60,6 +60,61 @@ fn a_start_that_waits_says_for_what_and_ends_with_who_started_it() {
     assert!(site.log().contains("whoever started the service is gone"), "{}", site.log());
 }
 
+/// Whether there is such a process; one that has ended and was not waited for does not count.
+fn lives(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
+}
+
+/// The hook's own process and one that it has started end with the service, whatever ends that.
+#[test]
+fn a_hook_and_its_children_end_with_who_asks() {
+    for end in ["connection", "TERM", "KILL"] {
+        let site = Site::new();
+        let hook = site.path("hook");
+        let text = format!(
+            "#!/bin/sh\nsleep 300 &\necho $! $$ >{0}/new; mv {0}/new {0}/pids\nwait\n",
+            site.dir.path().display()
+        );
+        std::fs::write(&hook, text).expect("write");
+        std::fs::set_permissions(&hook, PermissionsExt::from_mode(0o700)).expect("mode");
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).expect("flag");
+        let mut c = program();
+        c.args(["socket", "--tpm2", "--terminate", "--ctrl"]);
+        c.arg(format!("type=unixio,clientfd={}", theirs.as_raw_fd()));
+        c.arg("--vmgs").arg(site.path("vmgs")).arg("--anchor").arg(site.path("anchor"));
+        c.arg("--key-hook").arg(&hook);
+        let log = std::fs::File::create(site.path("log")).expect("log");
+        let mut child = c.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("start");
+        drop(theirs);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let pids = loop {
+            match std::fs::read_to_string(site.path("pids")) {
+                Ok(pids) => break pids,
+                Err(_) => assert!(Instant::now() < deadline, "{}", site.log()),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        let pids: Vec<&str> = pids.split_whitespace().collect();
+        assert_eq!(pids.len(), 2);
+        assert!(pids.iter().all(|pid| lives(pid)), "the hook runs");
+        let mut ours = Some(ours);
+        match end {
+            "connection" => drop(ours.take()),
+            signal => {
+                assert!(output(Command::new("kill").arg(format!("-{signal}")).arg(child.id().to_string())).0)
+            }
+        }
+        assert!(!child.wait().expect("wait").success());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while pids.iter().any(|pid| lives(pid)) {
+            assert!(Instant::now() < deadline, "{end}: of {pids:?} (child, hook) one still lives");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
 #[test]
 fn a_start_that_waits_hears_signals() {
     let site = Site::new();

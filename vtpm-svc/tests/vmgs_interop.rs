@@ -141,7 +141,7 @@ fn an_image_of_another_tool_opens_once_it_is_adopted() {
 
         let refused = Vmgs::open(MemFile(p.clone()), Some(key(&KEY)), None, Accept::default()).map(|_| ());
         assert!(refused.expect_err("no root").to_string().contains("integrity root"));
-        let accept = Accept { foreign: true, ..Accept::default() };
+        let accept = Accept { foreign: true, rollback: true, ..Accept::default() };
         let mut v = Vmgs::open(MemFile(p), Some(key(&KEY)), None, accept).expect("adopt");
         v.commit(&[]).expect("re-root");
         let image = v.close().expect("close").0;

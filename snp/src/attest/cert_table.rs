@@ -158,8 +158,8 @@ pub fn parse(table: &[u8]) -> Result<Vec<(Kind, &[u8])>, TableError> {
 }
 
 /// Makes a table of certificates as files hold them, and a revocation list. What is in it belongs together: one endorsement key, the
-/// intermediate that issued it (files of AMD's have those of both kinds of keys; the other one stays out), and that one's root. `Err`
-/// names what does not fit.
+/// intermediate that issued it (files of AMD's have those of both kinds of keys; the other one stays out), that one's root, and the
+/// list that this root has signed. `Err` names what does not fit.
 pub fn of_certificates(certificates: &[Cert], crl: Option<&Crl>) -> Result<Vec<u8>, String> {
     let of_kind = |wanted: Kind| certificates.iter().filter(move |cert| Kind::of(cert) == Some(wanted));
     if let Some(cert) = certificates.iter().find(|cert| Kind::of(cert).is_none()) {
@@ -185,6 +185,10 @@ pub fn of_certificates(certificates: &[Cert], crl: Option<&Crl>) -> Result<Vec<u
             endorsement.name(),
             root.name()
         ));
+    }
+    if let Some(list) = crl {
+        let root = root.ok_or("the revocation list cannot be checked without its root, the ARK: add it")?;
+        list.check_signed_by(root).map_err(|error| error.to_string())?;
     }
     let chain = [Some(endorsement), issuer, root].into_iter().flatten();
     let mut entries: Vec<(Kind, &[u8])> =

@@ -43,6 +43,12 @@ const AMOUNTS: &[Amount] = &[
     },
     Amount { variable: "CVMM_SIGNALS", usual: "40", long: "2000", why: "signals at random moments of a run" },
     Amount {
+        variable: "CVMM_AP_RESETS",
+        usual: "20",
+        long: "5000",
+        why: "resets of a guest whose vCPUs start and stop each other, with two vCPUs and with sixteen",
+    },
+    Amount {
         variable: "CVMM_FLOOD_SECONDS",
         usual: "6",
         long: "150",

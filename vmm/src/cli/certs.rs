@@ -6,7 +6,6 @@ use std::io;
 use std::io::Write as _;
 use std::path::Path;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use snp::attest::cert::Cert;
 use snp::attest::cert::Crl;
@@ -14,30 +13,16 @@ use snp::attest::cert_table;
 use snp::attest::cert_table::Kind;
 
 use super::Failure;
+use super::out;
 use super::run::SNP;
-use crate::certs::CertFile;
 use crate::certs::FILE_LIMIT;
-use crate::certs::Source;
 
 /// Options of a run about certificates.
 #[derive(clap::Args, Clone, Debug)]
 pub struct CertsArgs {
     /// Certificates for the guest's extended reports: a table that `cvmm certs` made. Read at each request, under a shared lock
     #[arg(long, value_name = "FILE", help_heading = SNP)]
-    certs: Option<PathBuf>,
-}
-
-impl CertsArgs {
-    /// Whether there is a file.
-    pub fn given(&self) -> bool {
-        self.certs.is_some()
-    }
-
-    /// Opens and checks the file.
-    pub fn source(&self) -> Result<Option<Source>, Failure> {
-        let open = |path: &PathBuf| CertFile::open(path).map(|file| Source::File(Arc::new(file)));
-        self.certs.as_ref().map(open).transpose().map_err(|e| Failure::Usage(format!("--certs: {e}")))
-    }
+    pub certs: Option<PathBuf>,
 }
 
 /// Options of `cvmm certs`.
@@ -83,7 +68,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     Ok(0)
 }
 
-fn make(args: &Args, out: &Path) -> Result<(), Failure> {
+fn make(args: &Args, to: &Path) -> Result<(), Failure> {
     let mut certificates = Vec::new();
     for path in &args.certificates {
         certificates.extend(Cert::read_all(&read(path)?).map_err(named(path))?);
@@ -106,25 +91,7 @@ fn make(args: &Args, out: &Path) -> Result<(), Failure> {
             "cvmm: warning: the table has no ASK or ASVK and no ARK: who verifies with it has to get them elsewhere"
         );
     }
-    write_anew(out, &table).map_err(|e| Failure::Monitor(format!("{}: {e}", out.display())))
-}
-
-/// Writes beside the target, then renames: a reader sees the old table or the new one, never a part.
-fn write_anew(out: &Path, table: &[u8]) -> io::Result<()> {
-    let mut name = out.as_os_str().to_owned();
-    name.push(format!(".{}", std::process::id()));
-    let temporary = PathBuf::from(name);
-    let write = || {
-        let mut file = File::options().write(true).create_new(true).open(&temporary)?;
-        file.write_all(table)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, out)
-    };
-    let result = write();
-    if result.is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
-    result
+    out::write(to, &table)
 }
 
 fn show(path: &Path) -> Result<(), Failure> {

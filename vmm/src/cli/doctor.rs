@@ -9,7 +9,6 @@ use crate::doctor::facts::Facts;
 
 /// Options of `cvmm doctor`.
 #[derive(clap::Args, Clone, Debug)]
-#[command(after_long_help = doctor::EXIT_CODES)]
 pub struct Args {
     /// Print JSON: the verdict, each line, and the facts behind them
     #[arg(long)]

@@ -4,13 +4,11 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use snp::attest::tcb::Product;
-use snp::model::rmp::TwoMib;
 
-use super::Failure;
-use crate::platform::emulated;
-use crate::platform::emulated::Backing;
-use crate::platform::emulated::EmulatedOptions;
+use crate::spec::Backing;
+use crate::spec::EmulatedProduct;
+use crate::spec::EmulatedSpec;
+use crate::spec::Pvalidate2m;
 
 /// The options.
 #[derive(clap::Args, Clone, Debug)]
@@ -18,13 +16,13 @@ use crate::platform::emulated::EmulatedOptions;
 pub struct EmulatedArgs {
     /// One memory for both views of a page, or one for each
     #[arg(long, value_enum, default_value = "single")]
-    pub backing: Backing,
+    backing: BackingName,
     /// Stop at the first access through the wrong view, or to memory that the guest has not validated (needs split backing)
     #[arg(long)]
     strict: bool,
     /// How PVALIDATE of 2 MiB is answered
     #[arg(long, value_enum, default_value = "accept")]
-    pvalidate_2m: Pvalidate2m,
+    pvalidate_2m: Pvalidate2mName,
     /// Processor that the guest is told of, and whose firmware checks its CPUID page
     #[arg(long, value_enum, default_value = "genoa")]
     product: ProductName,
@@ -46,55 +44,45 @@ enum ProductName {
     Host,
 }
 
-impl ProductName {
-    fn product(self) -> Option<Product> {
-        match self {
-            ProductName::Milan => Some(Product::Milan),
-            ProductName::Genoa => Some(Product::Genoa),
-            ProductName::Turin => Some(Product::Turin),
-            ProductName::Host => None,
-        }
-    }
+/// What backs the two views of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum BackingName {
+    /// One memory: fast, finds no access through the wrong view
+    Single,
+    /// One for each view: finds them, takes up to twice the memory
+    Split,
 }
 
 /// Answer to `PVALIDATE` of 2 MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Pvalidate2m {
+enum Pvalidate2mName {
     /// Size mismatch, as a Linux 6.12 host answers: its RMP entries are all 4 KiB
     Refuse,
     /// Done at once
     Accept,
 }
 
-impl From<Pvalidate2m> for TwoMib {
-    fn from(answer: Pvalidate2m) -> Self {
-        match answer {
-            Pvalidate2m::Refuse => TwoMib::SizeMismatch,
-            Pvalidate2m::Accept => TwoMib::Accept,
-        }
-    }
-}
-
 impl EmulatedArgs {
-    /// Refuses options that contradict each other.
-    pub fn check(&self) -> Result<(), Failure> {
-        if self.strict && self.backing == Backing::Single {
-            return Err(Failure::Usage(
-                "--strict needs --backing split: one memory for both views cannot tell them apart".into(),
-            ));
-        }
-        Ok(())
-    }
-
-    /// As the platform takes them.
-    pub fn options(&self, statistics: bool) -> EmulatedOptions {
-        EmulatedOptions {
-            backing: self.backing,
+    /// What these options ask for.
+    pub fn spec(&self, statistics: bool) -> EmulatedSpec {
+        EmulatedSpec {
+            backing: match self.backing {
+                BackingName::Single => Backing::Single,
+                BackingName::Split => Backing::Split,
+            },
             strict: self.strict,
-            two_mib: self.pvalidate_2m.into(),
+            pvalidate_2m: match self.pvalidate_2m {
+                Pvalidate2mName::Refuse => Pvalidate2m::Refuse,
+                Pvalidate2mName::Accept => Pvalidate2m::Accept,
+            },
+            product: match self.product {
+                ProductName::Milan => EmulatedProduct::Milan,
+                ProductName::Genoa => EmulatedProduct::Genoa,
+                ProductName::Turin => EmulatedProduct::Turin,
+                ProductName::Host => EmulatedProduct::Host,
+            },
+            keys: self.emulated_keys.clone(),
             statistics,
-            keys: self.emulated_keys.clone().unwrap_or_else(emulated::default_keys_path),
-            product: self.product.product(),
         }
     }
 }

@@ -13,23 +13,19 @@ use std::path::PathBuf;
 use base64ct::Base64;
 use base64ct::Encoding as _;
 use snp::digest::LaunchDigest;
-use snp::digest::trace;
 use snp::explain::Explanation;
-use snp::explain::diff;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
-use snp::identity::IdMismatch;
 use snp::identity::PublicKey;
 use snp::identity::Signature;
-use snp::identity::block::AUTH_LEN;
-use snp::identity::block::BLOCK_LEN;
 use snp::identity::keys::private_from_pem;
 use snp::image::igvm::id_block_header;
-use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
+use super::out::write;
 use crate::note;
+use crate::prepare;
 
 /// Exit code: the ID block is not right.
 const EXIT_REFUSED: u8 = 1;
@@ -164,10 +160,6 @@ fn read_text(path: &Path) -> Result<String, Failure> {
     String::from_utf8(read(path)?).map_err(|_| Failure::Usage(format!("{}: not a PEM file", path.display())))
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    std::fs::write(path, bytes).map_err(|e| Failure::Monitor(format!("{}: {e}", path.display())))
-}
-
 /// A file's contents in a form, with the file's name in the error.
 fn parsed<T, E: std::fmt::Display>(path: &Path, result: Result<T, E>) -> Result<T, Failure> {
     result.map_err(|e| Failure::Usage(format!("{}: {e}", path.display())))
@@ -194,27 +186,12 @@ fn digest(text: &str) -> Result<LaunchDigest, Failure> {
     Ok(LaunchDigest(bytes))
 }
 
-/// The bytes in a file: binary, or in base64 as QEMU takes them, alone or behind `name=` in a list of properties.
-fn unwrapped(file: Vec<u8>, name: &str, len: usize) -> Vec<u8> {
-    if file.len() == len {
-        return file;
-    }
-    let decoded = std::str::from_utf8(&file).ok().and_then(|text| {
-        let mut properties = text.trim().split(',').map(str::trim);
-        let text = properties.clone().find_map(|p| p.strip_prefix(name)?.strip_prefix('='));
-        let text: String = text.or_else(|| properties.next())?.split_ascii_whitespace().collect();
-        Base64::decode_vec(&text).ok()
-    });
-    // What is neither goes to the parser as it is, whose message says what is wrong.
-    decoded.unwrap_or(file)
-}
-
 fn read_block(path: &Path) -> Result<IdBlock, Failure> {
-    parsed(path, IdBlock::decode(&unwrapped(read(path)?, "id-block", BLOCK_LEN)))
+    Ok(prepare::read_block("snp.id_block.block", path)?)
 }
 
 fn read_auth(path: &Path) -> Result<IdAuth, Failure> {
-    parsed(path, IdAuth::decode(&unwrapped(read(path)?, "id-auth", AUTH_LEN)))
+    Ok(prepare::read_auth("snp.id_block.auth", path)?)
 }
 
 /// Carries the command out.
@@ -346,69 +323,4 @@ fn check_block(args: &Check) -> Result<u8, Failure> {
 fn answer(text: impl std::fmt::Display, code: u8) -> Result<u8, Failure> {
     std::io::stdout().write_all(format!("{text}\n").as_bytes()).map_err(Failure::monitor)?;
     Ok(code)
-}
-
-/// An ID block that a launch is about to use.
-pub struct IdentityCheck<'a> {
-    /// File of the block.
-    pub block: &'a Path,
-    /// File of its auth page.
-    pub auth: &'a Path,
-    /// File of `cvmm measure --json` that the block was made for.
-    pub reference: Option<&'a Path>,
-    /// Options of this launch, under the names that `cvmm measure` gives them.
-    pub inputs: Vec<(&'static str, String)>,
-}
-
-impl IdentityCheck<'_> {
-    /// Finds out what the firmware would answer, before anything is launched; a digest that differs is explained.
-    pub fn check(
-        &self,
-        plan: &LaunchPlan,
-        launch: LaunchDigest,
-        policy: GuestPolicy,
-    ) -> Result<(IdBlock, IdAuth), Failure> {
-        let block = read_block(self.block)?;
-        let auth = read_auth(self.auth)?;
-        let mismatch = match auth.check(&block, launch, policy) {
-            Ok(()) => return Ok((block, auth)),
-            Err(mismatch) => mismatch,
-        };
-        let mut message = mismatch.to_string();
-        if let (IdMismatch::Digest { .. }, Some(path)) = (&mismatch, self.reference) {
-            let reference = parsed(path, Explanation::parse(&read_text(path)?))?;
-            let trace = trace(plan).map_err(Failure::monitor)?;
-            let mut ours = Explanation::new(&plan.records, &plan.vcpus, &trace);
-            // What a launch does not record is taken to be the same.
-            ours.inputs.clone_from(&reference.inputs);
-            ours.inputs.extend(self.inputs.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
-            match diff(&reference, &ours) {
-                Some(divergence) => message.push_str(&format!("\n{divergence}")),
-                None => message.push_str(
-                    "\nthis launch is the one in the reference, so the block was made for another one",
-                ),
-            }
-        }
-        Err(Failure::Usage(message))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn binary_and_both_forms_of_base64_are_the_same_bytes() {
-        let bytes: Vec<u8> = (0..96).collect();
-        let text = Base64::encode_string(&bytes);
-        let wrapped = format!("{}\n{}\n", &text[..64], &text[64..]);
-        let line = format!("id-block={text},id-auth=AAAA\n");
-        for form in
-            [bytes.clone(), text.clone().into_bytes(), wrapped.into_bytes(), line.clone().into_bytes()]
-        {
-            assert_eq!(unwrapped(form, "id-block", 96), bytes);
-        }
-        assert_eq!(unwrapped(line.into_bytes(), "id-auth", 4096), [0; 3]);
-        assert_eq!(unwrapped(b"no base64!".to_vec(), "id-block", 96), b"no base64!");
-    }
 }

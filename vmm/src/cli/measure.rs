@@ -9,8 +9,6 @@ use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
 
-use sha2::Digest as _;
-use sha2::Sha256;
 use snp::digest::LaunchDigest;
 use snp::digest::Trace;
 use snp::digest::VMSA_GPA;
@@ -18,14 +16,9 @@ use snp::digest::trace;
 use snp::explain::CountDigest;
 use snp::explain::Explanation;
 use snp::explain::diff;
-use snp::image::direct::Guest;
-use snp::image::direct::Snp;
-use snp::image::direct::Validation;
-use snp::image::kernel::Kernel;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::ovmf::Svsm;
-use snp::image::shim::Shim;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
 use snp::vcpu_model;
@@ -38,13 +31,21 @@ use vtpm_svc::tpm2::alg;
 
 use super::Failure;
 use super::firmware::FirmwareArgs;
-use super::firmware::HashedKernel;
-use super::firmware::map;
-use super::firmware::wrong;
 use super::run::ImageArgs;
 use super::vtpm::MeasureArgs;
-use crate::config::BootFiles;
 use crate::note;
+use crate::prepare;
+use crate::prepare::Files;
+use crate::prepare::HashedKernel;
+use crate::prepare::Names;
+use crate::prepare::PrepareError;
+use crate::prepare::Target;
+use crate::spec::BootSpec;
+use crate::spec::FirmwareSpec;
+use crate::spec::IgvmSpec;
+use crate::spec::KernelSpec;
+use crate::spec::TpmSpec;
+use crate::spec::VmSpec;
 
 /// Most vCPUs that are measured: as many as KVM can give to a guest.
 const VCPUS_MAX: u32 = 4096;
@@ -84,6 +85,12 @@ pub struct Args {
     vtpm: MeasureArgs,
     #[command(flatten)]
     file: FirmwareArgs,
+    /// Measure the VM that a file describes: JSON, as `cvmm spec` prints it. Its backends are not looked at
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "kernel", "initrd", "cmdline", "memory", "cpus", "validation", "secure_tsc", "accept", "vtpm", "firmware", "igvm", "zero_pages",
+        "vcpu_model", "guest_features", "svsm", "vars_size", "vmm", "vcpus",
+    ])]
+    spec: Option<PathBuf>,
     /// SVSM that runs under the firmware
     #[arg(
         long,
@@ -97,7 +104,7 @@ pub struct Args {
     #[arg(long, value_name = "BYTES", requires = "svsm")]
     vars_size: Option<u64>,
     /// Monitor that launches the firmware: cvmm, qemu, ec2, gce or krun
-    #[arg(long, value_name = "NAME", default_value = "cvmm")]
+    #[arg(long, visible_alias = "vmm-type", value_name = "NAME", default_value = "cvmm")]
     vmm: VmmType,
     /// Numbers of vCPUs, in place of --cpus: a list or range such as 1,2,4-8
     #[arg(long, value_name = "LIST", value_parser = parse_counts, conflicts_with = "cpus")]
@@ -133,10 +140,11 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     if let Some([first, second]) = args.diff.as_deref() {
         return print_diff(first, second);
     }
-    let measured = match (&args.file.igvm, &args.file.firmware) {
-        (Some(file), _) => igvm(args, file)?,
-        (None, Some(file)) => firmware(args, file)?,
-        (None, None) => direct(args)?,
+    let spec = args.vm()?;
+    let measured = match &spec.boot {
+        BootSpec::Igvm(file) => igvm(args, &spec, file)?,
+        BootSpec::Firmware(file) => firmware(args, &spec, file)?,
+        BootSpec::Direct(kernel) => direct(args, &spec, kernel)?,
     };
     if let Some(path) = &args.dump {
         dump(&measured.plan, path)
@@ -188,10 +196,6 @@ fn print_diff(first: &Path, second: &Path) -> Result<u8, Failure> {
     Ok(code)
 }
 
-fn counts(args: &Args) -> Vec<u32> {
-    args.vcpus.as_ref().map_or_else(|| vec![args.image.cpus], |counts| counts.0.clone())
-}
-
 /// Puts an explanation together from the launch with the most vCPUs.
 fn explain(
     plan: LaunchPlan,
@@ -210,85 +214,72 @@ fn count_digest(vcpus: u32, digest: LaunchDigest) -> CountDigest {
     CountDigest { vcpus, launch_digest: digest.to_string() }
 }
 
-/// A name for a file's contents.
-pub fn sha256(bytes: &[u8]) -> String {
-    hex::encode(Sha256::digest(bytes))
-}
-
 impl Args {
-    /// A name for a file's contents where it will be shown: hashing a large file once more takes longer than its digest.
-    fn fingerprint(&self, bytes: &[u8]) -> String {
-        if self.json || self.explain { sha256(bytes) } else { String::new() }
+    /// The VM that is measured: an SNP guest in any case.
+    fn vm(&self) -> Result<VmSpec, Failure> {
+        if let Some(path) = &self.spec {
+            let spec = super::spec::read(path)?;
+            return match spec.snp {
+                Some(_) => Ok(spec),
+                None => Err(Failure::Usage(format!(
+                    "--spec {}: snp: a plain guest has no launch digest; add \"snp\": {{}}",
+                    path.display()
+                ))),
+            };
+        }
+        let boot = self
+            .file
+            .boot(&self.image)
+            .ok_or_else(|| Failure::Usage("--kernel is missing: say what to boot".into()))?;
+        Ok(VmSpec {
+            boot,
+            memory: self.image.memory,
+            cpus: self.image.cpus,
+            snp: Some(self.image.snp()),
+            tpm: self.vtpm.wanted().then(|| TpmSpec { backend: String::new() }),
+            on_reset: Default::default(),
+            backends: BTreeMap::new(),
+        })
+    }
+
+    fn counts(&self, spec: &VmSpec) -> Vec<u32> {
+        self.vcpus.as_ref().map_or_else(|| vec![spec.cpus], |counts| counts.0.clone())
+    }
+
+    fn names(&self) -> Names {
+        if self.json || self.explain { Names::Sha256 } else { Names::None }
     }
 }
 
 /// Direct boot: the ACPI tables depend on the number of vCPUs, so each number has its own plan.
-fn direct(args: &Args) -> Result<Measured, Failure> {
-    let files = args.image.read().map_err(Failure::usage)?;
+fn direct(args: &Args, spec: &VmSpec, kernel: &KernelSpec) -> Result<Measured, Failure> {
+    let files = Files::read(kernel)?;
+    let counts = args.counts(spec);
     let mut digests = Vec::new();
     let mut last = None;
-    let mut events = Vec::new();
-    for vcpus in counts(args) {
-        let snp = Snp {
-            c_bit: args.c_bit,
-            cpuid: None,
-            validation: args.image.validation(),
-            features: args.image.features(),
-        };
-        let image_args = ImageArgs { cpus: vcpus, ..args.image.clone() };
-        let mut boot = image_args.boot(&files, Guest::Snp(snp));
-        events = args.vtpm.announce(&mut boot)?;
-        let image = boot.image().map_err(Failure::usage)?;
+    for vcpus in &counts {
+        let names = if Some(vcpus) == counts.last() { args.names() } else { Names::None };
+        let spec = VmSpec { cpus: *vcpus, ..spec.clone() };
+        let image =
+            prepare::direct(&spec, kernel, &files, &Target { c_bit: args.c_bit, names, cpuid: None })?;
         let trace = trace(&image.plan).map_err(Failure::usage)?;
-        digests.push(count_digest(vcpus, trace.launch_digest()));
-        last = Some((image.plan, image.shim, trace));
+        digests.push(count_digest(*vcpus, trace.launch_digest()));
+        last = Some((image, trace));
     }
-    let (plan, shim, trace) = last.ok_or_else(|| Failure::Usage("no number of vCPUs".into()))?;
-    let mut inputs = direct_inputs(&args.image, &files, args.vtpm.wanted(), |bytes| args.fingerprint(bytes));
+    let (image, trace) = last.ok_or_else(|| Failure::Usage("no number of vCPUs".into()))?;
+    let mut inputs = image.inputs;
     inputs.push(("image", "direct boot".into()));
-    inputs.push(("launch pages", plan.launch_pages().to_string()));
-    inputs.push(("cpus", counts(args).iter().map(u32::to_string).collect::<Vec<_>>().join(",")));
-    let bound = shim.as_ref().map_or_else(String::new, Shim::explain);
-    let mut measured = Measured { bound, ..explain(plan, &trace, digests, inputs, Vec::new()) };
-    measured.explanation.pcrs = pcrs(&events);
+    inputs.push(("launch pages", image.plan.launch_pages().to_string()));
+    inputs.push(("cpus", counts.iter().map(u32::to_string).collect::<Vec<_>>().join(",")));
+    let mut measured = explain(image.plan, &trace, digests, inputs, Vec::new());
+    measured.bound = image.bound;
+    measured.explanation.pcrs = pcrs(&image.events);
     Ok(measured)
-}
-
-/// Who validates the guest's memory, as the options and the kernel decide it together.
-fn accepts(image: &ImageArgs, kernel: &Kernel) -> &'static str {
-    match image.validation() {
-        Validation::AllByLaunch => "launch",
-        Validation::Stage0(acceptance) => match acceptance.resolve(kernel, image.memory) {
-            Some(true) => "lazy",
-            _ => "eager",
-        },
-    }
 }
 
 /// A bank's name among the tools that use TPMs.
 fn bank_name(bank: u16) -> &'static str {
     if bank == alg::SHA384 { "sha384" } else { "sha256" }
-}
-
-/// What the digest of a direct boot depends on, the number of vCPUs aside; `fingerprint` names the contents of a file.
-pub fn direct_inputs(
-    image: &ImageArgs,
-    files: &BootFiles,
-    vtpm: bool,
-    fingerprint: impl Fn(&[u8]) -> String,
-) -> Vec<(&'static str, String)> {
-    let initrd = files.initrd.as_deref();
-    vec![
-        ("cvmm", env!("CARGO_PKG_VERSION").into()),
-        ("stage0 sha256", fingerprint(snp::stage0::BUILT.image)),
-        ("memory", format!("{:#x}", image.memory)),
-        ("accept", accepts(image, &files.kernel).into()),
-        ("secure tsc", image.secure_tsc.to_string()),
-        ("cmdline", image.cmdline.clone()),
-        ("vtpm", vtpm.to_string()),
-        ("kernel sha256", fingerprint(files.kernel.file())),
-        ("initrd sha256", initrd.map_or("none".into(), |initrd| fingerprint(initrd))),
-    ]
 }
 
 /// What a run extends the TPM's PCRs to, by bank.
@@ -312,11 +303,14 @@ fn pcr_list(pcrs: &BTreeMap<String, BTreeMap<u32, String>>) -> String {
     out
 }
 
-fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {
-    let image = map("--firmware", path)?;
-    let ovmf = Ovmf::parse(image.clone()).map_err(|e| wrong("--firmware", path)(&e))?;
+fn firmware(args: &Args, spec: &VmSpec, file: &FirmwareSpec) -> Result<Measured, Failure> {
+    const FIELD: &str = "boot.firmware.image";
+    let path: &Path = &file.image;
+    let names = args.names();
+    let image = prepare::read(FIELD, path)?;
+    let ovmf = Ovmf::parse(image.clone()).map_err(PrepareError::file(FIELD, path))?;
     let svsm_path = args.svsm.as_deref();
-    let signature = match args.file.vcpu_model {
+    let signature = match file.vcpu_model {
         Some(signature) => signature,
         None if args.vmm.uses_signature() || svsm_path.is_some() => {
             let models = vcpu_model::names().join(", ");
@@ -326,31 +320,30 @@ fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {
         }
         None => 0,
     };
-    let setup = VcpuSetup { signature, sev_features: args.file.guest_features };
-    let counts = counts(args);
+    let setup = VcpuSetup { signature, sev_features: file.guest_features };
+    let counts = args.counts(spec);
     let vcpus = counts.last().copied().unwrap_or(1);
     let mut inputs = vec![
-        ("firmware sha256", args.fingerprint(image.as_slice())),
+        ("firmware sha256", names.of(image.as_slice())),
         ("monitor", args.vmm.to_string()),
         ("vcpu signature", format!("{signature:#x}")),
-        ("guest features", format!("{:#x}", args.file.guest_features)),
+        ("guest features", format!("{:#x}", file.guest_features)),
     ];
     let plan = if let Some(svsm_path) = svsm_path {
         inputs.push(("image", "firmware under an SVSM".into()));
-        let svsm = Svsm::parse(&ovmf, map("--svsm", svsm_path)?, args.vars_size.unwrap_or(0));
-        let wrong = wrong("--svsm", svsm_path);
-        let svsm = svsm.map_err(|e| wrong(&e))?;
-        svsm.plan(vcpus, setup).map_err(|e| wrong(&e))?
+        let svsm = Svsm::parse(&ovmf, prepare::read("svsm", svsm_path)?, args.vars_size.unwrap_or(0))
+            .map_err(PrepareError::file("svsm", svsm_path))?;
+        svsm.plan(vcpus, setup).map_err(PrepareError::file("svsm", svsm_path))?
     } else {
         inputs.push(("image", "firmware".into()));
-        let kernel = HashedKernel::read(&args.image)?;
-        if let Some(kernel) = &kernel {
-            inputs.push(("kernel sha256", args.fingerprint(kernel.kernel.as_slice())));
-            inputs.push(("initrd sha256", args.fingerprint(kernel.initrd.as_slice())));
-            inputs.push(("cmdline", args.image.cmdline.clone()));
+        let kernel = file.kernel.as_ref().map(HashedKernel::read).transpose()?;
+        if let (Some(read), Some(kernel)) = (&kernel, &file.kernel) {
+            inputs.push(("kernel sha256", names.of(read.kernel.as_slice())));
+            inputs.push(("initrd sha256", names.of(read.initrd.as_slice())));
+            inputs.push(("cmdline", kernel.cmdline.clone()));
         }
         let launch = OvmfLaunch { vmm: args.vmm, vcpus, setup, kernel: kernel.as_ref().map(|k| &k.hashes) };
-        ovmf.plan(&launch).map_err(|e| wrong("--firmware", path)(&e))?
+        ovmf.plan(&launch).map_err(PrepareError::file(FIELD, path))?
     };
     // One chain has the digest of every smaller number of vCPUs on its way.
     let trace = trace(&plan).map_err(Failure::usage)?;
@@ -359,12 +352,12 @@ fn firmware(args: &Args, path: &Path) -> Result<Measured, Failure> {
     Ok(explain(plan, &trace, digests, inputs, Vec::new()))
 }
 
-fn igvm(args: &Args, path: &Path) -> Result<Measured, Failure> {
-    if counts(args) != [1] {
+fn igvm(args: &Args, spec: &VmSpec, file: &IgvmSpec) -> Result<Measured, Failure> {
+    if args.counts(spec) != [1] {
         let reason = "the file decides how many vCPUs are measured: leave --vcpus out";
-        return Err(wrong("--igvm", path)(&reason));
+        return Err(PrepareError::file("boot.igvm.image", &file.image)(reason).into());
     }
-    let (image, igvm) = args.file.read_igvm(path)?;
+    let (image, igvm) = prepare::read_igvm(file)?;
     let (digest, after) = igvm.digests();
     let save_areas = igvm.records.iter().filter(|r| r.page_type == PageType::Vmsa).count() as u32;
     let zero_pages = igvm.zero_pages;
@@ -377,7 +370,7 @@ fn igvm(args: &Args, path: &Path) -> Result<Measured, Failure> {
     }
     let inputs = vec![
         ("image", "IGVM".into()),
-        ("igvm sha256", args.fingerprint(image.as_slice())),
+        ("igvm sha256", args.names().of(image.as_slice())),
         ("zero pages", zero_pages.to_string()),
         ("policy", igvm.policy.map_or("none".into(), |policy| policy.to_string())),
     ];

@@ -3,9 +3,11 @@
 //! once more, from what the help and the documents promise.
 
 use clap::CommandFactory;
+use clap::FromArgMatches;
 
 use super::*;
 use crate::cli::Cli;
+use crate::spec::VmSpec;
 
 /// A mode's options.
 const RUNS: [(&str, &str); 7] = [
@@ -58,7 +60,7 @@ const OPTIONS: &[(&str, &[&str])] = &[
     ("--vtpm v --vtpm-passphrase-file f", &["plain", "direct"]),
     ("--vtpm v --vtpm-key-credential f", &["plain", "direct"]),
     ("--vtpm v --vtpm-key-hook f", &["plain", "direct"]),
-    ("--vtpm v --vtpm-key-file f --vtpm-anchor a", &["plain", "direct"]),
+    ("--vtpm v --vtpm-key-hook h --vtpm-anchor a", &["plain", "direct"]),
     ("--vtpm --vtpm-ek-ca a", &["plain", "direct"]),
     ("--vtpm v --vm-uuid u", &["plain", "direct"]),
     ("--vtpm v --vtpm-accept-rollback", &["plain", "direct"]),
@@ -89,7 +91,8 @@ const OPTIONS: &[(&str, &[&str])] = &[
 ];
 
 /// Options that make a mode, or stand for themselves.
-const OTHERS: [&str; 8] = ["kernel", "firmware", "igvm", "platform", "diff", "help", "version", "vars_size"];
+const OTHERS: [&str; 9] =
+    ["kernel", "firmware", "igvm", "platform", "spec", "diff", "help", "version", "vars_size"];
 
 /// Whether only a run has them all.
 fn of_a_run(option: &str) -> bool {
@@ -131,6 +134,50 @@ fn an_option_is_used_or_refused_by_its_name() {
                     assert!(named, "{mode}: {option}: {error}");
                 }
             }
+        }
+    }
+}
+
+/// What a command line stands for.
+fn spec(line: &str) -> VmSpec {
+    let matches =
+        Cli::command().try_get_matches_from(std::iter::once("cvmm").chain(line.split(' '))).unwrap();
+    match Cli::from_arg_matches(&matches).unwrap().run.spec() {
+        Ok(spec) => spec,
+        Err(Failure::Usage(text) | Failure::Monitor(text)) => panic!("{line}: {text}"),
+        Err(Failure::Stopped(signal)) => panic!("{line}: signal {signal}"),
+    }
+}
+
+/// Options whose value here is what holds without them.
+const DEFAULTS: [&str; 3] = ["--validation stage0", "--guest-features 0x1", "--backing single"];
+
+#[test]
+fn a_file_says_all_that_options_say() {
+    for (mode, line) in RUNS {
+        for (option, used_in) in OPTIONS {
+            let used = used_in.iter().any(|word| mode.contains(word)) && *option != "--snp";
+            if !used || judge(&format!("{line} {option}")).is_err() {
+                continue;
+            }
+            // What some options need before they can be given.
+            let (base, option) = match *option {
+                "--strict" if !line.contains("--kernel") => continue,
+                "--strict" => (format!("{line} --backing split"), *option),
+                option => match option.strip_prefix("--vtpm v --v") {
+                    Some(rest) if !rest.starts_with("tpm-key") && !rest.starts_with("tpm-pass") => {
+                        (format!("{line} --vtpm v --vtpm-key-hook h"), &option["--vtpm v ".len()..])
+                    }
+                    _ => (line.to_owned(), option),
+                },
+            };
+            let given = spec(&format!("{base} {option}"));
+            assert_eq!(VmSpec::parse(&given.to_json()), Ok(given.clone()), "{mode}: {option}");
+            // Whatever starts a guest is given nothing else, so what is not in it is lost.
+            assert!(
+                given != spec(&base) || DEFAULTS.contains(&option),
+                "{mode}: {option} is not in the file"
+            );
         }
     }
 }

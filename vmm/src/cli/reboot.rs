@@ -1,14 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What follows when a guest asks for a reset.
 
-use std::time::Duration;
-
 use clap::ValueEnum;
 
-use crate::monitor::Restart;
-
-/// A guest that does nothing but reset gets one VM in this time.
-const PACE: Duration = Duration::from_secs(1);
+use crate::spec::OnReset;
+use crate::spec::RestartSpec;
 
 /// Options about resets.
 #[derive(clap::Args, Clone, Debug)]
@@ -31,11 +27,11 @@ enum OnReboot {
 }
 
 impl RebootArgs {
-    /// As the monitor takes it.
-    pub fn restart(&self) -> Option<Restart> {
+    /// What these options ask for.
+    pub fn spec(&self) -> OnReset {
         match self.on_reboot {
-            OnReboot::Exit => None,
-            OnReboot::Restart => Some(Restart { lives: self.max_lives, pace: PACE }),
+            OnReboot::Exit => OnReset::Exit,
+            OnReboot::Restart => OnReset::Restart(RestartSpec { max_lives: self.max_lives }),
         }
     }
 }

@@ -26,6 +26,17 @@ const EXIT_REFUSED: u8 = 1;
 /// Largest file that is read; reports and certificates are a few KiB.
 const FILE_MAX: u64 = 16 << 20;
 
+/// The form of `--json`. Fields are added to it, and never renamed or taken away.
+const FORMAT: &str = "cvmm-verdict-1";
+
+/// What `--json` prints.
+#[derive(serde::Serialize)]
+struct Document<'a> {
+    format: &'static str,
+    #[serde(flatten)]
+    verdict: &'a Verdict,
+}
+
 /// Options of `cvmm verify`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -143,7 +154,8 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     };
     let verdict = verify(&evidence, &Demands { policy: &policy, nonce: args.nonce, trust: &trust, now });
     let text = if args.json {
-        serde_json::to_string_pretty(&verdict).map_err(Failure::monitor)? + "\n"
+        let document = Document { format: FORMAT, verdict: &verdict };
+        serde_json::to_string_pretty(&document).map_err(Failure::monitor)? + "\n"
     } else {
         table(&verdict, &trust)
     };

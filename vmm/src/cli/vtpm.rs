@@ -1,21 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The options that give a guest its TPM.
 
-use std::ffi::OsString;
 use std::path::Path;
 use std::path::PathBuf;
 
-use snp::image::direct::DirectBoot;
-use vtpm_svc::measured::Event;
-
 use super::Failure;
-use crate::events::Inbox;
-use crate::events::Unattended;
-use crate::monitor::Companion;
-use crate::vtpm::Vtpm;
-use crate::vtpm::VtpmError;
-use crate::vtpm::measured;
-use crate::vtpm::service;
+use crate::spec::BackendSpec;
+use crate::spec::KeySpec;
+use crate::spec::TpmServiceSpec;
+use crate::spec::TpmSocketSpec;
+use crate::spec::TpmStateSpec;
 
 /// The TPM of a run.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -61,15 +55,6 @@ pub struct VtpmArgs {
     vtpm_svc: Option<PathBuf>,
 }
 
-/// What starts anew with each VM, and where signals arrive if something has been started already.
-#[derive(Default)]
-pub struct Companions {
-    /// In this order.
-    pub list: Vec<Box<dyn Companion>>,
-    /// See [`crate::monitor::Host`].
-    pub inbox: Option<Inbox>,
-}
-
 /// Whether a measured guest has a TPM.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct MeasureArgs {
@@ -80,11 +65,6 @@ pub struct MeasureArgs {
 }
 
 impl MeasureArgs {
-    /// Announces the TPM, if there is one; what a run will extend its PCRs with.
-    pub fn announce(&self, boot: &mut DirectBoot<'_>) -> Result<Vec<Event>, Failure> {
-        if self.wanted() { measured::announce(boot).map_err(Failure::usage) } else { Ok(Vec::new()) }
-    }
-
     /// Whether there is one.
     pub fn wanted(&self) -> bool {
         self.vtpm.is_some()
@@ -92,102 +72,57 @@ impl MeasureArgs {
 }
 
 impl VtpmArgs {
-    /// Whether the guest has a TPM.
-    pub fn wanted(&self) -> bool {
-        self.vtpm.is_some() || self.vtpm_socket.is_some()
-    }
-
-    /// Finds out what is wrong with these options, before anything else is looked at.
-    pub fn check(&self) -> Result<(), Failure> {
-        self.vtpm.as_ref().map_or(Ok(()), |state| self.service(state.as_deref()).map(|_| ()))
-    }
-
-    /// Announces the TPM to `boot` and connects to its service, which is started if it is to be. Signals are caught from then on,
-    /// so that one during the start leaves nothing behind; they arrive in the inbox.
-    pub fn start(&self, boot: &mut DirectBoot<'_>) -> Result<Companions, Failure> {
-        if !self.wanted() {
-            return Ok(Companions::default());
-        }
-        let inbox = Inbox::open().map_err(Failure::monitor)?;
-        let vtpm = match (&self.vtpm, &self.vtpm_socket) {
-            (Some(state), _) => {
-                let options = self.service(state.as_deref())?;
-                Vtpm::start(&options, measured::announce(boot).map_err(Failure::usage)?, &inbox)
-            }
-            (None, Some(socket)) => {
-                Vtpm::connect(socket, measured::announce(boot).map_err(Failure::usage)?, &inbox)
-            }
-            (None, None) => return Ok(Companions::default()),
-        };
-        match vtpm {
-            Ok(vtpm) => Ok(Companions { list: vec![Box::new(vtpm)], inbox: Some(inbox) }),
-            Err(VtpmError::Unattended { source: Unattended::Signal(signal), .. }) => {
-                Err(Failure::Stopped(signal))
-            }
-            Err(e) => Err(Failure::monitor(e)),
+    /// The backend that these options describe, if the guest has a TPM.
+    pub fn backend(&self) -> Result<Option<BackendSpec>, Failure> {
+        match (&self.vtpm, &self.vtpm_socket) {
+            (Some(state), _) => self.service(state.as_deref()).map(BackendSpec::TpmService).map(Some),
+            (None, Some(path)) => Ok(Some(BackendSpec::TpmSocket(TpmSocketSpec { path: path.clone() }))),
+            (None, None) => Ok(None),
         }
     }
 
-    fn service(&self, state: Option<&Path>) -> Result<service::Options, Failure> {
-        let mut arguments: Vec<OsString> = Vec::new();
-        let key: [(&str, Option<OsString>); 4] = [
-            ("--key-file", self.vtpm_key_file.clone().map(Into::into)),
-            ("--passphrase-file", self.vtpm_passphrase_file.clone().map(Into::into)),
-            ("--key-credential", self.vtpm_key_credential.clone().map(Into::into)),
-            ("--key-hook", self.vtpm_key_hook.clone().map(Into::into)),
+    fn service(&self, state: Option<&Path>) -> Result<TpmServiceSpec, Failure> {
+        let keys = [
+            self.vtpm_key_file.clone().map(KeySpec::File),
+            self.vtpm_passphrase_file.clone().map(KeySpec::PassphraseFile),
+            self.vtpm_key_credential.clone().map(KeySpec::Credential),
+            self.vtpm_key_hook.clone().map(KeySpec::Hook),
         ];
-        let keys = key.iter().filter(|(_, value)| value.is_some()).count();
-        match state {
-            None if keys > 0 => {
+        // The parser lets only one through.
+        let key = keys.into_iter().flatten().next();
+        let state = match (state, key) {
+            (None, Some(_)) => {
                 return Err(Failure::Usage(
                     "--vtpm: a key is given, but no file; say which: --vtpm FILE".into(),
                 ));
             }
-            None => {}
-            Some(file) => check(file, keys)?,
-        }
+            (Some(file), None) => {
+                return Err(Failure::Usage(format!(
+                    "--vtpm {}: the file is encrypted; give its key with --vtpm-key-file, --vtpm-passphrase-file, \
+                     --vtpm-key-credential or --vtpm-key-hook",
+                    file.display()
+                )));
+            }
+            (Some(file), Some(key)) => Some(TpmStateSpec {
+                file: file.to_owned(),
+                key,
+                anchor: self.vtpm_anchor.clone(),
+                vm_uuid: self.vm_uuid.clone(),
+                accept_rollback: self.vtpm_accept_rollback,
+                adopt: self.vtpm_adopt,
+            }),
+            (None, None) => None,
+        };
         let about_file = [
             ("--vm-uuid", self.vm_uuid.is_some()),
             ("--vtpm-accept-rollback", self.vtpm_accept_rollback),
             ("--vtpm-adopt", self.vtpm_adopt),
         ];
-        if let (None, Some((option, _))) = (state, about_file.iter().find(|(_, given)| *given)) {
+        if let (None, Some((option, _))) = (&state, about_file.iter().find(|(_, given)| *given)) {
             return Err(Failure::Usage(format!(
                 "{option} is about a state file, and --vtpm alone has none: say which, --vtpm FILE"
             )));
         }
-        let rest = [
-            ("--anchor", self.vtpm_anchor.clone().map(OsString::from)),
-            ("--ek-ca", self.vtpm_ek_ca.clone().map(OsString::from)),
-            ("--vm-uuid", self.vm_uuid.clone().map(OsString::from)),
-        ];
-        for (option, value) in key.into_iter().chain(rest) {
-            if let Some(value) = value {
-                arguments.extend([option.into(), value]);
-            }
-        }
-        let flags = [("--accept-rollback", self.vtpm_accept_rollback), ("--adopt", self.vtpm_adopt)];
-        arguments.extend(flags.iter().filter(|(_, given)| *given).map(|(flag, _)| OsString::from(flag)));
-        Ok(service::Options { program: self.vtpm_svc.clone(), state: state.map(Path::to_owned), arguments })
+        Ok(TpmServiceSpec { state, ek_ca: self.vtpm_ek_ca.clone(), program: self.vtpm_svc.clone() })
     }
-}
-
-/// A state file that is not there is never made on the way: a mistyped name, or a file that somebody removed, would give the
-/// guest another TPM, and whatever it had sealed would be lost to it.
-fn check(file: &Path, keys: usize) -> Result<(), Failure> {
-    let path = file.display();
-    if !file.exists() {
-        return Err(Failure::Usage(format!(
-            "--vtpm {path}: no such file. For a new TPM make a key and the file, once:\n  \
-             (umask 077; head -c 32 /dev/urandom >{path}.key)\n  \
-             cvmm vmgs create {path} --key-file {path}.key"
-        )));
-    }
-    if keys == 0 {
-        return Err(Failure::Usage(format!(
-            "--vtpm {path}: the file is encrypted; give its key with --vtpm-key-file, --vtpm-passphrase-file, \
-             --vtpm-key-credential or --vtpm-key-hook"
-        )));
-    }
-    Ok(())
 }

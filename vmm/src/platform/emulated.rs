@@ -23,7 +23,6 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
-use clap::ValueEnum;
 pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
 use snp::attest::cert_table;
@@ -51,6 +50,7 @@ use super::kvm::KvmPlatform;
 use super::kvm::KvmVm;
 use super::kvm::OpenError;
 use crate::cpuid;
+use crate::spec::Backing;
 
 /// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.
 const C_BIT_MAX: u8 = 46;
@@ -62,15 +62,6 @@ const VMSA_FEATURES: u64 = 0;
 
 /// Fewest physical address bits that leave one for the C-bit.
 pub const ADDRESS_BITS_MIN: u32 = 36;
-
-/// What backs the two views of a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Backing {
-    /// One memory: fast, finds no access through the wrong view
-    Single,
-    /// One for each view: finds them, takes up to twice the memory
-    Split,
-}
 
 /// How the platform behaves.
 #[derive(Clone, Debug)]

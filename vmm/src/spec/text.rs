@@ -22,6 +22,36 @@ pub fn parse_features(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Parses a size such as `512M` or `4G`; without a suffix it is in bytes.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" | "KB" | "KIB" => 10,
+        "M" | "MB" | "MIB" => 20,
+        "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
+        other => return Err(format!("unknown unit '{other}', expected K, M, G or T (powers of 1024)")),
+    };
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("'{text}' is not a size, expected a number such as 512M or 4G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is larger than 64 bits"))
+}
+
+/// Parses 32 bytes in hexadecimal, for `--host-data`.
+pub fn parse_hex32(text: &str) -> Result<[u8; 32], String> {
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    if digits.len() != 64 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(format!("expected 64 hexadecimal digits (32 bytes), found {} characters", digits.len()));
+    }
+    let mut bytes = [0; 32];
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).map_err(|e| e.to_string())?;
+    }
+    Ok(bytes)
+}
+
 /// A value in the form that its type prints and reads.
 pub mod optional {
     use super::*;
@@ -48,7 +78,6 @@ pub mod optional {
 /// Bytes of memory: a number, or text with a unit.
 pub mod size {
     use super::*;
-    use crate::config::parse_size;
 
     #[derive(Deserialize)]
     #[serde(untagged, expecting = "expected a number of bytes, or a size such as \"512M\"")]
@@ -59,7 +88,7 @@ pub mod size {
 
     /// Writes it in MiB where it is whole ones.
     pub fn serialize<S: Serializer>(bytes: &u64, to: S) -> Result<S::Ok, S::Error> {
-        if bytes % (1 << 20) == 0 {
+        if bytes.is_multiple_of(1 << 20) {
             to.collect_str(&format_args!("{}M", bytes >> 20))
         } else {
             to.serialize_u64(*bytes)
@@ -112,7 +141,6 @@ pub mod vcpu_model {
 /// 32 bytes in hexadecimal.
 pub mod host_data {
     use super::*;
-    use crate::config::parse_hex32;
 
     /// Writes them.
     pub fn serialize<S: Serializer>(bytes: &Option<[u8; 32]>, to: S) -> Result<S::Ok, S::Error> {
@@ -138,5 +166,24 @@ mod tests {
         assert_eq!(parse_features("0x21"), Ok(0x21));
         assert!(parse_features("0x20").is_err());
         assert!(parse_features("21").is_err());
+    }
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("4g"), Ok(4 << 30));
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        for bad in ["", "M", "-1M", "1.5G", "12X", "99999999999T", "0x10M"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn host_data_is_exactly_32_bytes() {
+        assert_eq!(parse_hex32(&"a5".repeat(32)), Ok([0xa5; 32]));
+        for bad in ["", "a5", &"a5".repeat(33), &"zz".repeat(32), &"é".repeat(32)] {
+            assert!(parse_hex32(bad).is_err(), "{bad}");
+        }
     }
 }

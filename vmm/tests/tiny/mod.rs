@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::OnceLock;
 
+use snp::digest::Measured;
 use snp::image::direct::DirectBoot;
 use snp::image::direct::DirectImage;
 use snp::image::direct::Guest as ImageGuest;
@@ -25,12 +26,14 @@ use vmm::launch::LaunchOptions;
 use vmm::monitor;
 use vmm::monitor::Guest;
 use vmm::monitor::Host;
+use vmm::monitor::Load;
+use vmm::monitor::SnpLaunch;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
-use vmm::platform::emulated::Backing;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::spec::Backing;
 
 /// Where the guest's code is loaded and entered.
 pub const CODE: u64 = 0x10_0000;
@@ -103,11 +106,9 @@ pub fn plain_guest(code: &[u8], cpus: u32) -> Option<(KvmPlatform, Guest)> {
     let image = image(code, cpus);
     let table = CpuidTable::plain(&cpuid::from_kvm(&platform.supported_cpuid().unwrap()), cpus, None);
     let guest = Guest {
-        plan: image.plan,
+        load: Load::Plain(image.plan),
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
-        snp: None,
-        staged: Default::default(),
     };
     Some((platform, guest))
 }
@@ -123,6 +124,11 @@ fn image(code: &[u8], vcpus: u32) -> DirectImage {
 /// `code` as an SNP guest on the emulated platform, in the form that the platform's patches leave: VMGEXIT is
 /// `out 0xe4, al` and a two-byte NOP.
 pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform, Guest)> {
+    emulated_guest_with(code, backing, 1)
+}
+
+/// The same with `cpus` vCPUs, of which the guest starts all but the first.
+pub fn emulated_guest_with(code: &[u8], backing: Backing, cpus: u32) -> Option<(EmulatedPlatform, Guest)> {
     let host = kvm()?;
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys.pem");
@@ -139,7 +145,7 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
 
     // The registers and tables of a plain boot will do, with what KVM adds to EFER, CR4 and the features for SEV guests
     // (Linux 6.12, `svm_set_efer`, `svm_set_cr4`, `sev_es_sync_vmsa`); the plan is code and tables, each page measured.
-    let mut image = image(code, 1);
+    let mut image = image(code, cpus);
     image.plan.vcpus.iter_mut().for_each(|state| {
         state.efer |= EFER_SVME;
         state.cr4 |= CR4_MCE;
@@ -150,15 +156,25 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
     image.plan.records.sort_by_key(|r| r.gpa);
     let records =
         image.plan.records.into_iter().map(|r| Record { page_type: PageType::Normal, ..r }).collect();
-    let table = CpuidTable::plain(&cpuid::from_kvm(&host.supported_cpuid().unwrap()), 1, None);
+    let table = CpuidTable::plain(&cpuid::from_kvm(&host.supported_cpuid().unwrap()), cpus, None);
     let guest = Guest {
-        plan: LaunchPlan { records, vcpus: image.plan.vcpus },
+        load: snp(LaunchPlan { records, vcpus: image.plan.vcpus }, LaunchOptions::default()),
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
-        cpuid: vec![cpuid::to_kvm(&table.for_vcpu(0))],
-        snp: Some(LaunchOptions::default()),
-        staged: Default::default(),
+        cpuid: (0..cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
     };
     Some((platform, guest))
+}
+
+/// The launch of `plan`.
+pub fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
+    let measured = Measured::of(plan).unwrap();
+    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default() }))
+}
+
+/// Changes what is launched.
+pub fn alter(guest: &mut Guest, change: impl FnOnce(&mut LaunchPlan)) {
+    let Load::Snp(snp) = &mut guest.load else { panic!("a plain guest") };
+    snp.measured = snp.measured.clone().altered(change).unwrap();
 }
 
 /// Runs a guest to its end, with a host that has nothing but a console.

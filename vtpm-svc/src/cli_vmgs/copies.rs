@@ -16,8 +16,6 @@ use super::close;
 use super::key_for;
 use super::needed;
 use super::open_to_write;
-use super::place;
-use super::place::Waiting;
 use crate::control::options::AnchorArgs;
 use crate::keys::KeyArgs;
 use crate::keys::NewKeyArgs;
@@ -42,6 +40,8 @@ use crate::vmgs::root::uuid_text;
 use crate::vmgs::store::MAX_SIZE;
 use crate::vmgs::store::MIN_SIZE;
 use crate::vmgs::view::RootState;
+use crate::whole_file as place;
+use crate::whole_file::Waiting;
 
 /// Makes an image.
 pub(super) fn create(
@@ -73,25 +73,33 @@ fn make_image(
     identity: Identity,
     anchor: &AnchorArgs,
     what: &str,
-    fill: impl FnOnce(&mut Vmgs<FsFile>) -> Result<(), VmgsError>,
+    fill: impl FnOnce(&mut Vmgs<FsFile>) -> Result<(), CliError>,
 ) -> Result<(), CliError> {
     place::tell_left_over(path);
     if path.symlink_metadata().is_ok() {
-        return Err(place::exists(path));
+        return Err(place::exists(path).into());
     }
     let secret = secret()?;
     let folder = anchor.folder();
+    // An id that was just drawn has no record; if there is one all the same, it is somebody else's.
+    let record = folder.record_path(&identity.image);
+    let ours = !record.exists();
     let made = || {
         let (waiting, file) = Waiting::make(path, |temporary| FsFile::create(temporary, size + 512))?;
         let mut vmgs = Vmgs::create(file, Some(secret), identity, Some(&folder)).map_err(at(path))?;
-        fill(&mut vmgs).map_err(at(path))?;
+        fill(&mut vmgs)?;
         waiting.take_free(path)?;
-        close(vmgs, path, anchor, what, "")
+        Ok(vmgs)
     };
-    made().inspect_err(|_| {
+    let made: Result<Vmgs<FsFile>, CliError> = made();
+    let vmgs = made.inspect_err(|_| {
         // The record of an image that there is not; nobody asks for it, so its removal may fail.
-        let _ = std::fs::remove_file(folder.record_path(&identity.image));
-    })
+        if ours {
+            let _ = std::fs::remove_file(&record);
+        }
+    })?;
+    // From here on the image is there and needs its record, whatever else fails.
+    close(vmgs, path, anchor, what, "")
 }
 
 /// Files that make up the identity of a TPM.
@@ -128,6 +136,9 @@ pub(super) fn clone(
     anchor: &AnchorArgs,
 ) -> Outcome {
     let keep = how.keep;
+    if to.symlink_metadata().is_ok() {
+        return Err(place::exists(to).into());
+    }
     let provider = needed(new_key.provider(), "new key")?;
     let mut source = open_to_write(file, key, anchor, anchor.accept())?;
     let identity = Identity::fresh(how.vm).map_err(at(to))?;
@@ -142,17 +153,19 @@ pub(super) fn clone(
             copied.push((id, source.read(id).map_err(at(file))?));
         }
     }
-    if keep {
-        // Before there is a second one, so that no end in between leaves two that do not know of each other.
-        source.commit(&[Change::Flag(FLAG_EXPORTED)]).map_err(at(file))?;
-    }
     let size = how.size.unwrap_or_else(|| (u64::from(source.capacity()) * 4096).clamp(MIN_SIZE, MAX_SIZE));
     let secret = || ask(provider.as_ref(), identity.image, Purpose::Create);
     make_image(to, size, secret, identity, anchor, "clone", |target| {
         let mut changes: Vec<Change<'_>> = copied.iter().map(|(id, data)| Change::Put(*id, data)).collect();
         // What was disclosed before is disclosed in every copy of it.
         changes.push(Change::Flag(if keep { flags | FLAG_EXPORTED } else { flags & FLAG_DISCLOSED }));
-        target.commit(&changes).map(|_| ())
+        let ready = target.prepare(&changes).map_err(at(to))?;
+        if keep {
+            // Before there is a second one, so that no end in between leaves two that do not know of each other; and after
+            // everything that can be refused.
+            source.commit(&[Change::Flag(FLAG_EXPORTED)]).map_err(at(file))?;
+        }
+        target.write(ready).map(|_| ()).map_err(at(to))
     })?;
     close(
         source,
@@ -258,9 +271,11 @@ pub(super) fn restore(
     };
     not_anothers(&view, replaced.as_ref(), backup, file)?;
     if let Some(old) = &replaced {
-        place::inherit(copy.file(), old.file()).map_err(|source| CliError::Io {
-            path: format!("giving the restored file the owner and mode of {}", file.display()),
-            source,
+        old.file().metadata().and_then(|old| place::inherit(copy.file(), &old)).map_err(|source| {
+            CliError::Io {
+                path: format!("giving the restored file the owner and mode of {}", file.display()),
+                source,
+            }
         })?;
     }
     let lease = folder.lease(&view.root.image)?;
@@ -318,4 +333,69 @@ fn copy(from: &FsFile, to: &Path) -> io::Result<FsFile> {
         at += piece as u64;
     }
     Ok(new)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmgs::anchor::Anchor;
+    use crate::vmgs::anchor::AnchorError;
+    use crate::vmgs::anchor::Facts;
+    use crate::vmgs::root::Mark;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Words {
+        #[command(flatten)]
+        anchor: AnchorArgs,
+    }
+
+    /// An anchor whose medium fails at the very end.
+    struct Fails;
+
+    impl Anchor for Fails {
+        fn known(&self) -> Known {
+            Known::Nothing
+        }
+        fn place(&self) -> String {
+            String::new()
+        }
+        fn refusal(&self) -> AnchorError {
+            AnchorError::Damaged(PathBuf::new())
+        }
+        fn announce(&mut self, _: Mark) -> Result<(), AnchorError> {
+            Ok(())
+        }
+        fn confirm(&mut self, _: Mark, _: Facts) -> Result<(), AnchorError> {
+            Ok(())
+        }
+        fn release(&mut self) -> Result<(), AnchorError> {
+            Err(self.refusal())
+        }
+    }
+
+    #[test]
+    fn an_image_that_has_its_name_keeps_its_record_whatever_fails_afterwards() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let folder = dir.path().join("anchor");
+        let words = Words::parse_from(["test", "--anchor", &folder.display().to_string()]);
+        let (path, identity) = (dir.path().join("vmgs"), Identity::fresh(None).expect("identity"));
+        let record = words.anchor.folder().record_path(&identity.image);
+        let key = || Ok(Key::from_bytes(&[7; 32]).expect("key"));
+        let make = |fill: &dyn Fn(&mut Vmgs<FsFile>) -> Result<(), CliError>| {
+            make_image(&path, 1 << 20, key, identity, &words.anchor, "create", fill)
+        };
+        // Before the image has its name, its record goes with it.
+        assert!(make(&|_| Err(CliError::Usage("no".into()))).is_err());
+        assert!(!path.exists() && !record.exists());
+        let failed = make(&|vmgs| {
+            vmgs.lease_unplaced(Box::new(Fails));
+            vmgs.placed().map_err(at(&path))
+        });
+        assert!(failed.is_err() && path.exists() && record.exists(), "{failed:?}");
+        // Somebody else's record is not this command's to remove.
+        std::fs::remove_file(&path).expect("remove");
+        assert!(make(&|_| Err(CliError::Usage("no".into()))).is_err());
+        assert!(record.exists());
+    }
 }

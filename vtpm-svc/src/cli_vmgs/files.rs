@@ -3,8 +3,6 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use serde_json::Value;
@@ -19,7 +17,6 @@ use super::close;
 use super::io_at;
 use super::look;
 use super::open_to_write;
-use super::place::Waiting;
 use super::report;
 use crate::control::options::AnchorArgs;
 use crate::control::options::HistoryArgs;
@@ -28,6 +25,8 @@ use crate::vmgs::Change;
 use crate::vmgs::FileId;
 use crate::vmgs::VmgsError;
 use crate::vmgs::format::MAX_FILE;
+use crate::whole_file;
+use crate::whole_file::Readers;
 
 /// Copies a file out. What is not proved of it is said, and no reason to keep it back.
 pub(super) fn export(file: &Path, id: u32, output: &Path, key: &KeyArgs, history: &HistoryArgs) -> Outcome {
@@ -38,7 +37,7 @@ pub(super) fn export(file: &Path, id: u32, output: &Path, key: &KeyArgs, history
     if output == Path::new("-") {
         return Ok(Done { report: Value::Null, raw: Some(data), verdict: None });
     }
-    write_private(output, &data)?;
+    whole_file::write(output, &data, Readers::Owner)?;
     Ok(json!({
         "exported": id.to_string(),
         "bytes": data.len(),
@@ -46,33 +45,6 @@ pub(super) fn export(file: &Path, id: u32, output: &Path, key: &KeyArgs, history
         "not_proved": report::not_proved(&looked.view),
     })
     .into())
-}
-
-/// Writes a file that only its owner may read, whole or not at all.
-fn write_private(path: &Path, data: &[u8]) -> Result<(), CliError> {
-    match path.symlink_metadata() {
-        Ok(m) if m.is_symlink() => {
-            return Err(CliError::Usage(format!(
-                "{} is a symbolic link, which somebody else may have put there; name the file itself",
-                path.display()
-            )));
-        }
-        // A device or a pipe is written, not replaced.
-        Ok(m) if !m.is_file() => {
-            return File::options()
-                .write(true)
-                .open(path)
-                .and_then(|mut f| f.write_all(data))
-                .map_err(io_at(path));
-        }
-        _ => {}
-    }
-    let (waiting, ()) = Waiting::make(path, |temporary| {
-        let mut file = File::options().create_new(true).write(true).mode(0o600).open(temporary)?;
-        file.write_all(data)?;
-        file.sync_all()
-    })?;
-    waiting.replace(path)
 }
 
 /// Copies a file in.

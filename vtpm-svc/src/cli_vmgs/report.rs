@@ -17,6 +17,7 @@ use crate::vmgs::findings::Accept;
 use crate::vmgs::findings::sentences;
 use crate::vmgs::format::BLOCK;
 use crate::vmgs::format::ENCRYPTED;
+use crate::vmgs::format::SCRUB_PENDING;
 use crate::vmgs::image;
 use crate::vmgs::image::Layout;
 use crate::vmgs::root::FLAG_DISCLOSED;
@@ -117,12 +118,13 @@ pub(super) fn inspect(file: &FsFile, key: Option<&Key>) -> Result<(Value, Option
 }
 
 /// What can be proved. Each step builds on the one before; the files' own faults are told side by side.
-pub(super) fn check(file: &FsFile, key: Option<&Key>, anchors: &AnchorFolder) -> Value {
+pub(super) fn check(file: &FsFile, key: Option<&Key>, anchors: &AnchorFolder) -> (Value, Option<View>) {
     let mut said = Said::default();
-    if let Err(e) = check_chain(file, key, anchors, &mut said) {
+    let mut seen = None;
+    if let Err(e) = check_chain(file, key, anchors, &mut said, &mut seen) {
         said.failed.push(e.to_string());
     }
-    json!({ "proved": said.proved, "not_proved": said.open, "failed": said.failed })
+    (json!({ "proved": said.proved, "not_proved": said.open, "failed": said.failed }), seen)
 }
 
 #[derive(Default)]
@@ -137,6 +139,7 @@ fn check_chain(
     key: Option<&Key>,
     anchors: &AnchorFolder,
     said: &mut Said,
+    seen: &mut Option<View>,
 ) -> Result<(), VmgsError> {
     let layout = Layout::read(file)?;
     said.proved.push("container, headers and file table are well formed, in range and disjoint".into());
@@ -150,6 +153,9 @@ fn check_chain(
         Err(_) => {}
     }
     if layout.header.encrypted && key.is_none() {
+        if layout.header.markers & SCRUB_PENDING != 0 {
+            said.open.push(Finding::ScrubPending.to_string());
+        }
         match zero_key::find(file, &layout)? {
             Some(place) => said.failed.push(Finding::ZeroKey(place).to_string()),
             None => said.proved.push("no table in the file opens with the zero key".into()),
@@ -157,7 +163,7 @@ fn check_chain(
         said.open.push("without the key: that any file is genuine, present, or the newest".into());
         return Ok(());
     }
-    let view = View::read(file, key)?;
+    let view = &*seen.insert(View::read(file, key)?);
     let (faults, odd): (Vec<&Finding>, Vec<&Finding>) = view.findings.iter().partition(|f| {
         matches!(f, Finding::Damaged(..) | Finding::Malformed(..))
             || f.unsettles(&Accept::default())

@@ -83,11 +83,21 @@ impl Control {
         body: &[u8],
         reply: usize,
     ) -> Result<Vec<u8>, ClientError> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::exchange(&mut stream, what, command, body, reply)
+    }
+
+    fn exchange(
+        stream: &mut UnixStream,
+        what: &'static str,
+        command: u32,
+        body: &[u8],
+        reply: usize,
+    ) -> Result<Vec<u8>, ClientError> {
         let mut message = command.to_be_bytes().to_vec();
         message.extend_from_slice(body);
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         let answer = stream.write_all(&message).map_err(io_error(what));
-        let answer = answer.and_then(|()| Self::reply(&mut stream, what, reply));
+        let answer = answer.and_then(|()| Self::reply(stream, what, reply));
         if let Err(ClientError::Io { .. }) = answer {
             // An answer that comes late would be taken for the next one's.
             let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -148,8 +158,41 @@ impl Control {
     /// Asks for a physical-presence operation at the TPM's next start; the answer is what the interface returns to the
     /// guest (0 accepted, 1 not implemented, 2 failure). Only our service knows it.
     pub fn submit_ppi(&self, operation: u32, argument: u32) -> Result<u32, ClientError> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::submit(&mut stream, operation, argument)
+    }
+
+    /// The same for somebody who may not wait: `hears` gets the answer and says whether it still counts. If it does not, what was
+    /// stored is taken back before anything else goes over this connection: what waited before waits again, or nothing does.
+    pub fn submit_ppi_for(
+        &self,
+        operation: u32,
+        argument: u32,
+        hears: impl FnOnce(Result<u32, ClientError>) -> bool,
+    ) -> Result<(), ClientError> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = match Self::exchange(&mut stream, "ppi-state", number::PPI_STATE, &[], 16) {
+            Ok(before) => before,
+            Err(e) => {
+                hears(Err(e));
+                return Ok(());
+            }
+        };
+        let answer = Self::submit(&mut stream, operation, argument);
+        let stored = matches!(answer, Ok(0));
+        if hears(answer) || !stored {
+            return Ok(());
+        }
+        // A service that has seen too many requests refuses another, but never that there be none.
+        match Self::submit(&mut stream, word(&before, 0), word(&before, 4)) {
+            Ok(0) => Ok(()),
+            _ => Self::submit(&mut stream, 0, 0).map(|_| ()),
+        }
+    }
+
+    fn submit(stream: &mut UnixStream, operation: u32, argument: u32) -> Result<u32, ClientError> {
         let body = [operation.to_be_bytes(), argument.to_be_bytes()].concat();
-        let r = self.call("ppi-submit", number::PPI_SUBMIT, &body, 4)?;
+        let r = Self::exchange(stream, "ppi-submit", number::PPI_SUBMIT, &body, 4)?;
         Ok(word(&r, 0))
     }
 

@@ -4,6 +4,9 @@
 //! A client that connects and is silent must not keep the others out. So when all places are taken, one that has never said
 //! anything goes, else one that has been idle for a minute: the one that came last, because a monitor's connection is there
 //! from the start and may be silent for days.
+//!
+//! A client that sends and never reads is no better: its answers pile up until the socket is full. So who takes an answer counts as
+//! idle from the moment that the answer is there, and who does not take any of it for [`READING`] loses its connection.
 
 use std::io;
 use std::sync::Arc;
@@ -22,6 +25,8 @@ pub(super) const MAX_CLIENTS: usize = 16;
 const FIRST_WORD: Duration = Duration::from_secs(2);
 /// How long one that has spoken may be idle then.
 const IDLE: Duration = Duration::from_secs(60);
+/// How long a client may leave an answer untouched when there is no room for it.
+const READING: Duration = Duration::from_secs(10);
 /// A client that has just left, or was sent away, may not be counted off yet.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -69,6 +74,7 @@ impl Clients {
 
     /// A place for a client, if there is one or one can be made.
     pub(super) fn admit(self: &Arc<Self>, stream: &Stream) -> io::Result<Option<Seat>> {
+        stream.set_writing_patience(READING)?;
         let stream = stream.try_clone()?;
         let mut table = self.table();
         if table.places.len() >= MAX_CLIENTS
@@ -102,7 +108,7 @@ impl Seat {
         self.clients.with(self.number, |place| (place.spoken, place.busy) = (true, true));
     }
 
-    /// It has its answer.
+    /// Its answer is there, and it only has to take it.
     pub(super) fn answered(&self) {
         self.clients.with(self.number, |place| (place.busy, place.quiet_since) = (false, Instant::now()));
     }

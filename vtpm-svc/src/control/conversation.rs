@@ -98,10 +98,11 @@ impl<F: BlockFile + 'static> Service<F> {
                     (Response::refused(code::BAD_PARAMETER), None, true)
                 }
             };
-            let sent = stream.write_all(response.as_bytes());
+            // Before the answer is sent: a client that does not take it is idle.
             if let Some(seat) = seat {
                 seat.answered();
             }
+            let sent = stream.write_all(response.as_bytes());
             if end.is_some() {
                 return end;
             }

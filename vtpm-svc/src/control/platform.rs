@@ -58,8 +58,9 @@ impl<F: BlockFile + 'static> Service<F> {
             let before = ppi;
             let answer = ppi.submit(operation, argument);
             if answer == Submitted::Accepted && ppi != before {
-                // The guest decides how often it asks; the host's disk and log are not its own.
-                if !self.requests.allow() {
+                // The guest decides how often it asks; the host's disk and log are not its own. Taking a request back is always
+                // possible, and bounded by the requests that there were.
+                if operation != 0 && !self.requests.allow() {
                     log::often("physical-presence requests come too often; one was refused");
                     return Ok(Submitted::Failure);
                 }

@@ -266,11 +266,12 @@ impl<F: BlockFile + 'static> Service<F> {
                 Ok(Received::BadLength) => (data::bad_length(), true),
                 Ok(Received::End) | Err(_) => return,
             };
-            if stream.write_all(&reply).is_err() {
-                return;
-            }
+            // Before the answer is sent: a client that does not take it is idle.
             if let Some(seat) = seat {
                 seat.answered();
+            }
+            if stream.write_all(&reply).is_err() {
+                return;
             }
             if last {
                 return stream.take_leave();

@@ -56,6 +56,14 @@ impl Stream {
         }
     }
 
+    /// How long a write waits for a client that does not read.
+    pub fn set_writing_patience(&self, patience: Duration) -> io::Result<()> {
+        match self {
+            Self::Unix(s) => s.set_write_timeout(Some(patience)),
+            Self::Tcp(s) => s.set_write_timeout(Some(patience)),
+        }
+    }
+
     /// Ends the connection under whoever reads from it.
     pub fn shutdown(&self) {
         // It may be over already.

@@ -7,12 +7,13 @@
 //! first line of its standard error is the reason that the operator sees. It runs before the service gives up its rights,
 //! with nothing of the environment but `PATH`.
 //!
-//! Both of its outputs are read at once, to a limit, and it has a time limit.
+//! Both of its outputs are read at once, to a limit, and it has a time limit. When the limit is reached, or when whoever asks ends in the
+//! meantime, for whatever reason, the hook and what it has started end too ([`process::spawn_dependent`]): it has a process group of
+//! its own for that, so it is not in the foreground of a terminal and cannot ask there.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::process::Child;
 use std::process::Command;
 use std::process::ExitStatus;
 use std::process::Stdio;
@@ -27,6 +28,8 @@ use zeroize::Zeroizing;
 use super::KeyError;
 use super::KeyProvider;
 use super::KeyRequest;
+use crate::process;
+use crate::process::Dependent;
 use crate::vmgs::Key;
 use crate::vmgs::root::uuid_text;
 
@@ -55,8 +58,9 @@ impl Hook {
 
     /// Hears the hook to its end, tells of it when that takes long, and stops it when it takes too long. There is no thread
     /// in this, because none may be left when the service closes its cage.
-    fn hear(&self, child: &mut Child) -> Result<(ExitStatus, Heard, Heard), KeyError> {
+    fn hear(&self, hook: &mut Dependent) -> Result<(ExitStatus, Heard, Heard), KeyError> {
         let io = |source| KeyError::Io { path: self.program.clone(), source };
+        let child = hook.child();
         let mut answer = Heard::of(child.stdout.take()).map_err(io)?;
         let mut reason = Heard::of(child.stderr.take()).map_err(io)?;
         let began = Instant::now();
@@ -64,7 +68,7 @@ impl Hook {
         loop {
             // The end is seen before the last words are read, so that none of them is missed. A child that the hook leaves
             // behind may hold the pipes open; nobody waits for it.
-            let status = child.try_wait().map_err(io)?;
+            let status = hook.child().try_wait().map_err(io)?;
             answer.read_what_is_there().map_err(io)?;
             reason.read_what_is_there().map_err(io)?;
             if answer.full() {
@@ -75,9 +79,7 @@ impl Hook {
                 return Ok((status, answer, reason));
             }
             if began.elapsed() >= self.limit {
-                // It may have ended in this moment.
-                let _ = child.kill();
-                child.wait().map_err(io)?;
+                hook.kill();
                 return Err(KeyError::HookSilent {
                     program: self.program.clone(),
                     seconds: self.limit.as_secs(),
@@ -148,24 +150,24 @@ impl KeyProvider for Hook {
     fn obtain(&self, request: &KeyRequest<'_>) -> Result<Key, KeyError> {
         let io = |source| KeyError::Io { path: self.program.clone(), source };
         super::file::check_program(&self.program)?;
-        let mut child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        command
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(io)?;
+            .stderr(Stdio::piped());
+        let mut hook = process::spawn_dependent(&mut command).map_err(io)?;
         let question = serde_json::json!({
             "image": request.image_text(),
             "vm": request.vm.as_ref().map(uuid_text),
             "purpose": request.purpose.word(),
         });
-        if let Some(mut stdin) = child.stdin.take() {
+        if let Some(mut stdin) = hook.child().stdin.take() {
             // A hook that does not read its input is not at fault; the question fits into the pipe.
             let _ = stdin.write_all(format!("{question}\n").as_bytes());
         }
-        let (status, answer, reason) = self.hear(&mut child)?;
+        let (status, answer, reason) = self.hear(&mut hook)?;
         if !status.success() {
             let line = String::from_utf8_lossy(&reason.kept).lines().next().unwrap_or_default().to_owned();
             let clean: String = line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();

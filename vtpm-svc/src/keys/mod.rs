@@ -7,6 +7,7 @@
 
 pub mod file;
 pub mod hook;
+pub mod open;
 pub mod passphrase;
 
 use std::path::PathBuf;

@@ -57,6 +57,11 @@ pub enum VmgsError {
     /// A file is larger than this implementation will ever load.
     #[error("{0} claims {1} bytes, more than the 64 MiB limit")]
     TooLarge(FileId, u64),
+    /// The files together are larger than this implementation will ever load.
+    #[error(
+        "the files of the image claim {0} bytes together, more than the 64 MiB that are read of one image"
+    )]
+    TooMuch(u64),
     /// Two objects claim the same block.
     #[error("{0} and {1} claim the same block {2}")]
     Overlap(FileId, FileId, u32),

@@ -17,6 +17,7 @@ use super::crash_test::Rng;
 use super::crypto::Key;
 use super::error::VmgsError;
 use super::findings::Accept;
+use super::findings::Finding;
 use super::format::FileId;
 use super::layouts_test::entry_at;
 use super::layouts_test::key;
@@ -26,8 +27,15 @@ use super::layouts_test::seal_header;
 use super::layouts_test::seal_with_zero_key;
 use super::layouts_test::u32_at;
 use super::root::FLAG_DISCLOSED;
+use super::root::digest;
 use super::store::Change;
 use super::store::Vmgs;
+use super::view::View;
+use crate::keys::KeyError;
+use crate::keys::KeyProvider;
+use crate::keys::KeyRequest;
+use crate::keys::Purpose;
+use crate::keys::open::key_of;
 
 const MIB: usize = 1 << 20;
 const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
@@ -250,6 +258,114 @@ fn at_every_failure_point_an_image_is_as_before_or_as_after() {
         }
         assert!(points > 4, "{}: {points} points", case.name);
     }
+}
+
+/// A key as a passphrase gives it: another one for each id of the container.
+struct Salted(&'static [u8]);
+
+impl KeyProvider for Salted {
+    fn describe(&self) -> String {
+        "salted".into()
+    }
+    fn obtain(&self, request: &KeyRequest<'_>) -> Result<Key, KeyError> {
+        Ok(Key::from_bytes(&digest(&[self.0, &request.image].concat())).expect("key"))
+    }
+}
+
+/// An image that another tool made without an id, so that the change of passphrase gives the container one.
+#[test]
+fn at_every_failure_point_the_old_or_the_new_passphrase_opens_the_image_and_the_new_one_ends_the_change() {
+    let (old, new) = (Salted(b"old"), Salted(b"new"));
+    let (mut rng, mut both) = (Rng(0x5a17), [0, 0]);
+    for left in 0.. {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let salted = |who: &Salted, image| {
+            let purpose = Purpose::Open;
+            who.obtain(&KeyRequest { image, vm: None, purpose, evidence: None }).expect("key")
+        };
+        let mut before = used(&dir, Some(salted(&old, [0; 16])), 9000);
+        let footer = super::vhd::build(MIB as u64, [0; 16]);
+        before[MIB..].copy_from_slice(&footer);
+        let disk = Disk::new(before, left);
+        let mut v = Vmgs::open(disk.clone(), Some(salted(&old, [0; 16])), None, ADOPT).expect("open");
+        assert_eq!(v.root().image, WHO.image);
+        let done = v.rekey(salted(&new, WHO.image), 0).is_ok();
+        drop(v);
+        let mut images = vec![disk.written()];
+        images.extend((0..4).map(|_| disk.powerless(&mut rng)));
+        for (n, image) in images.into_iter().enumerate() {
+            let opened = [&old, &new].map(|who| {
+                let file = MemFile(image.clone());
+                let k = key_of(who, &file, None, Purpose::Open).expect("a key");
+                let accept = Accept { rollback: true, ..ADOPT };
+                Vmgs::open(file, Some(k), None, accept).and_then(|v| v.read(FileId::VTPM_STATE)).is_ok()
+            });
+            assert!(opened[0] != opened[1], "{left} operations, {n}: {opened:?}");
+            both[usize::from(opened[1])] += 1;
+        }
+        if done {
+            let image = disk.written();
+            assert!(image[MIB + 68..MIB + 84] == WHO.image && image[MIB + 85..].iter().all(|b| *b == 0));
+            break;
+        }
+    }
+    assert!(both.iter().all(|n| *n > 10), "{both:?}");
+}
+
+/// Bytes of before, wherever a rewrite is cut short: the mark is there until nothing is left, `check` and every other look
+/// name it, and the next opener ends it.
+#[test]
+fn a_rewrite_that_is_cut_short_is_named_and_finished_by_the_next_opener() {
+    for case in cases().into_iter().filter(|c| c.name != "import") {
+        let (mut marked, mut finished) = (0, 0);
+        for left in 0.. {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let mut before = used(&dir, case.key.map(key), 9000);
+            (case.prepare)(&mut before);
+            let disk = Disk::new(before.clone(), left);
+            let anchors = folder(&dir);
+            let mut v =
+                Vmgs::open(disk.clone(), case.given.map(key), Some(&anchors), case.accept).expect("open");
+            let done = (case.run)(&mut v).is_ok();
+            drop(v);
+            let image = disk.written();
+            let k = if case.name == "adopt" { key(7) } else { key(8) };
+            let taken = super::image::key_opens(&MemFile(image.clone()), &k).expect("layout")
+                && super::layouts_test::u32_at(&image, newest(&image) * 512 + 24)
+                    != super::layouts_test::u32_at(&before, newest(&before) * 512 + 24);
+            if taken && !done {
+                let view = View::read(&MemFile(image.clone()), Some(&k)).expect("view");
+                if !view.findings.contains(&Finding::ScrubPending) {
+                    // Only the flush of the last header failed.
+                    super::layouts_test::assert_unused_is_zero(&image, case.name);
+                    continue;
+                }
+                marked += 1;
+                // An image that anyone can read is still the repair's.
+                if let Ok(v) = Vmgs::open(MemFile(image.clone()), Some(k.clone()), Some(&anchors), NONE) {
+                    let after = v.close().expect("close").0;
+                    super::layouts_test::assert_unused_is_zero(&after, case.name);
+                    let view = View::read(&MemFile(after), Some(&k)).expect("view");
+                    assert_eq!(view.findings, [], "{} {left}", case.name);
+                    finished += 1;
+                }
+                // The same change again is no refusal.
+                if case.name != "adopt" {
+                    let flags = if case.accept.zero_key { FLAG_DISCLOSED } else { 0 };
+                    let mut v = Vmgs::open(MemFile(image), Some(k.clone()), None, case.accept).expect("open");
+                    v.rekey(k.clone(), flags).expect("the same again");
+                    super::layouts_test::assert_unused_is_zero(&v.close().expect("close").0, case.name);
+                }
+            }
+            if done {
+                break;
+            }
+        }
+        assert!(marked > 4 && finished > 0, "{}: {marked}, {finished}", case.name);
+    }
+    let dir = tempfile::tempdir().expect("tempdir");
+    let mut v = Vmgs::open(MemFile(used(&dir, Some(key(7)), 100)), Some(key(7)), None, NONE).expect("open");
+    assert!(matches!(v.rekey(key(7), 0), Err(VmgsError::SameKey)), "a key that nothing was interrupted for");
 }
 
 /// The image after a refusal for want of space is the image before it.

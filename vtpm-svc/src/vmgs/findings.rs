@@ -3,8 +3,9 @@
 //!
 //! Everything is found first and judged afterwards, so that a refusal and a warning name all of it. Three words exist and
 //! none implies another: *adopt* (files that another tool wrote, removed or left in plain text), *rollback* (an image that
-//! is not known to be the newest), *repair* (keys that anyone can read). A lost integrity root takes away the proof of
-//! both, so it needs adopt and rollback together. A damaged file needs no word: it blocks itself and nothing else.
+//! is not known to be the newest), *repair* (keys that anyone can read). Without an integrity root, lost or never there,
+//! nothing proves either, so that needs adopt and rollback together: the first copy of an image that was adopted long
+//! ago has no root, and whoever can write its file can give it an id that no anchor knows. A damaged file needs no word: it blocks itself and nothing else.
 
 use super::error::VmgsError;
 use super::format::FileId;
@@ -16,7 +17,7 @@ use super::zero_key::ZeroKey;
 pub struct Accept {
     /// An image that is older than, or unknown to, the anchor.
     pub rollback: bool,
-    /// Files that were added, changed, removed or left in plain text by another tool; also an image that never had a root.
+    /// Files that were added, changed, removed or left in plain text by another tool.
     pub foreign: bool,
     /// An image with keys that anyone can read: to be repaired.
     pub zero_key: bool,
@@ -43,6 +44,8 @@ pub enum Finding {
     NoAnchor,
     /// The older header is wrapped by another key, or in plain text: a change of key was interrupted.
     OldKeyInSlot,
+    /// The image was written anew, and not everything of before was overwritten.
+    ScrubPending,
     /// A second key opens the image, and the next write takes that away.
     SecondKey,
     /// More writes than one datastore key should see.
@@ -102,9 +105,9 @@ impl Finding {
             | Self::Unexpected(_)
             | Self::Planted(_)
             | Self::Changed(_)
-            | Self::NeverRooted
             | Self::FooterId { .. } => Needs::Adopt,
-            Self::RootLost(_) => Needs::AdoptAndRollback,
+            // The id of an image without a root is nobody's word, so the anchor's silence about it says nothing of its age.
+            Self::NeverRooted | Self::RootLost(_) => Needs::AdoptAndRollback,
             Self::ZeroKey(_) => Needs::Repair,
             _ => Needs::Nothing,
         }
@@ -147,8 +150,13 @@ impl std::fmt::Display for Finding {
                 f.write_str("opened without an anchor: an older copy cannot be told from the newest")
             }
             Self::OldKeyInSlot => f.write_str(
-                "a change of key was interrupted: the older header still opens with another key, or with none. The next \
-                 write replaces that header; `vmgs rekey` again overwrites the old blocks too and proves it",
+                "a change of key was interrupted: the older header still opens with another key, or with none. The \
+                 same `vmgs rekey` again ends that, and proves it",
+            ),
+            Self::ScrubPending => f.write_str(
+                "the image was written anew (a change of key, a repair or an adoption) and that was cut short: bytes of before \
+                 may still be in the file. The next command that opens it to write, and the next start of its service, \
+                 overwrites them",
             ),
             Self::SecondKey => f.write_str(
                 "a second key, added by another tool, opens this image; the next write by this program ends that",
@@ -170,7 +178,7 @@ impl std::fmt::Display for Finding {
             Self::Malformed(id, why) => write!(f, "{id} is no record and is not used: {why}"),
             Self::NeverRooted => f.write_str(
                 "the image has no integrity root (file 62), and never had one: another tool made it, and nothing proves which files \
-                 belong to it",
+                 belong to it, nor that it is the newest copy",
             ),
             Self::FooterId { footer, image } => write!(
                 f,
@@ -251,7 +259,7 @@ pub fn decide(findings: &[Finding], accept: &Accept) -> Result<(), VmgsError> {
     let accepted = |finding: &Finding| match finding.needs(accept) {
         Needs::Nothing => true,
         // Nothing in an image whose keys anyone knows is anybody's; that it has no root is no news to who repairs it.
-        Needs::Adopt if *finding == Finding::NeverRooted && zero_key && accept.zero_key => true,
+        Needs::AdoptAndRollback if *finding == Finding::NeverRooted && zero_key && accept.zero_key => true,
         Needs::Adopt => accept.foreign,
         Needs::AdoptAndRollback => accept.foreign && accept.rollback,
         Needs::Repair => accept.zero_key,

@@ -23,6 +23,12 @@ pub const FIRST_BLOCK: u32 = 2;
 pub const ENTRIES: usize = 64;
 /// No file is loaded or written beyond this size, whatever a table says.
 pub const MAX_FILE: u64 = 64 << 20;
+/// All files of an image together have no more bytes than this, which is as much as the largest image that is made here
+/// has room for: what nobody vouches for yet must not cost more than that to read.
+pub const MAX_TOTAL: u64 = 64 << 20;
+/// Marker bit of ours in a header: the image was written anew and not everything of before is overwritten yet. Other tools
+/// leave it alone or drop it; whoever sets it makes an opener overwrite what nothing names.
+pub const SCRUB_PENDING: u16 = 1 << 15;
 /// Attribute bit: the file is encrypted.
 pub const ENCRYPTED: u32 = 1;
 /// Attribute bit: the file is authenticated; this format always sets it along with [`ENCRYPTED`].
@@ -171,7 +177,7 @@ pub struct Header {
     pub table_block: u32,
     /// Whether files may be encrypted (algorithm 1) or not (0).
     pub encrypted: bool,
-    /// Marker bits; bit 0 says that the image was reformatted on request.
+    /// Marker bits; bit 0 says that the image was reformatted on request, [`SCRUB_PENDING`] is ours.
     pub markers: u16,
     /// The metadata key, wrapped under up to two datastore keys.
     pub keys: [KeySlot; 2],
@@ -419,6 +425,7 @@ impl FileTable {
             ));
         }
         let mut spans: Vec<(std::ops::Range<u64>, FileId)> = Vec::with_capacity(ENTRIES);
+        let mut total = 0u64;
         for n in 0..ENTRIES as u8 {
             let (id, entry) = (FileId(n), &self.0[usize::from(n)]);
             if !entry.exists() {
@@ -441,7 +448,11 @@ impl FileTable {
             if claimed > MAX_FILE {
                 return Err(VmgsError::TooLarge(id, claimed));
             }
+            total += entry.valid;
             spans.push((range, id));
+        }
+        if total > MAX_TOTAL {
+            return Err(VmgsError::TooMuch(total));
         }
         let extended = self.entry(FileId::EXTENDED);
         if extended.exists() && (extended.blocks != 1 || extended.valid != BLOCK as u64) {
@@ -564,6 +575,30 @@ mod tests {
     }
 
     /// The checksum is the CRC-32 of zlib; the value was computed with Python's `zlib.crc32` over the same 168 bytes.
+    /// A sparse image may promise gigabytes that nobody vouches for.
+    #[test]
+    fn all_files_together_have_a_bound() {
+        let table = |bytes: u64| {
+            let mut table = FileTable([Entry::default(); ENTRIES]);
+            table.0[0] = Entry { block: 2, blocks: 1, valid: 4096, ..Entry::default() };
+            for n in 1..=4u32 {
+                let (blocks, valid) = (8192, bytes);
+                table.0[n as usize] = Entry { block: n * 8192, blocks, valid, ..Entry::default() };
+            }
+            let header = Header {
+                sequence: 1,
+                table_block: 2,
+                encrypted: false,
+                markers: 0,
+                keys: Default::default(),
+            };
+            table.check(&header, 1 << 20)
+        };
+        assert!(table((16 << 20) - 1024).is_ok());
+        let refused = table(16 << 20).expect_err("refused").to_string();
+        assert!(refused.contains("67112960 bytes together") && refused.contains("64 MiB"), "{refused}");
+    }
+
     #[test]
     fn the_checksum_is_that_of_zlib() {
         let mut raw: [u8; HEADER] = array(&header(1).to_sector(), 0);

@@ -110,6 +110,20 @@ pub fn unique_id<F: BlockFile>(file: &F) -> Result<[u8; 16], VmgsError> {
     Ok(id)
 }
 
+/// The ids that a passphrase for this image may be salted with: the container's own, and during a change of key also the one
+/// that it had before.
+pub fn salts<F: BlockFile>(file: &F) -> Result<Vec<[u8; 16]>, VmgsError> {
+    let (footer, _) = read_footer(file)?;
+    Ok([unique_id(file)?].into_iter().chain(vhd::earlier_id(&footer)).collect())
+}
+
+/// Whether a key opens a slot of the header that counts.
+pub fn key_opens<F: BlockFile>(file: &F, key: &Key) -> Result<bool, VmgsError> {
+    let header = Layout::read(file)?.header;
+    let mut slots = header.keys.iter().filter(|slot| !slot.is_empty());
+    Ok(slots.any(|slot| crypto::open(key.expose(), &slot.seal, &slot.wrapped).is_some()))
+}
+
 fn payload_size<F: BlockFile>(file: &F) -> Result<u64, VmgsError> {
     let (_, payload) = read_footer(file)?;
     if payload < MIN_PAYLOAD {

@@ -78,7 +78,7 @@ fn contents(image: &[u8], k: Key) -> Vec<(FileId, Vec<u8>)> {
 }
 
 /// Whatever no header or table entry names is zero.
-fn assert_unused_is_zero(image: &[u8], what: &str) {
+pub(super) fn assert_unused_is_zero(image: &[u8], what: &str) {
     assert_eq!(u32_at(image, 24), u32_at(image, 512 + 24), "{what}: both headers name one table");
     let mut live = vec![false; MIB];
     live[..168].fill(true);

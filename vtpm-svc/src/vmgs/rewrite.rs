@@ -4,7 +4,12 @@
 //!
 //! One commit writes every file, both tables and the root under new keys, its flags included, so that there is no moment at
 //! which the image is neither as before nor as after. A second header for the same generation takes the older one's
-//! place. Then every byte that this generation does not use is overwritten, and all of it is read back.
+//! place. Then every byte that this generation does not use is overwritten, and all of it is read back. The headers carry
+//! a mark from the commit until all that is done, so whoever opens an image whose rewrite was cut short finishes it.
+//!
+//! A passphrase is salted with the container's id, and a change of key may give the container another one. The id of before
+//! stands in the footer from before the commit until the mark is gone, so that at each moment the old passphrase or the new
+//! one opens the image.
 
 use std::ops::Range;
 
@@ -14,10 +19,12 @@ use super::block::BlockFile;
 use super::crypto;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::findings::Finding;
 use super::format::BLOCK;
 use super::format::FIRST_BLOCK;
 use super::format::FileId;
 use super::format::Header;
+use super::format::SCRUB_PENDING;
 use super::format::SECTOR;
 use super::image;
 use super::image::Layout;
@@ -39,10 +46,15 @@ impl<F: BlockFile> Vmgs<F> {
     /// Both header slots then carry only the new key, everything that this generation does not use is overwritten, and the
     /// old key has been tried on what is left and has failed. The caller must have stored the new key safely *before*.
     pub fn rekey(&mut self, new: Key, flags: u32) -> Result<Mark, VmgsError> {
-        if self.key.as_ref() == Some(&new) {
-            return Err(VmgsError::SameKey);
-        }
         let changes = [Change::Flag(flags)];
+        if self.key.as_ref() == Some(&new) {
+            // The change to this key was cut short, and is repeated as the refusal or the warning says.
+            let cut_short = |f: &Finding| matches!(f, Finding::OldKeyInSlot | Finding::ScrubPending);
+            if !self.findings().iter().any(cut_short) {
+                return Err(VmgsError::SameKey);
+            }
+            return self.rewrite(&changes, None);
+        }
         self.rewrite(&changes, Some(new))
     }
 
@@ -59,22 +71,42 @@ impl<F: BlockFile> Vmgs<F> {
         let old_header = self.header.clone();
         if new_key.is_some() && self.container != self.root.image {
             // A passphrase for the new key is salted with the image's own id.
-            let footer = vhd::build(self.payload, self.root.image);
-            let len = self.file.len().map_err(VmgsError::io("asking for the image's length"))?;
-            self.guard(|f| f.write_at(&footer, len - vhd::FOOTER as u64), "writing the footer")?;
+            self.write_footer(vhd::build_over(self.payload, self.root.image, self.container))?;
             self.container = self.root.image;
         }
         let mark = self.write_generation(Generation { changes, new_key, all: true })?;
+        self.finish_rewrite()?;
+        if let Some(old) = old_key {
+            self.prove_dead(&old, &old_header)?;
+        }
+        self.mark_whole()?;
+        self.settled();
+        Ok(mark)
+    }
+
+    /// What follows the commit of a rewrite: nothing of an earlier generation stays.
+    pub(super) fn finish_rewrite(&mut self) -> Result<(), VmgsError> {
         // The second header names the same tables, so that the slot with the old wrap disappears.
         let next = self.next_header(self.header.table_block, self.header.keys, self.header.encrypted);
         self.write_header(next)?;
         self.other = Spans::named(&self.header, &self.table);
-        self.scrub()?;
-        if let Some(old) = old_key {
-            self.prove_dead(&old, &old_header)?;
+        self.scrub()
+    }
+
+    /// Ends a rewrite: the old passphrase's salt goes, then the mark.
+    pub(super) fn mark_whole(&mut self) -> Result<(), VmgsError> {
+        if image::salts(&self.file)?.len() > 1 {
+            self.write_footer(vhd::build(self.payload, self.container))?;
         }
-        self.settled();
-        Ok(mark)
+        let mut next = self.next_header(self.header.table_block, self.header.keys, self.header.encrypted);
+        next.markers &= !SCRUB_PENDING;
+        self.write_header(next)
+    }
+
+    fn write_footer(&mut self, footer: [u8; vhd::FOOTER]) -> Result<(), VmgsError> {
+        let len = self.file.len().map_err(VmgsError::io("asking for the image's length"))?;
+        self.guard(|f| f.write_at(&footer, len - vhd::FOOTER as u64), "writing the footer")?;
+        self.guard(BlockFile::sync, "flushing the footer")
     }
 
     /// Every byte of the file that this generation does not use, the rests of its blocks included.

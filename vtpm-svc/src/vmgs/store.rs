@@ -34,6 +34,7 @@ use super::format::FileTable;
 use super::format::Header;
 use super::format::KeySlot;
 use super::format::MAX_FILE;
+use super::format::SCRUB_PENDING;
 use super::format::SECTOR;
 use super::image;
 use super::judge::judge;
@@ -132,6 +133,19 @@ pub(super) struct Generation<'a> {
     pub all: bool,
 }
 
+/// A commit that is sealed and has its place, and is not written.
+pub struct Prepared {
+    table: FileTable,
+    extended: ExtendedTable,
+    root: Root,
+    key: Option<Key>,
+    /// What the generation before names.
+    live: Spans,
+    runs: Vec<(u32, Vec<u8>)>,
+    header: Header,
+    touched: Vec<FileId>,
+}
+
 impl<F: BlockFile> Vmgs<F> {
     /// Makes an image in `file`, whose length must be that of the payload and a footer.
     ///
@@ -184,7 +198,7 @@ impl<F: BlockFile> Vmgs<F> {
         Ok(store)
     }
 
-    /// Opens an image, or refuses it without having written anything.
+    /// Opens an image, or refuses it without having written anything. A rewrite that was cut short is finished.
     pub fn open(
         file: F,
         key: Option<Key>,
@@ -239,7 +253,7 @@ impl<F: BlockFile> Vmgs<F> {
         let unsettled = view.findings.iter().any(|f| f.unsettles(&accept));
         let other = view.layout.other_spans();
         let View { layout, extended, root, state, container, findings, .. } = view;
-        Ok(Self {
+        let mut store = Self {
             file,
             payload: layout.payload,
             capacity: layout.capacity,
@@ -262,7 +276,13 @@ impl<F: BlockFile> Vmgs<F> {
             fresh: false,
             unsettled,
             unplaced: false,
-        })
+        };
+        // What is not settled is written anew by the next commit, and this with it.
+        if !store.unsettled && store.header.markers & SCRUB_PENDING != 0 && store.payload <= MAX_SIZE {
+            store.finish_rewrite()?;
+            store.mark_whole()?;
+        }
+        Ok(store)
     }
 
     /// What was odd at open.
@@ -388,7 +408,25 @@ impl<F: BlockFile> Vmgs<F> {
         Ok(self.file)
     }
 
+    /// Places and seals a commit without writing any of it: whatever can be refused is refused here.
+    pub fn prepare(&self, changes: &[Change<'_>]) -> Result<Prepared, VmgsError> {
+        self.plan(Generation { changes, new_key: None, all: self.unsettled })
+    }
+
+    /// Writes what was prepared; nothing may have been committed since.
+    pub fn write(&mut self, prepared: Prepared) -> Result<Mark, VmgsError> {
+        if self.unsettled || prepared.root.generation != self.root.next_generation()? {
+            return Err(VmgsError::Invalid("a commit was prepared for another generation".into()));
+        }
+        self.write_planned(prepared)
+    }
+
     pub(super) fn write_generation(&mut self, next: Generation<'_>) -> Result<Mark, VmgsError> {
+        let prepared = self.plan(next)?;
+        self.write_planned(prepared)
+    }
+
+    fn plan(&self, next: Generation<'_>) -> Result<Prepared, VmgsError> {
         if self.poisoned {
             return Err(VmgsError::Poisoned);
         }
@@ -458,19 +496,27 @@ impl<F: BlockFile> Vmgs<F> {
         put(FileId::ROOT, &root.to_bytes(), &mut table, &mut extended)?;
         let key = new_key.or_else(|| self.key.clone());
         let keys = placer.tables(&mut table, &extended, key.as_ref())?;
+        let mut header = self.next_header(table.entry(FileId::FILE_TABLE).block, keys, encrypted);
+        if all {
+            header.markers |= SCRUB_PENDING;
+        }
+        let touched = FileId::files().filter(|id| touched(*id)).collect();
+        Ok(Prepared { table, extended, root, key, live, runs: placer.runs(), header, touched })
+    }
 
+    fn write_planned(&mut self, planned: Prepared) -> Result<Mark, VmgsError> {
+        let Prepared { table, extended, root, key, live, runs, header, touched } = planned;
         let mark = root.mark();
         if let Some(anchor) = &mut self.anchor {
             anchor.announce(mark)?;
         }
-        self.write_all(&placer.runs())?;
-        let header = self.next_header(table.entry(FileId::FILE_TABLE).block, keys, encrypted);
+        self.write_all(&runs)?;
         self.write_header(header)?;
         self.other = live;
         (self.table, self.extended, self.root, self.key) = (table, extended, root, key);
         self.mark = Some(mark);
         self.fresh = false;
-        self.findings.retain(|f| !matches!(f, Finding::Damaged(id, _) if touched(*id)));
+        self.findings.retain(|f| !matches!(f, Finding::Damaged(id, _) if touched.contains(id)));
         let facts = self.facts();
         if let Some(anchor) = &mut self.anchor
             && !self.unplaced

@@ -63,6 +63,30 @@ pub fn parse(footer: &[u8; FOOTER], file_len: u64) -> Result<u64, VmgsError> {
     Ok(size)
 }
 
+/// Where, in bytes that the specification reserves, the id stands that the container had before a change of key which is
+/// under way: a passphrase is salted with the id, and until the change is done the old one has to open the image too.
+const EARLIER: usize = 96;
+const EARLIER_MAGIC: &[u8; 8] = b"CVMMSALT";
+
+/// The id that the container had before, while a change of key is under way.
+pub fn earlier_id(footer: &[u8; FOOTER]) -> Option<[u8; 16]> {
+    let at = EARLIER + EARLIER_MAGIC.len();
+    let mut id = [0; 16];
+    id.copy_from_slice(&footer[at..at + 16]);
+    (&footer[EARLIER..at] == EARLIER_MAGIC).then_some(id)
+}
+
+/// Builds a footer that also says which id the container had before.
+pub fn build_over(size: u64, unique_id: [u8; 16], earlier: [u8; 16]) -> [u8; FOOTER] {
+    let mut f = build(size, unique_id);
+    let at = EARLIER + EARLIER_MAGIC.len();
+    f[EARLIER..at].copy_from_slice(EARLIER_MAGIC);
+    f[at..at + 16].copy_from_slice(&earlier);
+    let sum = checksum(&f);
+    f[64..68].copy_from_slice(&sum.to_be_bytes());
+    f
+}
+
 /// Builds the footer of a payload of `size` bytes.
 pub fn build(size: u64, unique_id: [u8; 16]) -> [u8; FOOTER] {
     let mut f = [0u8; FOOTER];

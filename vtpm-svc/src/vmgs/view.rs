@@ -15,6 +15,7 @@ use super::format::ExtendedTable;
 use super::format::FileId;
 use super::format::Header;
 use super::format::HeaderFault;
+use super::format::SCRUB_PENDING;
 use super::image;
 use super::image::Layout;
 use super::records::Ppi;
@@ -154,6 +155,9 @@ fn malformed(id: FileId, data: &[u8]) -> Option<String> {
 }
 
 fn header_findings(layout: &Layout, key: Option<&Key>, findings: &mut Vec<Finding>) {
+    if layout.header.markers & SCRUB_PENDING != 0 {
+        findings.push(Finding::ScrubPending);
+    }
     match &layout.headers.slots[1 - layout.headers.active] {
         Err(fault) if layout.headers.may_be_older() => findings.push(Finding::MayBeOlder(fault.to_string())),
         Err(HeaderFault::Zero) => {}

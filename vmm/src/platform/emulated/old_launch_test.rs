@@ -34,12 +34,12 @@ use crate::platform::Vcpu;
 use crate::registers;
 use crate::vcpu;
 
-const MEMORY: u64 = 1 << 20;
+pub(super) const MEMORY: u64 = 1 << 20;
 const VMSA: u64 = 0x3000;
-const CODE: u64 = 0x5000;
+pub(super) const CODE: u64 = 0x5000;
 
 /// An SNP VM with RAM at 0, private, with a launch begun. `None`: no KVM here.
-fn launching() -> Option<EmulatedVm> {
+pub(super) fn launching() -> Option<EmulatedVm> {
     let Ok(kvm) = KvmPlatform::open() else {
         // Where guests are to run on this host, a test that does nothing would say too much.
         assert_ne!(std::env::var("CVMM_TEST_KVM").as_deref(), Ok("host"), "no /dev/kvm");

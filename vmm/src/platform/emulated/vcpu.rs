@@ -763,3 +763,7 @@ impl Vcpu for EmulatedVcpu {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "vcpu/replaced_test.rs"]
+mod replaced_test;

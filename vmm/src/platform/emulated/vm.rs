@@ -181,6 +181,12 @@ impl Inner {
         *lock(&self.stage)
     }
 
+    /// From here on the vCPU is measured, and can be given orders.
+    pub(super) fn join(&self, id: u32, recorded: &Arc<Mutex<Recorded>>, wake: &Arc<Wake>) {
+        let (recorded, wake) = (Arc::clone(recorded), Arc::clone(wake));
+        lock(&self.members).push(Member { id, recorded, wake });
+    }
+
     /// Starts or stops a vCPU.
     pub(super) fn order(&self, creation: ApCreation) {
         let order = match creation.action {
@@ -316,7 +322,7 @@ impl Vm for EmulatedVm {
         let wake = Arc::new(wake);
         let unmeasured = self.0.model.registers_sealed();
         self.0.model.create_vcpu(id).map_err(|errno| CallError::errno("KVM_CREATE_VCPU", errno.0))?;
-        lock(&self.0.members).push(Member { id, recorded: Arc::clone(&recorded), wake: Arc::clone(&wake) });
+        self.0.join(id, &recorded, &wake);
         Ok(Box::new(EmulatedVcpu::new(id, Arc::clone(&self.0), vcpu, recorded, wake, unmeasured)))
     }
 

@@ -61,6 +61,12 @@ impl Wake {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Keeps the letter box shut, as a vCPU does that is just taking an order.
+    #[cfg(test)]
+    pub(super) fn shut(&self) -> MutexGuard<'_, Option<Order>> {
+        self.order()
+    }
+
     /// Gives an order; a newer one replaces it.
     pub fn give(&self, order: Order) {
         {

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cvmm spec` and `--spec`: a VM as a file. And the way back: what an option is called whose field is wrong.
+
+use std::io::Write as _;
+use std::path::Path;
+
+use super::Failure;
+use super::run;
+use crate::prepare::PrepareError;
+use crate::spec::SpecError;
+use crate::spec::VmSpec;
+
+/// Largest file that is read.
+const FILE_MAX: usize = 1 << 20;
+
+/// Fields whose options have other names.
+const OPTIONS: &[(&str, &str)] = &[
+    ("boot.firmware", "firmware"),
+    ("boot.firmware.image", "firmware"),
+    ("boot.igvm", "igvm"),
+    ("boot.igvm.image", "igvm"),
+    ("snp.id_block.block", "id-block"),
+    ("snp.id_block.auth", "id-auth"),
+    ("snp.platform.emulated.keys", "emulated-keys"),
+    ("tpm", "vtpm"),
+];
+
+/// The option that fills a field.
+fn option(field: &str) -> String {
+    let name = OPTIONS.iter().find(|(path, _)| *path == field).map(|(_, option)| (*option).to_owned());
+    let last = field.rsplit('.').next().unwrap_or(field);
+    format!("--{}", name.unwrap_or_else(|| last.replace('_', "-")))
+}
+
+impl From<SpecError> for Failure {
+    fn from(error: SpecError) -> Self {
+        let option =
+            if error.field.starts_with("backends.") { "--vtpm".into() } else { option(&error.field) };
+        Failure::Usage(format!("{option} {}", error.problem))
+    }
+}
+
+impl From<PrepareError> for Failure {
+    fn from(error: PrepareError) -> Self {
+        match error {
+            PrepareError::Spec(error) => error.into(),
+            PrepareError::File { field, path, problem } => {
+                Failure::Usage(format!("{} {}: {problem}", option(field), path.display()))
+            }
+            PrepareError::Request(problem) => Failure::Usage(problem),
+            PrepareError::Host(problem) => Failure::Monitor(problem),
+        }
+    }
+}
+
+/// Reads a file; errors name its fields.
+pub fn read(path: &Path) -> Result<VmSpec, Failure> {
+    let wrong = |problem: String| Failure::Usage(format!("--spec {}: {problem}", path.display()));
+    let bytes = crate::files::read_file(path).map_err(wrong)?;
+    if bytes.len() > FILE_MAX {
+        return Err(wrong(format!("has {} bytes, more than any VM needs", bytes.len())));
+    }
+    let text = String::from_utf8(bytes).map_err(|_| wrong("is no JSON text".into()))?;
+    VmSpec::parse(&text).map_err(|error| wrong(error.to_string()))
+}
+
+/// Prints the VM that the options describe.
+pub fn main(args: &run::Args) -> Result<u8, Failure> {
+    std::io::stdout().write_all(args.spec()?.to_json().as_bytes()).map_err(Failure::monitor)?;
+    Ok(0)
+}

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The one place where a boot is put together: from what was asked for to what enters the guest.
+//!
+//! A run and `cvmm measure` go through the same functions with the same [`VmSpec`], so a digest that was computed beforehand can
+//! differ from the launch only where the host does: in the vCPU model of firmware, in features that its KVM lacks. Nothing is printed
+//! here; what a user should know comes back as notes. Every file is read, and read once: what is launched is what was measured,
+//! whatever happens to the file.
+
+mod direct;
+mod firmware;
+mod identity;
+mod image;
+
+use std::ops::Range;
+use std::path::Path;
+use std::path::PathBuf;
+
+use kvm_bindings::kvm_cpuid_entry2;
+use snp::digest::Measured;
+use snp::model::rmp::TwoMib;
+use snp::pages::cpuid::CpuidTable;
+use snp::plan::Bytes;
+use snp::plan::LaunchPlan;
+use snp::stage0::InputsPage;
+use snp::vmsa::SEV_FEATURE_SECURE_TSC;
+use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
+use vtpm_svc::measured::Event;
+
+pub use direct::Files;
+pub use direct::direct;
+pub use firmware::HashedKernel;
+pub use firmware::read_igvm;
+pub use identity::read_auth;
+pub use identity::read_block;
+pub use image::LaunchImage;
+pub use image::Names;
+pub use image::Target;
+pub use image::sha256;
+
+use crate::cpuid;
+use crate::files::read_file;
+use crate::launch::LaunchOptions;
+use crate::monitor::Guest;
+use crate::monitor::Load;
+use crate::monitor::SnpLaunch;
+use crate::platform::Platform;
+use crate::platform::emulated::EmulatedOptions;
+use crate::platform::emulated::EmulatedPlatform;
+use crate::platform::emulated::default_keys_path;
+use crate::platform::kvm::KvmPlatform;
+use crate::spec::BootSpec;
+use crate::spec::PlatformSpec;
+use crate::spec::Pvalidate2m;
+use crate::spec::SnpSpec;
+use crate::spec::SpecError;
+use crate::spec::VmSpec;
+use crate::vtpm::backend;
+
+/// Why there is no guest.
+#[derive(Debug, thiserror::Error)]
+pub enum PrepareError {
+    /// A field of the request.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// A file that a field names.
+    #[error("{field} {}: {problem}", path.display())]
+    File {
+        /// Path of the field.
+        field: &'static str,
+        /// The file as it was named.
+        path: PathBuf,
+        /// What is wrong with it, and what to do.
+        problem: String,
+    },
+    /// Something else about the request: parts that do not go together.
+    #[error("{0}")]
+    Request(String),
+    /// The host, or the monitor.
+    #[error("{0}")]
+    Host(String),
+}
+
+impl PrepareError {
+    fn request(error: impl std::fmt::Display) -> Self {
+        PrepareError::Request(error.to_string())
+    }
+
+    fn host(error: impl std::fmt::Display) -> Self {
+        PrepareError::Host(error.to_string())
+    }
+
+    /// From an error about the file that `field` names.
+    pub fn file<E: std::fmt::Display>(field: &'static str, path: &Path) -> impl Fn(E) -> Self {
+        move |error| PrepareError::File { field, path: path.to_owned(), problem: error.to_string() }
+    }
+}
+
+/// The bytes of a file that a field names. They are ours: a mapping would end the process when somebody cuts the file short, and what
+/// is launched would be what the file holds then.
+pub fn read(field: &'static str, path: &Path) -> Result<Bytes, PrepareError> {
+    read_file(path).map(Bytes::from).map_err(PrepareError::file(field, path))
+}
+
+/// A guest that is ready to be created.
+pub struct Prepared {
+    /// The guest.
+    pub guest: Guest,
+    /// What the PCRs of its TPM begin with; empty without a TPM.
+    pub events: Vec<Event>,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// The platform that the guest runs on.
+pub fn platform(spec: &VmSpec) -> Result<Box<dyn Platform>, PrepareError> {
+    let Some(snp) = &spec.snp else {
+        return Ok(Box::new(KvmPlatform::open().map_err(PrepareError::host)?));
+    };
+    match &snp.platform {
+        PlatformSpec::Kvm => {
+            let platform = KvmPlatform::open().map_err(PrepareError::host)?;
+            platform.check_snp().map_err(PrepareError::host)?;
+            if snp.certs.is_some() && platform.capabilities().req_certs != Some(1) {
+                return Err(PrepareError::Host(
+                    "--certs: this kernel's KVM does not ask the monitor for certificates (Linux 7.0 does). Without the option, \
+                     guests get an empty table and fetch certificates themselves"
+                        .into(),
+                ));
+            }
+            Ok(Box::new(platform))
+        }
+        PlatformSpec::Emulated(emulated) => {
+            let options = EmulatedOptions {
+                backing: emulated.backing,
+                strict: emulated.strict,
+                two_mib: match emulated.pvalidate_2m {
+                    Pvalidate2m::Refuse => TwoMib::SizeMismatch,
+                    Pvalidate2m::Accept => TwoMib::Accept,
+                },
+                statistics: emulated.statistics,
+                keys: emulated.keys.clone().unwrap_or_else(default_keys_path),
+                product: emulated.product.product(),
+            };
+            Ok(Box::new(EmulatedPlatform::open(options).map_err(PrepareError::host)?))
+        }
+    }
+}
+
+/// Puts the guest together for `platform`.
+pub fn prepare(spec: &VmSpec, platform: &dyn Platform) -> Result<Prepared, PrepareError> {
+    spec.validate()?;
+    if let Some(backend) = spec.tpm_backend() {
+        let field = format!("backends.{}", spec.tpm.as_ref().map_or("", |tpm| tpm.backend.as_str()));
+        backend::check(backend).map_err(|problem| SpecError { field, problem })?;
+    }
+    match &spec.snp {
+        None => plain_guest(spec, platform),
+        Some(snp) => snp_guest(spec, snp, platform),
+    }
+}
+
+fn plain_guest(spec: &VmSpec, platform: &dyn Platform) -> Result<Prepared, PrepareError> {
+    let BootSpec::Direct(kernel) = &spec.boot else {
+        return Err(PrepareError::Request("a plain guest boots a kernel".into()));
+    };
+    let files = Files::read(kernel)?;
+    let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(PrepareError::host)?);
+    let image = direct(spec, kernel, &files, &Target::default())?;
+    let table = CpuidTable::plain(&offered, spec.cpus, platform.raw_cpuid().as_ref());
+    let guest =
+        Guest { cpuid: cpuids(&table, &image.plan), ram: lengths(&image.ram), load: Load::Plain(image.plan) };
+    Ok(Prepared { guest, events: image.events, notes: image.notes })
+}
+
+fn snp_guest(spec: &VmSpec, snp: &SnpSpec, platform: &dyn Platform) -> Result<Prepared, PrepareError> {
+    // Before anything is asked of the host: a missing kernel is not its fault.
+    let files = match &spec.boot {
+        BootSpec::Direct(kernel) => Some(Files::read(kernel)?),
+        _ => None,
+    };
+    // What was asked for is checked before any other file is looked at, what a file asks for after that.
+    let rules = platform.policy_rules();
+    snp.policy.unwrap_or_default().check_kvm(rules).map_err(PrepareError::request)?;
+    let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(PrepareError::host)?);
+    let sev = platform.snp_cpuid();
+    let table = CpuidTable::snp(&offered, spec.cpus, &sev).map_err(PrepareError::host)?;
+    // Only a comparison shows what a digest depends on, and hashing large files takes its time.
+    let compared = snp.id_block.as_ref().is_some_and(|files| files.reference.is_some());
+    let target = Target {
+        cpuid: Some(&table),
+        c_bit: sev.c_bit,
+        names: if compared { Names::Sha256 } else { Names::None },
+    };
+    let mut image = match (&spec.boot, &files) {
+        (BootSpec::Direct(kernel), Some(files)) => direct(spec, kernel, files, &target)?,
+        (BootSpec::Firmware(firmware), _) => firmware::firmware(spec, firmware, &table, 1 << sev.c_bit)?,
+        (BootSpec::Igvm(igvm), _) => firmware::igvm(spec, igvm, &table, 1 << sev.c_bit)?,
+        (BootSpec::Direct(_), None) => return Err(PrepareError::Host("the kernel was not read".into())),
+    };
+    if matches!(snp.platform, PlatformSpec::Emulated(_))
+        && let Some(code) = image.code.take()
+    {
+        if files.is_none() {
+            image.notes.push(firmware::replaced(&code));
+        }
+        platform.annotate(code, image.stage0.take());
+    }
+    let policy = match (snp.policy, image.policy) {
+        (Some(asked), Some(file)) if asked != file => {
+            let problem =
+                format!("{asked}: the IGVM file asks for policy {file}; leave this out, or use another file");
+            return Err(SpecError { field: "snp.policy".into(), problem }.into());
+        }
+        (asked, file) => asked.or(file).unwrap_or_default(),
+    };
+    policy.check_kvm(rules).map_err(PrepareError::request)?;
+    check_features(&image.plan, platform)?;
+    let mut measured = Measured::of(std::mem::take(&mut image.plan)).map_err(PrepareError::host)?;
+    let digest = measured.digest();
+    image.notes.push(format!("launch digest {digest} ({} pages)", measured.plan().launch_pages()));
+    let identity = identity::identity(snp, &mut image, &measured, policy)?;
+    let options = LaunchOptions {
+        policy,
+        host_data: snp.host_data.unwrap_or_default(),
+        identity,
+        accept_cpuid: snp.accept_cpuid,
+        host_cpuid: platform.raw_cpuid(),
+        firmware: matches!(spec.boot, BootSpec::Firmware(_)),
+        validated_at_start: image.inputs_page.as_ref().map_or_else(Vec::new, InputsPage::validated),
+    };
+    let mut staged = image.staged;
+    if let Some(tamper) = snp.tamper {
+        let tamper_error = |problem| SpecError { field: "snp.tamper".into(), problem };
+        let inputs = image.inputs_page.ok_or_else(|| tamper_error("needs a guest with stage0".into()))?;
+        // The digest that was announced stays what it is: that the launch is another one is for the guest, or its owner, to find.
+        let mut result = Ok(());
+        measured = measured
+            .altered(|plan| result = tamper.apply(&inputs, plan, &mut staged))
+            .map_err(PrepareError::host)?;
+        result.map_err(tamper_error)?;
+    }
+    let guest = Guest {
+        cpuid: cpuids(&table, measured.plan()),
+        ram: lengths(&image.ram),
+        load: Load::Snp(Box::new(SnpLaunch { measured, options, staged })),
+    };
+    Ok(Prepared { guest, events: image.events, notes: image.notes })
+}
+
+/// CPUID of each vCPU.
+fn cpuids(table: &CpuidTable, plan: &LaunchPlan) -> Vec<Vec<kvm_cpuid_entry2>> {
+    (0u32..).zip(&plan.vcpus).map(|(id, _)| cpuid::to_kvm(&table.for_vcpu(id))).collect()
+}
+
+/// Start and length of each range.
+fn lengths(ram: &[Range<u64>]) -> Vec<(u64, u64)> {
+    ram.iter().map(|r| (r.start, r.end - r.start)).collect()
+}
+
+/// Refuses features of the save areas that this host's KVM does not give.
+fn check_features(plan: &LaunchPlan, platform: &dyn Platform) -> Result<(), PrepareError> {
+    let asked = plan.vcpus.iter().fold(0, |all, state| all | state.sev_features) & !SEV_FEATURE_SNP_ACTIVE;
+    let offered = platform.vmsa_features();
+    if asked & !offered == 0 {
+        return Ok(());
+    }
+    let secure_tsc = if asked & !offered & SEV_FEATURE_SECURE_TSC != 0 {
+        "; --secure-tsc needs Linux 6.18 or later and a CPU with Secure TSC (EPYC 7003 and 9004 have it), and does not work on the \
+         emulated platform"
+    } else {
+        ""
+    };
+    Err(PrepareError::Host(format!(
+        "the guest's SEV features {asked:#x}: KVM offers {offered:#x} here{secure_tsc}"
+    )))
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Firmware and IGVM files.
+//!
+//! Both are measured through the same plans as they are launched with (`Ovmf::plan`, `Igvm::launch`). Files are read and not believed;
+//! their parsers live in the library.
+
+use std::path::Path;
+
+use snp::image::igvm;
+use snp::image::igvm::Facts;
+use snp::image::igvm::Igvm;
+use snp::image::layout;
+use snp::image::ovmf::Ovmf;
+use snp::image::ovmf::OvmfLaunch;
+use snp::image::regions::regions;
+use snp::image::sites;
+use snp::image::sites::Annotations;
+use snp::image::sites::Opcode;
+use snp::pages::cpuid::CpuidTable;
+use snp::pages::hashes::KernelHashes;
+use snp::plan::Bytes;
+use snp::plan::PageType;
+use snp::plan::Record;
+use snp::vmm_type::VcpuSetup;
+use snp::vmm_type::VmmType;
+
+use super::LaunchImage;
+use super::PrepareError;
+use super::read;
+use crate::launch::Staged;
+use crate::spec::FirmwareSpec;
+use crate::spec::IgvmSpec;
+use crate::spec::KernelSpec;
+use crate::spec::VmSpec;
+use crate::spec::ZeroPages;
+
+/// CR0.PG.
+const PAGING: u64 = 1 << 31;
+const FIRMWARE: &str = "boot.firmware.image";
+const IGVM: &str = "boot.igvm.image";
+
+/// A kernel that firmware is told the hashes of.
+pub struct HashedKernel {
+    /// The hashes.
+    pub hashes: KernelHashes,
+    /// The kernel file.
+    pub kernel: Bytes,
+    /// The initrd, empty if there is none.
+    pub initrd: Bytes,
+}
+
+impl HashedKernel {
+    /// Reads the files.
+    pub fn read(spec: &KernelSpec) -> Result<Self, PrepareError> {
+        let initrd =
+            spec.initrd.as_deref().map(|path| read("boot.firmware.kernel.initrd", path)).transpose()?;
+        let initrd = initrd.unwrap_or_else(|| Bytes::from(Vec::new()));
+        let kernel = read("boot.firmware.kernel.kernel", &spec.kernel)?;
+        let hashes = KernelHashes::of(kernel.as_slice(), initrd.as_slice(), spec.cmdline.as_bytes());
+        Ok(HashedKernel { hashes, kernel, initrd })
+    }
+}
+
+/// Reads an IGVM file; its ID block, if it has one, is for its contents.
+pub fn read_igvm(spec: &IgvmSpec) -> Result<(Bytes, Igvm), PrepareError> {
+    let image = read(IGVM, &spec.image)?;
+    let zero_pages = match spec.zero_pages {
+        ZeroPages::Zero => igvm::ZeroPages::Zero,
+        ZeroPages::Normal => igvm::ZeroPages::Normal,
+    };
+    let igvm = Igvm::parse(&image, zero_pages).map_err(PrepareError::file(IGVM, &spec.image))?;
+    igvm.check_identity().map_err(PrepareError::file(IGVM, &spec.image))?;
+    Ok((image, igvm))
+}
+
+/// The image of a firmware launch. `table` is the guest's CPUID, `limit` the end of its addresses.
+pub fn firmware(
+    spec: &VmSpec,
+    firmware: &FirmwareSpec,
+    table: &CpuidTable,
+    limit: u64,
+) -> Result<LaunchImage, PrepareError> {
+    let path: &Path = &firmware.image;
+    let ovmf = Ovmf::parse(read(FIRMWARE, path)?).map_err(PrepareError::file(FIRMWARE, path))?;
+    let host = table.get(1, 0).map_or(0, |leaf| leaf.eax);
+    let signature = firmware.vcpu_model.unwrap_or(host);
+    let kernel = firmware.kernel.as_ref().map(HashedKernel::read).transpose()?;
+    let launch = OvmfLaunch {
+        vmm: VmmType::Cvmm,
+        vcpus: spec.cpus,
+        setup: VcpuSetup { signature, sev_features: firmware.guest_features },
+        kernel: kernel.as_ref().map(|k| &k.hashes),
+    };
+    let mut plan = ovmf.plan(&launch).map_err(PrepareError::file(FIRMWARE, path))?;
+    let page = Bytes::from(table.page().map_err(PrepareError::host)?.to_vec());
+    for record in plan.records.iter_mut().filter(|r| r.page_type == PageType::Cpuid) {
+        record.contents = page.clone();
+    }
+    let mut notes = vec![format!(
+        "the firmware's digest is that of `cvmm measure --firmware … --vcpu-model {signature:#x} --cpus {}`",
+        spec.cpus
+    )];
+    notes.push(
+        "warning: --firmware: this machine has no fw_cfg, no PCI host bridge and no variable store, which OVMF needs to get beyond its \
+         first phase: it is launched and measured, but will not boot a system"
+            .into(),
+    );
+    if kernel.is_some() {
+        notes.push(
+            "warning: --kernel with --firmware: its hashes are measured, but without fw_cfg the firmware cannot fetch it"
+                .into(),
+        );
+    }
+    let ram = regions(spec.memory, plan.records.iter(), limit).map_err(PrepareError::file(FIRMWARE, path))?;
+    Ok(LaunchImage {
+        ram,
+        code: Some(sites::annotate_code([ovmf.boot_code()])),
+        inputs: vec![
+            ("image", "firmware".into()),
+            ("vcpu signature", format!("{signature:#x}")),
+            ("guest features", format!("{:#x}", firmware.guest_features)),
+        ]
+        .into_iter()
+        .chain(firmware.kernel.as_ref().map(|kernel| ("cmdline", kernel.cmdline.clone())))
+        .collect(),
+        notes,
+        plan,
+        ..LaunchImage::default()
+    })
+}
+
+/// The image of an IGVM launch.
+pub fn igvm(
+    spec: &VmSpec,
+    file: &IgvmSpec,
+    table: &CpuidTable,
+    limit: u64,
+) -> Result<LaunchImage, PrepareError> {
+    let path: &Path = &file.image;
+    let (_, igvm) = read_igvm(file)?;
+    if spec.cpus != 1 {
+        let reason =
+            "the file has one save area, and KVM would measure one more for each further vCPU: use --cpus 1";
+        return Err(PrepareError::file(IGVM, path)(reason));
+    }
+    let ram = regions(spec.memory, igvm.pages(), limit).map_err(PrepareError::file(IGVM, path))?;
+    let facts = Facts {
+        vcpus: spec.cpus,
+        ram: &layout::ram_ranges(spec.memory),
+        devices: layout::HOLE_START..layout::HOLE_END,
+        cmdline: &file.cmdline,
+        cpuid: table.page().map_err(PrepareError::host)?.to_vec().into(),
+    };
+    let loaded = igvm.launch(&facts).map_err(PrepareError::file(IGVM, path))?;
+    let normal = |r: &&Record| r.page_type == PageType::Normal;
+    let code = loaded.plan.records.iter().filter(normal).map(|r| (r.gpa, r.contents.as_slice()));
+    let mut notes = vec![format!("pages without data are {}; choose with --zero-pages", igvm.zero_pages)];
+    if loaded.plan.vcpus.iter().any(|vcpu| vcpu.cr0 & PAGING != 0) {
+        let c_bit = limit.trailing_zeros();
+        notes.push(format!(
+            "the file starts with paging on, so its page tables hold the C-bit where its maker put it; here it is bit {c_bit}"
+        ));
+    }
+    let code = Some(sites::annotate_code(code));
+    Ok(LaunchImage {
+        ram,
+        staged: Staged {
+            shared: loaded.shared.iter().map(|r| r.gpa..r.end()).collect(),
+            bytes: loaded.shared.into_iter().map(|r| (r.gpa, r.contents)).collect(),
+            raced: None,
+        },
+        code,
+        policy: igvm.policy,
+        identity: igvm.identity.clone(),
+        inputs: vec![("image", "IGVM".into()), ("zero pages", igvm.zero_pages.to_string())],
+        notes,
+        plan: loaded.plan,
+        ..LaunchImage::default()
+    })
+}
+
+/// What the emulated platform does with the code of a file without section headers.
+pub fn replaced(code: &Annotations) -> String {
+    let count = |opcode| code.kernel.count(opcode);
+    format!(
+        "emulated platform: {} VMGEXIT, {} PVALIDATE and {} RMPADJUST instructions of the file are replaced after the launch. Code \
+         that the guest unpacks or writes later is not, and does not work here",
+        count(Opcode::Vmgexit),
+        count(Opcode::Pvalidate),
+        count(Opcode::Rmpadjust)
+    )
+}

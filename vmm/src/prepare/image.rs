@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is launched, from whatever kind of file, and for what it is put together.
+
+use std::ops::Range;
+
+use sha2::Digest as _;
+use sha2::Sha256;
+use snp::identity::IdAuth;
+use snp::identity::IdBlock;
+use snp::image::direct::DirectImage;
+use snp::image::shim::Shim;
+use snp::image::sites::Annotations;
+use snp::image::sites::ShimSites;
+use snp::pages::cpuid::CpuidTable;
+use snp::plan::LaunchPlan;
+use snp::policy::GuestPolicy;
+use snp::stage0::InputsPage;
+use vtpm_svc::measured::Event;
+
+use crate::launch::Staged;
+
+/// For what an image is put together.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// The guest's CPUID; `None` where nothing runs, since it is not measured.
+    pub cpuid: Option<&'a CpuidTable>,
+    /// Position of the C-bit. It is part of page tables that the launch measures, which only tests ask for.
+    pub c_bit: u8,
+    /// Whether to say what the digest depends on.
+    pub names: Names,
+}
+
+impl Default for Target<'_> {
+    fn default() -> Self {
+        Target { cpuid: None, c_bit: 51, names: Names::None }
+    }
+}
+
+/// How files are named in the list of what a digest depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Names {
+    /// There is no such list: hashing a large file once more takes longer than its digest.
+    None,
+    /// By the SHA-256 of their contents.
+    Sha256,
+}
+
+impl Names {
+    /// A name for a file's contents.
+    pub fn of(self, bytes: &[u8]) -> String {
+        match self {
+            Names::None => String::new(),
+            Names::Sha256 => sha256(bytes),
+        }
+    }
+}
+
+/// The SHA-256 of `bytes` in hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}
+
+/// What is launched.
+#[derive(Clone, Debug, Default)]
+pub struct LaunchImage {
+    /// What enters the guest.
+    pub plan: LaunchPlan,
+    /// Its memory, ascending.
+    pub ram: Vec<Range<u64>>,
+    /// What it finds in shared memory.
+    pub staged: Staged,
+    /// For the emulated platform: where its code executes SNP instructions. `None` if that is not known yet.
+    pub code: Option<Annotations>,
+    /// The same for stage0.
+    pub stage0: Option<ShimSites>,
+    /// stage0's page of inputs.
+    pub inputs_page: Option<InputsPage>,
+    /// What stage0 adds to the launch, for people.
+    pub bound: String,
+    /// What the PCRs of the guest's TPM begin with.
+    pub events: Vec<Event>,
+    /// The policy that the file asks for.
+    pub policy: Option<GuestPolicy>,
+    /// The ID block in the file.
+    pub identity: Option<(IdBlock, IdAuth)>,
+    /// What the digest depends on, with the names that `cvmm measure` records.
+    pub inputs: Vec<(&'static str, String)>,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+impl LaunchImage {
+    /// A kernel that is booted directly.
+    pub(super) fn of_direct(image: DirectImage) -> Self {
+        let shim = image.shim.as_ref();
+        LaunchImage {
+            ram: image.ram,
+            stage0: shim.map(|shim| shim.sites.clone()),
+            inputs_page: shim.map(|shim| shim.inputs.clone()),
+            bound: shim.map_or_else(String::new, Shim::explain),
+            staged: image.shim.map_or_else(Staged::default, |shim| Staged {
+                bytes: shim.staging,
+                shared: shim.shared,
+                raced: None,
+            }),
+            plan: image.plan,
+            ..LaunchImage::default()
+        }
+    }
+}
