@@ -10,6 +10,7 @@
 pub mod attest;
 pub mod digest;
 pub mod explain;
+pub mod firmware_status;
 pub mod ghcb;
 pub mod identity;
 pub mod image;

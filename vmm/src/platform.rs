@@ -83,7 +83,7 @@ impl fmt::Display for SevError {
         match self.firmware {
             0 => write!(f, " (no verdict of the firmware: KVM refused it)"),
             code => {
-                write!(f, " (firmware status {code:#x}: {})", snp::model::firmware::status::FwStatus(code))
+                write!(f, " (firmware status {code:#x}: {})", snp::firmware_status::FwStatus(code))
             }
         }
     }

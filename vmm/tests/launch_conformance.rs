@@ -23,7 +23,7 @@ use snp::model::commands::Step;
 use snp::model::errno::Errno;
 use snp::model::faults::Faults;
 use snp::model::faults::Trigger;
-use snp::model::firmware::status::FwStatus;
+use snp::firmware_status::FwStatus;
 use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;

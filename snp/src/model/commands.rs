@@ -17,7 +17,7 @@ use crate::model::firmware::context::Finish;
 use crate::model::firmware::context::GuestContext;
 use crate::model::firmware::context::Page;
 use crate::model::firmware::id_block;
-use crate::model::firmware::status::FwStatus;
+use crate::firmware_status::FwStatus;
 use crate::model::memory::GuestMemory;
 use crate::model::memory::View;
 use crate::model::rmp::AttributeChange;

@@ -10,7 +10,6 @@ pub mod id_block;
 pub mod message;
 pub mod product;
 pub mod requests;
-pub mod status;
 
 use crate::model::chain::Chain;
 use crate::model::firmware::product::Processor;

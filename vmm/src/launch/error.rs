@@ -7,7 +7,7 @@ use std::io;
 
 use snp::digest::LaunchDigest;
 use snp::identity::IdMismatch;
-use snp::model::firmware::status::FwStatus;
+use snp::firmware_status::FwStatus;
 use snp::pages::cpuid_diff::CpuidDiff;
 use snp::plan::PlanError;
 

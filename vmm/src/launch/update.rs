@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use kvm_bindings::kvm_sev_snp_launch_update;
-use snp::model::firmware::status::FwStatus;
+use snp::firmware_status::FwStatus;
 use snp::pages::cpuid_diff::CpuidDiff;
 use snp::pages::cpuid_diff::Page;
 use snp::pages::cpuid_raw::RawCpuid;

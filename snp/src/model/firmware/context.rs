@@ -18,7 +18,7 @@ use crate::model::firmware::cpuid_page;
 use crate::model::firmware::message;
 use crate::model::firmware::message::Message;
 use crate::model::firmware::requests;
-use crate::model::firmware::status::FwStatus;
+use crate::firmware_status::FwStatus;
 use crate::plan::PageType;
 
 /// Highest bit that a policy may have: 25, `PAGE_SWAP_DISABLE`.

@@ -14,7 +14,7 @@ use sha2::Sha384;
 
 use crate::digest::LaunchDigest;
 use crate::model::firmware::context::Identity;
-use crate::model::firmware::status::FwStatus;
+use crate::firmware_status::FwStatus;
 
 /// Length of an ID block.
 pub const BLOCK_LEN: usize = 96;

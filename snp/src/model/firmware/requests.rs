@@ -14,7 +14,7 @@ use crate::model::firmware::PLATFORM_INFO;
 use crate::model::firmware::Platform;
 use crate::model::firmware::REPORT_CPUID;
 use crate::model::firmware::context::GuestContext;
-use crate::model::firmware::status::FwStatus;
+use crate::firmware_status::FwStatus;
 
 /// Report version: 3, with the processor's family, model and stepping.
 const REPORT_VERSION: u32 = 3;

@@ -108,7 +108,7 @@ pub fn platform_status(sev: &File) -> Result<PlatformStatus, String> {
     if result != 0 {
         let firmware = match cmd.error {
             0 | u32::MAX => "the firmware was not reached".to_owned(),
-            code => format!("firmware status {code:#x}: {}", snp::model::firmware::status::FwStatus(code)),
+            code => format!("firmware status {code:#x}: {}", snp::firmware_status::FwStatus(code)),
         };
         return Err(format!("SNP_PLATFORM_STATUS: {error} ({firmware})"));
     }

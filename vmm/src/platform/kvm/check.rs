@@ -16,7 +16,7 @@ use kvm_bindings::kvm_memory_attributes;
 use kvm_bindings::kvm_sev_snp_launch_start;
 use serde::Deserialize;
 use serde::Serialize;
-use snp::model::firmware::status::FwStatus;
+use snp::firmware_status::FwStatus;
 use snp::pages::cpuid::CpuidTable;
 use snp::pages::cpuid::decode_page;
 use snp::pages::cpuid_diff::CpuidDiff;
