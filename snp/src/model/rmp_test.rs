@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Rules of PVALIDATE, RMPADJUST and changes of the private attribute.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -238,4 +240,29 @@ proptest! {
         pages.for_each_run(|_, s| sound &= s.private() || !(s.validated() || s.vmsa() || s.assigned()));
         prop_assert!(sound);
     }
+}
+
+/// One page goes back and forth while the runs are told; its neighbour never changes, and must not be told otherwise.
+#[test]
+fn a_page_that_changes_meanwhile_takes_no_other_along() {
+    let pages = private(TwoMib::SizeMismatch);
+    pages.set_private(0x5000, 2, false);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let wrong = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                pages.set_private(0x5000, 1, true);
+                pages.set_private(0x5000, 1, false);
+            }
+        });
+        let mut wrong = 0;
+        for _ in 0..400_000 {
+            pages.for_each_run_in(0x5000..0x7000, |run, state| {
+                wrong += u32::from(run.contains(&0x6000) && state.private());
+            });
+        }
+        stop.store(true, Relaxed);
+        wrong
+    });
+    assert_eq!(wrong, 0, "times that a shared page was told as private");
 }

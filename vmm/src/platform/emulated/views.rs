@@ -464,3 +464,7 @@ impl Slots {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "views_test.rs"]
+mod views_test;
