@@ -3,6 +3,7 @@
 
 pub mod cpuid;
 pub mod cpuid_diff;
+pub mod cpuid_entry;
 pub mod cpuid_raw;
 pub mod hashes;
 pub mod secrets;

@@ -8,136 +8,17 @@
 //! Order is meaning: the SNP firmware hashes pages in the order of the launch commands
 //! (SEV-SNP Firmware ABI Specification, revision 1.58, section 8.17 `SNP_LAUNCH_UPDATE`).
 
+pub mod bytes;
 pub mod dump;
+pub mod page;
 
 use std::borrow::Cow;
-use std::fmt;
-use std::fs::File;
-use std::io;
-use std::ops::Range;
-use std::sync::Arc;
 
-use crate::mapping::Mapping;
+pub use bytes::Bytes;
+pub use page::PAGE_SIZE;
+pub use page::PageType;
+
 use crate::vmsa::VmsaState;
-
-/// Size of the page that the firmware measures, in bytes.
-pub const PAGE_SIZE: u64 = 4096;
-
-/// Page types of `SNP_LAUNCH_UPDATE`; the values are those of the firmware and of KVM's
-/// `KVM_SEV_SNP_PAGE_TYPE_*` (SEV-SNP Firmware ABI 1.58, table 67).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-#[repr(u8)]
-pub enum PageType {
-    /// Contents are measured.
-    Normal = 1,
-    /// A vCPU's save area. Never a record of a plan: KVM adds it at `LAUNCH_FINISH`.
-    Vmsa = 2,
-    /// A page of zeros; the address is measured, the contents are not.
-    Zero = 3,
-    /// Contents come from the host and are not measured.
-    Unmeasured = 4,
-    /// Filled by the firmware with the guest's message keys.
-    Secrets = 5,
-    /// CPUID table: checked by the firmware, not measured.
-    Cpuid = 6,
-}
-
-impl PageType {
-    /// Whether the page's contents enter the digest.
-    pub fn contents_measured(self) -> bool {
-        matches!(self, PageType::Normal | PageType::Vmsa)
-    }
-}
-
-impl fmt::Display for PageType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            PageType::Normal => "NORMAL",
-            PageType::Vmsa => "VMSA",
-            PageType::Zero => "ZERO",
-            PageType::Unmeasured => "UNMEASURED",
-            PageType::Secrets => "SECRETS",
-            PageType::Cpuid => "CPUID",
-        })
-    }
-}
-
-/// Where bytes come from.
-#[derive(Clone)]
-enum Buffer {
-    Owned(Arc<Vec<u8>>),
-    Mapped(Arc<Mapping>),
-}
-
-/// Bytes shared between records without copying: a window of a buffer or of a mapped file.
-#[derive(Clone)]
-pub struct Bytes {
-    buffer: Buffer,
-    window: Range<usize>,
-}
-
-impl Bytes {
-    /// The window `window` of `buffer`; `None` if it does not lie inside.
-    pub fn window(buffer: &Arc<Vec<u8>>, window: Range<usize>) -> Option<Self> {
-        buffer.get(window.clone())?;
-        Some(Bytes { buffer: Buffer::Owned(Arc::clone(buffer)), window })
-    }
-
-    /// A file's bytes, which the kernel reads when they are needed and forgets when memory is short.
-    pub fn map(file: &File) -> io::Result<Self> {
-        let mapping = Mapping::new(file)?;
-        let window = 0..mapping.as_slice().len();
-        Ok(Bytes { buffer: Buffer::Mapped(Arc::new(mapping)), window })
-    }
-
-    /// The window `window` of these bytes; `None` if it does not lie inside.
-    pub fn sub(&self, window: Range<usize>) -> Option<Self> {
-        self.as_slice().get(window.clone())?;
-        let start = self.window.start;
-        Some(Bytes { buffer: self.buffer.clone(), window: start + window.start..start + window.end })
-    }
-
-    /// Takes in `next` if it follows these bytes in the same buffer, or if both are empty; says whether it did.
-    pub fn join(&mut self, next: &Bytes) -> bool {
-        let same = match (&self.buffer, &next.buffer) {
-            (Buffer::Owned(a), Buffer::Owned(b)) => Arc::ptr_eq(a, b),
-            (Buffer::Mapped(a), Buffer::Mapped(b)) => Arc::ptr_eq(a, b),
-            _ => false,
-        };
-        if self.window.is_empty() && next.window.is_empty() {
-            return true;
-        }
-        let follows = same && !next.window.is_empty() && self.window.end == next.window.start;
-        if follows && !self.window.is_empty() {
-            self.window.end = next.window.end;
-            return true;
-        }
-        false
-    }
-
-    /// The bytes.
-    pub fn as_slice(&self) -> &[u8] {
-        let all = match &self.buffer {
-            Buffer::Owned(vec) => vec.as_slice(),
-            Buffer::Mapped(mapping) => mapping.as_slice(),
-        };
-        all.get(self.window.clone()).unwrap_or_default()
-    }
-}
-
-impl From<Vec<u8>> for Bytes {
-    fn from(buffer: Vec<u8>) -> Self {
-        let window = 0..buffer.len();
-        Bytes { buffer: Buffer::Owned(Arc::new(buffer)), window }
-    }
-}
-
-impl fmt::Debug for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Bytes({} bytes)", self.window.len())
-    }
-}
 
 /// One run of pages of one type, entering the guest in ascending order of address.
 #[derive(Clone, Debug)]

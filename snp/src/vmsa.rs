@@ -8,7 +8,7 @@
 
 pub mod decode;
 
-use crate::plan::PAGE_SIZE;
+use crate::plan::page::PAGE_SIZE;
 
 /// A segment in VMCB form.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

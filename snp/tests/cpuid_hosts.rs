@@ -10,7 +10,6 @@
 use snp::attest::tcb::Product;
 use snp::model::firmware::cpuid_page;
 use snp::model::firmware::product::Processor;
-use snp::pages::cpuid::CpuidEntry;
 use snp::pages::cpuid::CpuidTable;
 use snp::pages::cpuid::PageEntry;
 use snp::pages::cpuid::SnpCpuid;
@@ -18,7 +17,8 @@ use snp::pages::cpuid::encode_page;
 use snp::pages::cpuid_diff::CpuidDiff;
 use snp::pages::cpuid_diff::Difference;
 use snp::pages::cpuid_diff::Page;
-use snp::pages::cpuid_diff::Register;
+use snp::pages::cpuid_entry::CpuidEntry;
+use snp::pages::cpuid_entry::Register;
 use snp::pages::cpuid_raw::RawCpuid;
 
 const SEV: SnpCpuid = SnpCpuid { c_bit: 51, phys_bits: None, coherency_sfw_no: false };

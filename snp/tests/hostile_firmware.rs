@@ -11,10 +11,10 @@ use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfError;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::ovmf::Svsm;
+use snp::image::vmm_type::VcpuSetup;
+use snp::image::vmm_type::VmmType;
 use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
-use snp::vmm_type::VcpuSetup;
-use snp::vmm_type::VmmType;
 use support::firmware::Firmware;
 use support::firmware::any_firmware;
 

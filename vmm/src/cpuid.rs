@@ -3,7 +3,7 @@
 
 use kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
 use kvm_bindings::kvm_cpuid_entry2;
-use snp::pages::cpuid::CpuidEntry;
+use snp::pages::cpuid_entry::CpuidEntry;
 
 /// From what `KVM_GET_SUPPORTED_CPUID` says.
 pub fn from_kvm(entries: &[kvm_cpuid_entry2]) -> Vec<CpuidEntry> {

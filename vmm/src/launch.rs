@@ -24,7 +24,7 @@ use snp::digest::Measured;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
 use snp::pages::cpuid_diff::CpuidDiff;
-use snp::pages::cpuid_diff::Register;
+use snp::pages::cpuid_entry::Register;
 use snp::pages::cpuid_raw::RawCpuid;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;

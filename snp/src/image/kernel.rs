@@ -18,6 +18,9 @@ use elf::note::Note;
 use crate::plan::Bytes;
 use crate::plan::PAGE_SIZE;
 
+/// Offset of a bzImage's 64-bit entry point from its load address.
+pub const ENTRY_64: u64 = 0x200;
+
 /// Lowest address at which anything of a kernel may be placed: what lies below belongs to the boot data.
 pub const LOWEST_LOAD_ADDRESS: u64 = 0x10_0000;
 

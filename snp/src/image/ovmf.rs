@@ -8,6 +8,8 @@
 use super::guid_table::GuidTable;
 use super::guid_table::Section;
 use super::guid_table::TableError;
+use crate::image::vmm_type::VcpuSetup;
+use crate::image::vmm_type::VmmType;
 use crate::pages::hashes::KernelHashes;
 use crate::pages::hashes::TABLE_LEN;
 use crate::plan::Bytes;
@@ -16,8 +18,6 @@ use crate::plan::PAGE_SIZE;
 use crate::plan::PageType;
 use crate::plan::PlanError;
 use crate::plan::Record;
-use crate::vmm_type::VcpuSetup;
-use crate::vmm_type::VmmType;
 
 /// The firmware ends here in the guest.
 const FOUR_GIB: u64 = 1 << 32;
@@ -287,7 +287,7 @@ impl Svsm {
             Record::new(self.svsm_gpa, PageType::Normal, self.svsm.image.clone(), "SVSM"),
         ];
         self.svsm.push_sections(VmmType::Qemu, None, &mut records)?;
-        let state = crate::vmm_type::svsm_state(self.entry, setup);
+        let state = crate::image::vmm_type::svsm_state(self.entry, setup);
         let plan = LaunchPlan { records, vcpus: vec![state; vcpus as usize] };
         plan.check()?;
         Ok(plan)

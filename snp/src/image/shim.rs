@@ -7,8 +7,8 @@
 
 use std::ops::Range;
 
-use super::direct::ImageError;
 use super::entry;
+use super::error::ImageError;
 use super::layout;
 use super::sites::Opcode;
 use super::sites::ShimSites;

@@ -377,7 +377,7 @@ pub fn annotate_code<'a>(code: impl IntoIterator<Item = (u64, &'a [u8])>) -> Ann
 fn decompressor(image: &BzImage) -> Result<Decompressor, SiteError> {
     let body = image.body();
     let payload = image.payload.start - image.body.start..image.payload.end - image.body.start;
-    let mut sites = SiteList { sites: Vec::new(), entry_offset: super::direct::ENTRY_64 };
+    let mut sites = SiteList { sites: Vec::new(), entry_offset: super::kernel::ENTRY_64 };
     let mut hooks = Vec::new();
     for part in [0..payload.start, payload.end..body.len()] {
         let code = &body[part.clone()];

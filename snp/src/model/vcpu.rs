@@ -30,7 +30,7 @@ use crate::model::psc::Step;
 use crate::model::rmp::PAGE;
 use crate::model::vm::ApCreation;
 use crate::model::vm::VmModel;
-use crate::pages::cpuid::CpuidEntry;
+use crate::pages::cpuid_entry::CpuidEntry;
 
 /// Bit 4 of a range's attributes: make it private (`KVM_MAP_GPA_RANGE_ENCRYPTED`).
 pub const MAP_GPA_ENCRYPTED: u64 = 1 << 4;

@@ -7,9 +7,8 @@
 //! ([`crate::model::firmware::cpuid_page`]): what the processor has, in the leaves of its list. [`CpuidTable::snp`] keeps to
 //! that. The table is built from the leaves that the *platform* offers, never from this process's own CPUID instruction.
 
-use std::fmt;
-
-use super::cpuid_diff::Register;
+use super::cpuid_entry::CpuidEntry;
+use super::cpuid_entry::Register;
 use super::cpuid_raw::RawCpuid;
 use crate::plan::PAGE_SIZE;
 
@@ -88,48 +87,6 @@ fn is_snp_leaf(e: &CpuidEntry) -> bool {
     let listed =
         |&(leaf, first, last): &(u32, u32, u32)| leaf == e.function && (first..=last).contains(&e.index);
     !checked || SNP_LEAVES.iter().any(listed)
-}
-
-/// One leaf and its answer, the way `KVM_SET_CPUID2` takes it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CpuidEntry {
-    /// Leaf.
-    pub function: u32,
-    /// Sub-leaf.
-    pub index: u32,
-    /// The answer depends on the sub-leaf (`KVM_CPUID_FLAG_SIGNIFCANT_INDEX`).
-    pub indexed: bool,
-    /// Answer.
-    pub eax: u32,
-    /// Answer.
-    pub ebx: u32,
-    /// Answer.
-    pub ecx: u32,
-    /// Answer.
-    pub edx: u32,
-}
-
-impl CpuidEntry {
-    fn is_empty(&self) -> bool {
-        self.eax | self.ebx | self.ecx | self.edx == 0
-    }
-
-    /// One register of the answer.
-    pub fn register_mut(&mut self, register: Register) -> &mut u32 {
-        match register {
-            Register::Eax => &mut self.eax,
-            Register::Ebx => &mut self.ebx,
-            Register::Ecx => &mut self.ecx,
-            Register::Edx => &mut self.edx,
-        }
-    }
-}
-
-impl fmt::Display for CpuidEntry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.function)?;
-        if self.indexed { write!(f, ".{:#x}", self.index) } else { Ok(()) }
-    }
 }
 
 /// Why there is no table.

@@ -16,32 +16,12 @@ use std::fmt;
 use super::cpuid::CpuidError;
 use super::cpuid::PageEntry;
 use super::cpuid::decode_page;
+use super::cpuid_entry::Register;
 use super::cpuid_raw::RawCpuid;
 use crate::plan::PAGE_SIZE;
 
 /// A CPUID page.
 pub type Page = [u8; PAGE_SIZE as usize];
-
-/// A register of an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "register names")]
-pub enum Register {
-    Eax,
-    Ebx,
-    Ecx,
-    Edx,
-}
-
-impl fmt::Display for Register {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Register::Eax => "EAX",
-            Register::Ebx => "EBX",
-            Register::Ecx => "ECX",
-            Register::Edx => "EDX",
-        })
-    }
-}
 
 /// One register for which the firmware has another value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,8 +6,8 @@
 //! table with the processor, so both are needed to say who made a bit up. Raw CPUID is always handed in, by a platform for
 //! its host or as a dump of a chip: nothing here executes the instruction.
 
-use super::cpuid::CpuidEntry;
-use super::cpuid_diff::Register;
+use super::cpuid_entry::CpuidEntry;
+use super::cpuid_entry::Register;
 
 /// Leaves whose answer depends on the sub-leaf, on AMD and Intel processors.
 const INDEXED: &[u32] = &[

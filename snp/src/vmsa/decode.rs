@@ -8,7 +8,7 @@
 use super::EFER_SVME;
 use super::Segment;
 use super::VmsaState;
-use crate::plan::PAGE_SIZE;
+use crate::plan::page::PAGE_SIZE;
 
 /// Why a VMSA cannot be loaded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -25,12 +25,12 @@ use snp::image::igvm::id_block_header;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::ovmf::Svsm;
+use snp::image::vmm_type::VcpuSetup;
+use snp::image::vmm_type::VmmType;
 use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
-use snp::vmm_type::VcpuSetup;
-use snp::vmm_type::VmmType;
 use snp::vmsa::VmsaState;
 use zerocopy::FromBytes as _;
 

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use snp::vcpu_model;
+use snp::image::vcpu_model;
 
 use super::run::ImageArgs;
 use crate::spec::BootSpec;

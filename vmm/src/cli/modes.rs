@@ -8,7 +8,7 @@
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
-use snp::vmm_type::VmmType;
+use snp::image::vmm_type::VmmType;
 
 use super::Failure;
 

@@ -16,13 +16,13 @@ use snp::image::regions::regions;
 use snp::image::sites;
 use snp::image::sites::Annotations;
 use snp::image::sites::Opcode;
+use snp::image::vmm_type::VcpuSetup;
+use snp::image::vmm_type::VmmType;
 use snp::pages::cpuid::CpuidTable;
 use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
 use snp::plan::PageType;
 use snp::plan::Record;
-use snp::vmm_type::VcpuSetup;
-use snp::vmm_type::VmmType;
 
 use super::LaunchImage;
 use super::PrepareError;

@@ -134,7 +134,7 @@ pub mod vcpu_model {
     /// Reads name or signature.
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
         let text = Option::<String>::deserialize(from)?;
-        text.map(|text| snp::vcpu_model::parse(&text)).transpose().map_err(D::Error::custom)
+        text.map(|text| snp::image::vcpu_model::parse(&text)).transpose().map_err(D::Error::custom)
     }
 }
 

@@ -8,8 +8,8 @@
 //! Genoa, derived for Milan and Turin. Never the table that a KVM offers, in which bits are made up.
 
 use crate::attest::tcb::Product;
-use crate::pages::cpuid::CpuidEntry;
-use crate::pages::cpuid_diff::Register;
+use crate::pages::cpuid_entry::CpuidEntry;
+use crate::pages::cpuid_entry::Register;
 use crate::pages::cpuid_raw;
 use crate::pages::cpuid_raw::DumpError;
 use crate::pages::cpuid_raw::RawCpuid;

@@ -9,8 +9,8 @@ use kvm_bindings::kvm_sev_init;
 use kvm_bindings::kvm_sev_snp_launch_finish;
 use kvm_bindings::kvm_sev_snp_launch_start;
 use kvm_bindings::kvm_sev_snp_launch_update;
-use snp::pages::cpuid::CpuidEntry;
 use snp::pages::cpuid::SnpCpuid;
+use snp::pages::cpuid_entry::CpuidEntry;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;

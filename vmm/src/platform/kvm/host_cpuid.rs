@@ -9,8 +9,8 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 use serde::Serialize;
-use snp::pages::cpuid::CpuidEntry;
 use snp::pages::cpuid::PageEntry;
+use snp::pages::cpuid_entry::CpuidEntry;
 use snp::pages::cpuid_raw::RawCpuid;
 
 /// One leaf and its answer. Its text is six hexadecimal numbers: leaf, sub-leaf, EAX, EBX, ECX, EDX.

@@ -8,7 +8,7 @@
 
 use crate::model::cpuid::CpuidRegisters;
 use crate::model::firmware::product::Processor;
-use crate::pages::cpuid_diff::Register;
+use crate::pages::cpuid_entry::Register;
 
 use super::Entry;
 

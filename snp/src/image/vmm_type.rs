@@ -36,7 +36,7 @@ pub struct UnknownVmm(String);
 /// What the user chooses about every vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VcpuSetup {
-    /// CPUID leaf 1 EAX of the vCPU model, which monitors leave in RDX; see [`crate::vcpu_model`].
+    /// CPUID leaf 1 EAX of the vCPU model, which monitors leave in RDX; see [`crate::image::vcpu_model`].
     pub signature: u32,
     /// The complete `sev_features`: what was requested, and bit 0 for SNP.
     pub sev_features: u64,
