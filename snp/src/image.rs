@@ -6,7 +6,6 @@
 
 pub mod acpi;
 pub mod bootparams;
-pub mod decompress;
 pub mod direct;
 pub mod entry;
 pub mod error;
@@ -18,6 +17,5 @@ pub mod lazy;
 pub mod ovmf;
 pub mod regions;
 pub mod shim;
-pub mod sites;
 pub mod vcpu_model;
 pub mod vmm_type;

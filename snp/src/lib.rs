@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What AMD SEV-SNP is, with no virtual machine in it.
 //!
-//! This crate turns files into launch plans, computes launch digests, reads attestation reports, and models what the
-//! SNP firmware, the RMP and KVM's SEV code do. It opens no device and depends on no KVM crate, so a policy author or a
+//! This crate turns files into launch plans, computes launch digests, and reads attestation reports. It opens no device and depends on no KVM crate, so a policy author or a
 //! verifier can use it on any machine.
 
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
@@ -14,7 +13,6 @@ pub mod firmware_status;
 pub mod ghcb;
 pub mod identity;
 pub mod image;
-pub mod model;
 pub mod pages;
 pub mod plan;
 pub mod policy;

@@ -8,8 +8,6 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its data does not fit")]
 
 use snp::attest::tcb::Product;
-use snp::model::firmware::cpuid_page;
-use snp::model::firmware::product::Processor;
 use snp::pages::cpuid::CpuidTable;
 use snp::pages::cpuid::PageEntry;
 use snp::pages::cpuid::SnpCpuid;
@@ -20,6 +18,8 @@ use snp::pages::cpuid_diff::Page;
 use snp::pages::cpuid_entry::CpuidEntry;
 use snp::pages::cpuid_entry::Register;
 use snp::pages::cpuid_raw::RawCpuid;
+use snp_model::firmware::cpuid_page;
+use snp_model::firmware::product::Processor;
 
 const SEV: SnpCpuid = SnpCpuid { c_bit: 51, phys_bits: None, coherency_sfw_no: false };
 

@@ -9,7 +9,7 @@ mod support;
 use proptest::prelude::*;
 use snp::image::kernel::Kernel;
 use snp::image::kernel::KernelError;
-use snp::image::sites::annotate;
+use snp_model::patch::annotate;
 use support::kernels::Segment;
 use support::kernels::elf;
 use support::kernels::pvh_note;

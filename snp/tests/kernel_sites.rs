@@ -10,17 +10,17 @@ mod support;
 
 use std::io;
 
-use snp::image::decompress;
-use snp::image::decompress::DecompressError;
 use snp::image::kernel::Kernel;
-use snp::image::sites::Annotations;
-use snp::image::sites::CodeMemory;
-use snp::image::sites::Opcode;
-use snp::image::sites::PatchError;
-use snp::image::sites::Ports;
-use snp::image::sites::Site;
-use snp::image::sites::SiteError;
-use snp::image::sites::annotate;
+use snp_model::patch::Annotations;
+use snp_model::patch::CodeMemory;
+use snp_model::patch::Opcode;
+use snp_model::patch::PatchError;
+use snp_model::patch::Ports;
+use snp_model::patch::Site;
+use snp_model::patch::SiteError;
+use snp_model::patch::annotate;
+use snp_model::patch::decompress;
+use snp_model::patch::decompress::DecompressError;
 use support::kernels::PVALIDATE;
 use support::kernels::RMPADJUST;
 use support::kernels::Segment;

@@ -18,9 +18,9 @@ use snp::image::error::ImageError;
 use snp::image::kernel::Kernel;
 use snp::image::lazy::Acceptance;
 use snp::image::shim::Shim;
-use snp::image::sites::CodeMemory;
-use snp::image::sites::Ports;
 use snp::plan::PageType;
+use snp_model::patch::CodeMemory;
+use snp_model::patch::Ports;
 use support::kernels::Segment;
 use support::kernels::elf;
 
@@ -209,7 +209,7 @@ fn an_emulated_platform_can_patch_stage0_and_nothing_else_changes() {
     let launched: std::collections::BTreeMap<u64, u8> =
         pages.flat_map(|r| (r.gpa..).zip(r.contents.as_slice().to_vec())).collect();
     let mut memory = Launched(launched.clone());
-    let sites = &shim(&image).sites;
+    let sites = snp_model::patch::shim_sites();
     sites.patch_at_launch(&mut memory, &Ports::default()).unwrap();
     let changed: Vec<u64> =
         launched.iter().filter(|(at, byte)| memory.0[at] != **byte).map(|(at, _)| *at).collect();

@@ -695,7 +695,7 @@ fn the_emulated_platforms_key_has_the_extensions_of_a_real_one() {
         list.iter().map(|e| (e.extn_id.to_string(), usize::from(e.critical))).collect()
     };
     let real = real_reports().remove(0);
-    let emulated = snp::model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+    let emulated = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
     assert_eq!(extensions(&emulated.certificates().vcek), extensions(real.certificates[0].der()));
 }
 

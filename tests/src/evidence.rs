@@ -24,7 +24,7 @@ use snp::attest::verify::Demands;
 use snp::attest::verify::Evidence;
 use snp::attest::verify::Verdict;
 use snp::attest::verify::verify;
-use snp::model::chain::Chain;
+use snp_model::chain::Chain;
 
 use crate::workspace::Workspace;
 

@@ -153,8 +153,8 @@ impl Code {
 mod tests {
     use snp::image::kernel::Kernel;
     use snp::image::lazy::knows_unaccepted_memory;
-    use snp::image::sites;
-    use snp::image::sites::Opcode;
+    use snp_model::patch;
+    use snp_model::patch::Opcode;
 
     use super::*;
 
@@ -163,7 +163,7 @@ mod tests {
         let code = Code::new().pvalidate(0x4000_0000, true, true).change(0x4000_0000, false).say(b'x');
         let kernel = Kernel::parse(code.kernel()).unwrap();
         assert!(knows_unaccepted_memory(&kernel));
-        let list = sites::annotate(&kernel).unwrap().kernel;
+        let list = patch::annotate(&kernel).unwrap().kernel;
         let counts = Opcode::ALL.map(|opcode| list.count(opcode));
         assert_eq!(counts, [2, 2, 1]);
     }

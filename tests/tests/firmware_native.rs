@@ -33,11 +33,11 @@ use snp::image::regions::regions;
 use snp::image::vcpu_model;
 use snp::image::vmm_type::VcpuSetup;
 use snp::image::vmm_type::VmmType;
-use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
 use snp::policy::GuestPolicy;
+use snp_model::rmp::TwoMib;
 use vmm::cpuid;
 use vmm::launch;
 use vmm::launch::LaunchError;
@@ -88,7 +88,7 @@ fn bench(vcpus: u32) -> Option<Bench> {
         return None;
     }
     let keys = KEYS.get_or_init(|| {
-        let chain = snp::model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+        let chain = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
         chain.to_pem().unwrap()
     });
     let folder = tempfile::tempdir().unwrap();

@@ -26,11 +26,11 @@ use kvm_bindings::kvm_sev_snp_launch_start;
 use kvm_bindings::kvm_sev_snp_launch_update;
 use kvm_bindings::kvm_sregs;
 use snp::digest::LaunchDigest;
-use snp::image::sites::Annotations;
-use snp::image::sites::ShimSites;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
+use snp_model::patch::Annotations;
+use snp_model::patch::ShimSites;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::Mapping;

@@ -17,13 +17,13 @@ use std::path::PathBuf;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use snp::digest::Measured;
-use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::stage0::InputsPage;
 use snp::vmsa::SEV_FEATURE_SECURE_TSC;
 use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
+use snp_model::rmp::TwoMib;
 use vtpm_svc::measured::Event;
 
 pub use direct::Files;

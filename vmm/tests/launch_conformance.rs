@@ -15,22 +15,22 @@ use std::sync::PoisonError;
 use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
 use snp::digest::Measured;
+use snp::firmware_status::FwStatus;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
-use snp::model::commands::CommandFault;
-use snp::model::commands::Injection;
-use snp::model::commands::Step;
-use snp::model::errno::Errno;
-use snp::model::faults::Faults;
-use snp::model::faults::Trigger;
-use snp::firmware_status::FwStatus;
-use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
 use snp::plan::Record;
 use snp::policy::GuestPolicy;
 use snp::vmsa::VmsaState;
+use snp_model::commands::CommandFault;
+use snp_model::commands::Injection;
+use snp_model::commands::Step;
+use snp_model::errno::Errno;
+use snp_model::faults::Faults;
+use snp_model::faults::Trigger;
+use snp_model::rmp::TwoMib;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
 use vmm::monitor;
@@ -69,7 +69,7 @@ fn bench() -> Option<Bench> {
         return None;
     }
     let keys = KEYS.get_or_init(|| {
-        let chain = snp::model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+        let chain = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
         chain.to_pem().unwrap()
     });
     let folder = tempfile::tempdir().unwrap();

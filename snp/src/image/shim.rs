@@ -10,10 +10,6 @@ use std::ops::Range;
 use super::entry;
 use super::error::ImageError;
 use super::layout;
-use super::sites::Opcode;
-use super::sites::ShimSites;
-use super::sites::Site;
-use super::sites::SiteList;
 use crate::plan::Bytes;
 use crate::plan::LaunchPlan;
 use crate::plan::PAGE_SIZE;
@@ -31,7 +27,7 @@ use crate::stage0::layout as stage0;
 use crate::stage0::layout::LARGE;
 use crate::stage0::reason::Reason;
 
-/// What enters a guest through stage0, and what the platform has to know about the shim.
+/// What enters a guest through stage0.
 #[derive(Clone, Debug)]
 pub struct Shim {
     /// Bytes to be placed in shared memory before the run: guest-physical address and contents. Not measured; stage0 compares
@@ -39,8 +35,6 @@ pub struct Shim {
     pub staging: Vec<(u64, Bytes)>,
     /// Memory that is shared at launch, ascending: the GHCB page and the staging ranges. All other RAM is private.
     pub shared: Vec<Range<u64>>,
-    /// Where the emulated platform patches stage0.
-    pub sites: ShimSites,
     /// What the measured inputs page says.
     pub inputs: InputsPage,
     /// Name of each item of the inputs, in the same order.
@@ -171,7 +165,6 @@ impl Layout<'_> {
         let shim = Shim {
             staging: contents.iter().zip(&places).map(|(r, source)| (*source, r.contents.clone())).collect(),
             shared,
-            sites: shim_sites(),
             inputs,
             names: contents.iter().map(|r| r.name.to_string()).collect(),
         };
@@ -191,16 +184,6 @@ impl Layout<'_> {
         let len = bytes.len() as u64;
         Item { kind, source, target: record.gpa, len, mem_len: record.len, hash: item_hash(bytes) }
     }
-}
-
-fn shim_sites() -> ShimSites {
-    let site = |(gpa, kind): &(u64, u32)| Site {
-        offset: *gpa,
-        opcode: if *kind == 0 { Opcode::Vmgexit } else { Opcode::Pvalidate },
-    };
-    let mut sites: Vec<Site> = BUILT.sites.iter().map(site).collect();
-    sites.sort_by_key(|site| site.offset);
-    ShimSites { sites: SiteList { sites, entry_offset: BUILT.entry }, handover: BUILT.hook }
 }
 
 /// Finds room for the bytes of each record, from 2 MiB up, in low RAM that holds none of them in the end. Records come in the

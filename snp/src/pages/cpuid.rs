@@ -4,7 +4,7 @@
 //! An SNP guest trusts the page that the firmware has checked, but asks the hypervisor too, before it has found the page and
 //! for the parts that hold APIC ids; so both must come from one table. Layout of the page: SEV-SNP Firmware ABI 1.58, section
 //! 8.17.2.6 and table "CPUID_FUNCTION". What the firmware accepts is known from the one that AMD published for Genoa
-//! ([`crate::model::firmware::cpuid_page`]): what the processor has, in the leaves of its list. [`CpuidTable::snp`] keeps to
+//! (`snp-model` has the rules): what the processor has, in the leaves of its list. [`CpuidTable::snp`] keeps to
 //! that. The table is built from the leaves that the *platform* offers, never from this process's own CPUID instruction.
 
 use super::cpuid_entry::CpuidEntry;

@@ -151,7 +151,7 @@ impl RawCpuid {
 }
 
 /// Lines with something on them, without comments, and their numbers.
-pub(crate) fn lines(dump: &str) -> impl Iterator<Item = (usize, &str)> {
+pub fn lines(dump: &str) -> impl Iterator<Item = (usize, &str)> {
     let text = |line| str::split(line, '#').next().unwrap_or_default().trim();
     (1..).zip(dump.lines().map(text)).filter(|(_, text)| !text.is_empty())
 }

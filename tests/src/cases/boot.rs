@@ -16,8 +16,8 @@ use anyhow::Result;
 use anyhow::bail;
 use anyhow::ensure;
 use guest_init::job::Ending;
-use snp::image::decompress;
 use snp::image::kernel;
+use snp_model::patch::decompress;
 
 use crate::digest;
 use crate::digest::hex;

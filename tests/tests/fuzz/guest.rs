@@ -6,7 +6,6 @@ use snp::ghcb::page;
 use snp::ghcb::page::Field;
 use snp::ghcb::psc;
 use snp::ghcb::term;
-use snp::model::nae;
 use snp::pages::cpuid::PageEntry;
 use snp::pages::cpuid::decode_page;
 use snp::pages::cpuid::encode_page;
@@ -20,6 +19,7 @@ use snp::stage0::inputs::Item;
 use snp::stage0::inputs::Kind;
 use snp::stage0::layout;
 use snp::vmsa::VmsaState;
+use snp_model::nae;
 
 use crate::driver::Seed;
 use crate::driver::Target;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Kernel files: bzImage headers, ELF headers, compressed payloads.
 
-use snp::image::decompress::extract_vmlinux;
 use snp::image::kernel::Kernel;
-use snp::image::sites::annotate;
+use snp_model::patch::annotate;
+use snp_model::patch::decompress::extract_vmlinux;
 
 use crate::build::kernels::Segment;
 use crate::build::kernels::compress;

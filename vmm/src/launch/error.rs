@@ -6,8 +6,8 @@
 use std::io;
 
 use snp::digest::LaunchDigest;
-use snp::identity::IdMismatch;
 use snp::firmware_status::FwStatus;
+use snp::identity::IdMismatch;
 use snp::pages::cpuid_diff::CpuidDiff;
 use snp::plan::PlanError;
 

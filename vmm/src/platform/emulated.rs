@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The emulated platform: SNP guests on an ordinary VM of any KVM host, for development and tests.
 //!
-//! `snp::model` holds the rules of KVM's SEV code, of the firmware and of the RMP; this module is the glue that brings the
+//! `snp_model` holds the rules of KVM's SEV code, of the firmware and of the RMP; this module is the glue that brings the
 //! guest's SNP instructions to it. The C-bit is an ordinary address bit ([`views`]); VMGEXIT, PVALIDATE and RMPADJUST are
 //! overwritten in guest memory by port writes, which exit to the monitor ([`vcpu`]).
 //!
@@ -28,16 +28,16 @@ use kvm_bindings::kvm_cpuid_entry2;
 use snp::attest::cert_table;
 use snp::attest::cert_table::Kind;
 use snp::attest::tcb::Product;
-use snp::image::sites::Annotations;
-use snp::image::sites::ShimSites;
-use snp::model::faults::Faults;
-use snp::model::firmware::Platform as Firmware;
-use snp::model::firmware::product::Processor;
-use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::DumpError;
 use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
+use snp_model::faults::Faults;
+use snp_model::firmware::Platform as Firmware;
+use snp_model::firmware::product::Processor;
+use snp_model::patch::Annotations;
+use snp_model::patch::ShimSites;
+use snp_model::rmp::TwoMib;
 
 pub use trial::EmulationTrial;
 pub use trial::try_emulation;

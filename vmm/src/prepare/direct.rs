@@ -9,8 +9,8 @@ use snp::image::direct::Snp;
 use snp::image::direct::Validation;
 use snp::image::kernel::Kernel;
 use snp::image::lazy::Acceptance;
-use snp::image::sites;
 use snp::vmsa::SEV_FEATURE_SECURE_TSC;
+use snp_model::patch;
 
 use super::LaunchImage;
 use super::PrepareError;
@@ -79,7 +79,7 @@ pub fn direct(
     if let Some(snp) = &spec.snp {
         // Nothing runs without a CPUID table.
         if target.cpuid.is_some() && matches!(snp.platform, PlatformSpec::Emulated(_)) {
-            image.code = Some(sites::annotate(&files.kernel).map_err(PrepareError::request)?);
+            image.code = Some(patch::annotate(&files.kernel).map_err(PrepareError::request)?);
         }
         image.inputs = inputs(spec, snp, kernel, files, target);
     }

@@ -13,9 +13,6 @@ use snp::image::layout;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::regions::regions;
-use snp::image::sites;
-use snp::image::sites::Annotations;
-use snp::image::sites::Opcode;
 use snp::image::vmm_type::VcpuSetup;
 use snp::image::vmm_type::VmmType;
 use snp::pages::cpuid::CpuidTable;
@@ -23,6 +20,9 @@ use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
 use snp::plan::PageType;
 use snp::plan::Record;
+use snp_model::patch;
+use snp_model::patch::Annotations;
+use snp_model::patch::Opcode;
 
 use super::LaunchImage;
 use super::PrepareError;
@@ -114,7 +114,7 @@ pub fn firmware(
     let ram = regions(spec.memory, plan.records.iter(), limit).map_err(PrepareError::file(FIRMWARE, path))?;
     Ok(LaunchImage {
         ram,
-        code: Some(sites::annotate_code([ovmf.boot_code()])),
+        code: Some(patch::annotate_code([ovmf.boot_code()])),
         inputs: vec![
             ("image", "firmware".into()),
             ("vcpu signature", format!("{signature:#x}")),
@@ -161,7 +161,7 @@ pub fn igvm(
             "the file starts with paging on, so its page tables hold the C-bit where its maker put it; here it is bit {c_bit}"
         ));
     }
-    let code = Some(sites::annotate_code(code));
+    let code = Some(patch::annotate_code(code));
     Ok(LaunchImage {
         ram,
         staged: Staged {

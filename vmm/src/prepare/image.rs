@@ -9,12 +9,13 @@ use snp::identity::IdAuth;
 use snp::identity::IdBlock;
 use snp::image::direct::DirectImage;
 use snp::image::shim::Shim;
-use snp::image::sites::Annotations;
-use snp::image::sites::ShimSites;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
 use snp::stage0::InputsPage;
+use snp_model::patch::Annotations;
+use snp_model::patch::ShimSites;
+use snp_model::patch::shim_sites;
 use vtpm_svc::measured::Event;
 
 use crate::launch::Staged;
@@ -95,7 +96,7 @@ impl LaunchImage {
         let shim = image.shim.as_ref();
         LaunchImage {
             ram: image.ram,
-            stage0: shim.map(|shim| shim.sites.clone()),
+            stage0: shim.map(|_| shim_sites()),
             inputs_page: shim.map(|shim| shim.inputs.clone()),
             bound: shim.map_or_else(String::new, Shim::explain),
             staged: image.shim.map_or_else(Staged::default, |shim| Staged {

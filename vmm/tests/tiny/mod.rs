@@ -15,12 +15,12 @@ use snp::image::direct::DirectBoot;
 use snp::image::direct::DirectImage;
 use snp::image::direct::Guest as ImageGuest;
 use snp::image::kernel::Kernel;
-use snp::model::rmp::TwoMib;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
 use snp::plan::Record;
 use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
+use snp_model::rmp::TwoMib;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
 use vmm::monitor;
@@ -201,7 +201,7 @@ pub fn power_off() -> Vec<u8> {
 fn keys() -> &'static str {
     static KEYS: OnceLock<String> = OnceLock::new();
     KEYS.get_or_init(|| {
-        let chain = snp::model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+        let chain = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
         chain.to_pem().unwrap()
     })
 }

@@ -10,8 +10,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 
-use snp::model::chain::Chain;
-use snp::model::chain::ChainError;
+use snp_model::chain::Chain;
+use snp_model::chain::ChainError;
 
 use crate::note::note;
 

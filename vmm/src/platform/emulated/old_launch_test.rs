@@ -15,13 +15,13 @@ use kvm_bindings::kvm_sev_init;
 use kvm_bindings::kvm_sev_snp_launch_finish;
 use kvm_bindings::kvm_sev_snp_launch_start;
 use kvm_bindings::kvm_sev_snp_launch_update;
-use snp::model::memory::GuestMemory;
-use snp::model::memory::View;
-use snp::model::vm::ApAction;
-use snp::model::vm::ApCreation;
 use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
 use snp::vmsa::Segment;
 use snp::vmsa::VmsaState;
+use snp_model::memory::GuestMemory;
+use snp_model::memory::View;
+use snp_model::vm::ApAction;
+use snp_model::vm::ApCreation;
 
 use super::vm::EmulatedVm;
 use super::*;
@@ -46,7 +46,7 @@ pub(super) fn launching() -> Option<EmulatedVm> {
         println!("skipped: no /dev/kvm");
         return None;
     };
-    let chain = snp::model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+    let chain = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys.pem");
     std::fs::write(&keys, chain.to_pem().unwrap()).unwrap();

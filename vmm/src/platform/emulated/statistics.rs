@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use serde::Serialize;
-use snp::model::rmp::PageStates;
+use snp_model::rmp::PageStates;
 
 /// Counts from the first vCPU's start on.
 #[derive(Debug, Serialize)]
@@ -106,7 +106,7 @@ fn resident_kib() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use serde_json::Value;
-    use snp::model::rmp::TwoMib;
+    use snp_model::rmp::TwoMib;
 
     use super::*;
 

@@ -22,7 +22,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 
-use snp::model::rmp::PageStates;
+use snp_model::rmp::PageStates;
 
 use super::views::LOW_END;
 use super::views::Region;
@@ -155,7 +155,7 @@ impl Gate {
 mod tests {
     use std::sync::Arc;
 
-    use snp::model::rmp::TwoMib;
+    use snp_model::rmp::TwoMib;
 
     use super::*;
     use crate::memory::Mapping;

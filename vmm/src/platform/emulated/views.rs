@@ -26,10 +26,10 @@ use std::sync::RwLockReadGuard;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
-use snp::model::memory::GuestMemory;
-use snp::model::memory::OutsideRam;
-use snp::model::memory::View;
-use snp::model::rmp::PageStates;
+use snp_model::memory::GuestMemory;
+use snp_model::memory::OutsideRam;
+use snp_model::memory::View;
+use snp_model::rmp::PageStates;
 
 use super::Backing;
 use super::EmulatedOptions;

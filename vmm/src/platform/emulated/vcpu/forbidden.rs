@@ -8,7 +8,7 @@
 use std::io;
 use std::sync::Arc;
 
-use snp::model::rmp::PageState;
+use snp_model::rmp::PageState;
 
 use super::EmulatedVcpu;
 use super::Step;

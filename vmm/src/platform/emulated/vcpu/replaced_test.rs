@@ -2,8 +2,8 @@
 //! Replaced instructions that a guest executes where, when and as often as it likes, and orders between vCPUs.
 
 use kvm_bindings::kvm_sev_snp_launch_finish;
-use snp::model::vm::ApAction;
-use snp::model::vm::ApCreation;
+use snp_model::vm::ApAction;
+use snp_model::vm::ApCreation;
 
 use super::super::old_launch_test::CODE;
 use super::super::old_launch_test::MEMORY;

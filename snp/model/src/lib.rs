@@ -9,6 +9,8 @@
 //! The model gives no confidentiality and no integrity. Its attestation keys are its own ([`chain`]), and no verifier
 //! trusts them by default.
 
+#![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
+
 pub mod chain;
 pub mod commands;
 pub mod cpuid;
@@ -18,6 +20,7 @@ pub mod faults;
 pub mod firmware;
 pub mod memory;
 pub mod nae;
+pub mod patch;
 mod psc;
 pub mod rmp;
 pub mod vcpu;

@@ -7,16 +7,16 @@ use proptest::prelude::*;
 use rand_core::OsRng;
 
 use super::*;
-use crate::attest::report::Report;
-use crate::identity::block::IdAuth;
-use crate::identity::block::IdBlock;
-use crate::model::faults::Faults;
-use crate::model::firmware::message;
-use crate::model::firmware::message::Message;
-use crate::model::firmware::testing::platform;
-use crate::model::memory::testing::TestMemory;
-use crate::model::rmp::TwoMib;
-use crate::model::vm::VmConfig;
+use crate::faults::Faults;
+use crate::firmware::message;
+use crate::firmware::message::Message;
+use crate::firmware::testing::platform;
+use crate::memory::testing::TestMemory;
+use crate::rmp::TwoMib;
+use crate::vm::VmConfig;
+use snp::attest::report::Report;
+use snp::identity::block::IdAuth;
+use snp::identity::block::IdBlock;
 
 const RAM: u64 = 0x40_0000;
 /// Two slots, without a gap.
@@ -27,7 +27,7 @@ fn vm_with(commands: Vec<CommandFault>) -> (VmModel, TestMemory) {
         platform: platform(),
         ram: vec![0..SLOT, SLOT..RAM],
         vmsa_features: 1 << 5,
-        policy_rules: crate::policy::PolicyRules::LINUX_6_12,
+        policy_rules: snp::policy::PolicyRules::LINUX_6_12,
         two_mib: TwoMib::Accept,
         faults: Faults { commands, ..Faults::default() },
     });

@@ -6,9 +6,9 @@
 //! processor has is data, see [`Processor`]; the structure here is Genoa's, and taken for the other products as well, with
 //! one addition: a field's value on the processor itself is always accepted.
 
-use crate::model::cpuid::CpuidRegisters;
-use crate::model::firmware::product::Processor;
-use crate::pages::cpuid_entry::Register;
+use crate::cpuid::CpuidRegisters;
+use crate::firmware::product::Processor;
+use snp::pages::cpuid_entry::Register;
 
 use super::Entry;
 

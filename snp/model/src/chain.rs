@@ -49,8 +49,8 @@ use x509_cert::spki::SubjectPublicKeyInfoOwned;
 use x509_cert::time::Time;
 use x509_cert::time::Validity;
 
-use crate::attest::report::Report;
-use crate::attest::report::SIG_ALGO_ECDSA_P384_SHA384;
+use snp::attest::report::Report;
+use snp::attest::report::SIG_ALGO_ECDSA_P384_SHA384;
 
 /// Length of ARK and ASK keys, as AMD's.
 const RSA_BITS: usize = 4096;
@@ -384,7 +384,7 @@ mod tests {
     use sev::certs::snp::Verifiable as _;
 
     use super::*;
-    use crate::model::firmware::testing::platform;
+    use crate::firmware::testing::platform;
 
     fn peer(certificates: &Certificates) -> sev::certs::snp::Chain {
         let cert = |der: &[u8]| sev::certs::snp::Certificate::from_der(der).unwrap();

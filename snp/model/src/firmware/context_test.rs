@@ -8,14 +8,14 @@ use sev::firmware::guest::AttestationReport;
 use sev::parser::ByteParser as _;
 
 use super::*;
-use crate::attest::report::Report;
-use crate::digest::launch_digest;
-use crate::model::chain::verify_report_against_chain;
-use crate::model::faults::Trigger;
-use crate::model::firmware::testing::platform;
-use crate::plan::LaunchPlan;
-use crate::plan::Record;
-use crate::vmsa::VmsaState;
+use crate::chain::verify_report_against_chain;
+use crate::faults::Trigger;
+use crate::firmware::testing::platform;
+use snp::attest::report::Report;
+use snp::digest::launch_digest;
+use snp::plan::LaunchPlan;
+use snp::plan::Record;
+use snp::vmsa::VmsaState;
 
 /// A running guest and its secrets page.
 fn running(platform: &Platform) -> (GuestContext, Page) {

@@ -2,7 +2,7 @@
 //! The firmware's check of an ID block: is this the guest that its owner signed?
 //!
 //! SEV-SNP Firmware ABI 1.58, section 8.18, tables 75 (ID block), 76 (ID authentication), and chapter 10 (keys and signatures:
-//! integers little-endian in 72 bytes). Written apart from [`crate::identity`], which makes such blocks, as the launch digest
+//! integers little-endian in 72 bytes). Written apart from [`snp::identity`], which makes such blocks, as the launch digest
 //! is computed apart from its prediction: an error in either shows as a refused launch.
 
 use p384::EncodedPoint;
@@ -12,9 +12,9 @@ use p384::ecdsa::signature::Verifier as _;
 use sha2::Digest as _;
 use sha2::Sha384;
 
-use crate::digest::LaunchDigest;
-use crate::model::firmware::context::Identity;
-use crate::firmware_status::FwStatus;
+use crate::firmware::context::Identity;
+use snp::digest::LaunchDigest;
+use snp::firmware_status::FwStatus;
 
 /// Length of an ID block.
 pub const BLOCK_LEN: usize = 96;

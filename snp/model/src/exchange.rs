@@ -4,16 +4,16 @@
 //! Stands for `sev_es_sync_to_ghcb`, `sev_es_unmap_ghcb` and `setup_vmgexit_scratch` of Linux 6.12 and 7.3. Every access goes
 //! through the shared view, and only where the page's state is shared.
 
-use crate::ghcb::exit;
-use crate::ghcb::exit::Malformed;
-use crate::ghcb::exit::info1;
-use crate::ghcb::page;
-use crate::ghcb::page::Field;
-use crate::model::memory::GuestMemory;
-use crate::model::memory::View;
-use crate::model::rmp::Finding;
-use crate::model::vcpu::Outcome;
-use crate::model::vm::VmModel;
+use crate::memory::GuestMemory;
+use crate::memory::View;
+use crate::rmp::Finding;
+use crate::vcpu::Outcome;
+use crate::vm::VmModel;
+use snp::ghcb::exit;
+use snp::ghcb::exit::Malformed;
+use snp::ghcb::exit::info1;
+use snp::ghcb::page;
+use snp::ghcb::page::Field;
 
 /// What the model needs for every access: the guest's state and its memory.
 #[derive(Clone, Copy)]

@@ -6,16 +6,16 @@
 //! GHCB's shared buffer, and what does not fit behind it is not read. One difference: entries are copied once, where KVM reads
 //! them again for each range.
 
-use crate::ghcb::msr::PageOperation;
-use crate::ghcb::page;
-use crate::ghcb::psc;
-use crate::ghcb::psc::Entry;
-use crate::ghcb::psc::Header;
-use crate::model::exchange::Guest;
-use crate::model::rmp::PAGE;
-use crate::model::vcpu::MAP_GPA_ENCRYPTED;
-use crate::model::vcpu::MAP_GPA_SIZE_2M;
-use crate::model::vcpu::MapGpaRange;
+use crate::exchange::Guest;
+use crate::rmp::PAGE;
+use crate::vcpu::MAP_GPA_ENCRYPTED;
+use crate::vcpu::MAP_GPA_SIZE_2M;
+use crate::vcpu::MapGpaRange;
+use snp::ghcb::msr::PageOperation;
+use snp::ghcb::page;
+use snp::ghcb::psc;
+use snp::ghcb::psc::Entry;
+use snp::ghcb::psc::Header;
 
 /// A buffer that is being worked on.
 #[derive(Debug)]

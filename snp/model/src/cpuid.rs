@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The CPUID table of a vCPU, as the monitor gives it to KVM, and how KVM looks a function up.
 
-use crate::pages::cpuid_entry::CpuidEntry;
+use snp::pages::cpuid_entry::CpuidEntry;
 
 /// XCR0 bits 0 and 1 need no size beyond the legacy area and the header: 512 + 64 bytes.
 const XSAVE_BASE: u32 = 576;

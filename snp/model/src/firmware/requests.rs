@@ -7,14 +7,14 @@
 use sha2::Digest as _;
 use sha2::Sha384;
 
-use crate::attest::report::ReportBuilder;
-use crate::attest::report::field;
-use crate::model::firmware::FIRMWARE_VERSION;
-use crate::model::firmware::PLATFORM_INFO;
-use crate::model::firmware::Platform;
-use crate::model::firmware::REPORT_CPUID;
-use crate::model::firmware::context::GuestContext;
-use crate::firmware_status::FwStatus;
+use crate::firmware::FIRMWARE_VERSION;
+use crate::firmware::PLATFORM_INFO;
+use crate::firmware::Platform;
+use crate::firmware::REPORT_CPUID;
+use crate::firmware::context::GuestContext;
+use snp::attest::report::ReportBuilder;
+use snp::attest::report::field;
+use snp::firmware_status::FwStatus;
 
 /// Report version: 3, with the processor's family, model and stepping.
 const REPORT_VERSION: u32 = 3;

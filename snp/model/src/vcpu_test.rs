@@ -5,17 +5,17 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::ghcb::exit;
-use crate::ghcb::psc::Entry;
-use crate::model::commands::Init2;
-use crate::model::faults::Faults;
-use crate::model::firmware::testing::platform;
-use crate::model::memory::View;
-use crate::model::memory::testing::TestMemory;
-use crate::model::rmp::Finding;
-use crate::model::rmp::TwoMib;
-use crate::model::vm::VmConfig;
-use crate::policy::PolicyRules;
+use crate::commands::Init2;
+use crate::faults::Faults;
+use crate::firmware::testing::platform;
+use crate::memory::View;
+use crate::memory::testing::TestMemory;
+use crate::rmp::Finding;
+use crate::rmp::TwoMib;
+use crate::vm::VmConfig;
+use snp::ghcb::exit;
+use snp::ghcb::psc::Entry;
+use snp::policy::PolicyRules;
 
 #[path = "vcpu_events_test.rs"]
 mod events;

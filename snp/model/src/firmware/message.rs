@@ -12,7 +12,7 @@ use aes_gcm::Nonce;
 use aes_gcm::Tag;
 use aes_gcm::aead::AeadInPlace as _;
 
-use crate::firmware_status::FwStatus;
+use snp::firmware_status::FwStatus;
 
 /// Length of the page that holds a message.
 pub const PAGE_LEN: usize = 4096;

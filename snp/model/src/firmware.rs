@@ -11,8 +11,8 @@ pub mod message;
 pub mod product;
 pub mod requests;
 
-use crate::model::chain::Chain;
-use crate::model::firmware::product::Processor;
+use crate::chain::Chain;
+use crate::firmware::product::Processor;
 
 /// Firmware version that the model claims: build, minor, major. A guest policy may ask for this ABI version at most.
 pub const FIRMWARE_VERSION: [u8; 3] = [21, 55, 1];
@@ -45,7 +45,7 @@ pub(crate) mod testing {
         static PLATFORM: OnceLock<Arc<Platform>> = OnceLock::new();
         let make = || {
             let chain = Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
-            let processor = product::Processor::of_product(crate::attest::tcb::Product::Genoa).unwrap();
+            let processor = product::Processor::of_product(snp::attest::tcb::Product::Genoa).unwrap();
             Arc::new(Platform { chain, c_bit: 39, processor })
         };
         Arc::clone(PLATFORM.get_or_init(make))

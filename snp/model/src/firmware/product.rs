@@ -7,12 +7,12 @@
 //! Policy Enforcement"). So a product is a dump of one of its chips, with the surplus as `allow` lines: what is published for
 //! Genoa, derived for Milan and Turin. Never the table that a KVM offers, in which bits are made up.
 
-use crate::attest::tcb::Product;
-use crate::pages::cpuid_entry::CpuidEntry;
-use crate::pages::cpuid_entry::Register;
-use crate::pages::cpuid_raw;
-use crate::pages::cpuid_raw::DumpError;
-use crate::pages::cpuid_raw::RawCpuid;
+use snp::attest::tcb::Product;
+use snp::pages::cpuid_entry::CpuidEntry;
+use snp::pages::cpuid_entry::Register;
+use snp::pages::cpuid_raw;
+use snp::pages::cpuid_raw::DumpError;
+use snp::pages::cpuid_raw::RawCpuid;
 
 /// The dump of a product's processor, and what its firmware accepts beyond it.
 fn data(product: Product) -> &'static str {

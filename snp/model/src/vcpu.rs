@@ -6,31 +6,31 @@
 //! either the guest is answered and resumes, or the monitor has to do something and answers by [`VcpuModel::complete`].
 //! The GHCB page is copied once; only the fields that KVM would write are written back, before the guest resumes.
 
-use crate::ghcb::exit::Malformed;
-use crate::ghcb::exit::guest_request;
-use crate::ghcb::exit::info1;
-use crate::ghcb::msr;
-use crate::ghcb::msr::PageOperation;
-use crate::ghcb::msr::Request;
-use crate::ghcb::msr::Response;
-use crate::ghcb::page;
-use crate::ghcb::page::Field;
-use crate::ghcb::psc;
-use crate::model::cpuid::lookup;
-use crate::model::errno::Errno;
-use crate::model::exchange::Exchange;
-use crate::model::exchange::Guest;
-use crate::model::memory::GuestMemory;
-use crate::model::nae;
-use crate::model::nae::Direction;
-use crate::model::nae::Event;
-use crate::model::nae::Inputs;
-use crate::model::psc::Psc;
-use crate::model::psc::Step;
-use crate::model::rmp::PAGE;
-use crate::model::vm::ApCreation;
-use crate::model::vm::VmModel;
-use crate::pages::cpuid_entry::CpuidEntry;
+use crate::cpuid::lookup;
+use crate::errno::Errno;
+use crate::exchange::Exchange;
+use crate::exchange::Guest;
+use crate::memory::GuestMemory;
+use crate::nae;
+use crate::nae::Direction;
+use crate::nae::Event;
+use crate::nae::Inputs;
+use crate::psc::Psc;
+use crate::psc::Step;
+use crate::rmp::PAGE;
+use crate::vm::ApCreation;
+use crate::vm::VmModel;
+use snp::ghcb::exit::Malformed;
+use snp::ghcb::exit::guest_request;
+use snp::ghcb::exit::info1;
+use snp::ghcb::msr;
+use snp::ghcb::msr::PageOperation;
+use snp::ghcb::msr::Request;
+use snp::ghcb::msr::Response;
+use snp::ghcb::page;
+use snp::ghcb::page::Field;
+use snp::ghcb::psc;
+use snp::pages::cpuid_entry::CpuidEntry;
 
 /// Bit 4 of a range's attributes: make it private (`KVM_MAP_GPA_RANGE_ENCRYPTED`).
 pub const MAP_GPA_ENCRYPTED: u64 = 1 << 4;
@@ -64,7 +64,7 @@ pub enum Outcome {
     Resume,
     /// `KVM_EXIT_HYPERCALL`; answer with [`Reply::MapGpaRange`].
     MapGpaRange(MapGpaRange),
-    /// `KVM_EXIT_SYSTEM_EVENT`, type `SEV_TERM`: the guest ends itself. See [`crate::ghcb::term::SevTerm`].
+    /// `KVM_EXIT_SYSTEM_EVENT`, type `SEV_TERM`: the guest ends itself. See [`snp::ghcb::term::SevTerm`].
     Terminate {
         /// The event's data word.
         data0: u64,

@@ -3,14 +3,14 @@
 //! injected faults make of them. One test per rule.
 
 use super::*;
-use crate::model::commands::FinishArgs;
-use crate::model::commands::Start;
-use crate::model::commands::Update;
-use crate::model::faults::Trigger;
-use crate::model::firmware::message;
-use crate::model::firmware::message::Message;
-use crate::model::vm::ApAction;
-use crate::vmsa::VmsaState;
+use crate::commands::FinishArgs;
+use crate::commands::Start;
+use crate::commands::Update;
+use crate::faults::Trigger;
+use crate::firmware::message;
+use crate::firmware::message::Message;
+use crate::vm::ApAction;
+use snp::vmsa::VmsaState;
 
 // --- AP creation
 
@@ -395,7 +395,7 @@ fn injected_faults_show_as_the_guest_would_see_them() {
     assert_eq!(s.msr(0x80).1, 0x81);
     assert_eq!(s.msr(0x9012).1, 0x8013);
     assert_eq!(s.msr(0x0020_0000_0020_0014), (Outcome::Resume, 1 << 63 | 0x15));
-    let done = crate::model::rmp::InstructionResult::Done { eax: 0, carry: true };
+    let done = crate::rmp::InstructionResult::Done { eax: 0, carry: true };
     assert_eq!(s.vm.pvalidate(0x3000, true, 0, 1), done);
     assert_eq!(ap_create(&mut s, 1, 1, VMSA, 1), Outcome::Resume);
 }

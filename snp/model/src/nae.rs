@@ -4,11 +4,11 @@
 //! Stands for `sev_es_sync_from_ghcb` and `sev_es_validate_vmgexit` of Linux 6.12 (`sev_es_are_required_ghcb_fields_valid` of
 //! 7.3), and for the operand checks of the handlers behind them. Pure: the page is a copy, and every byte of it is hostile.
 
-use crate::ghcb::exit;
-use crate::ghcb::exit::Malformed;
-use crate::ghcb::exit::svm;
-use crate::ghcb::page;
-use crate::ghcb::page::Field;
+use snp::ghcb::exit;
+use snp::ghcb::exit::Malformed;
+use snp::ghcb::exit::svm;
+use snp::ghcb::page;
+use snp::ghcb::page::Field;
 
 /// Registers that go both ways through the GHCB. Those that the guest did not mark valid read as zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

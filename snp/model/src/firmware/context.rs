@@ -9,17 +9,17 @@ use rand_core::CryptoRngCore;
 use sha2::Digest as _;
 use sha2::Sha384;
 
-use crate::digest::LaunchDigest;
-use crate::digest::VMSA_GPA;
-use crate::model::faults::Faults;
-use crate::model::firmware::FIRMWARE_VERSION;
-use crate::model::firmware::Platform;
-use crate::model::firmware::cpuid_page;
-use crate::model::firmware::message;
-use crate::model::firmware::message::Message;
-use crate::model::firmware::requests;
-use crate::firmware_status::FwStatus;
-use crate::plan::PageType;
+use crate::faults::Faults;
+use crate::firmware::FIRMWARE_VERSION;
+use crate::firmware::Platform;
+use crate::firmware::cpuid_page;
+use crate::firmware::message;
+use crate::firmware::message::Message;
+use crate::firmware::requests;
+use snp::digest::LaunchDigest;
+use snp::digest::VMSA_GPA;
+use snp::firmware_status::FwStatus;
+use snp::plan::PageType;
 
 /// Highest bit that a policy may have: 25, `PAGE_SWAP_DISABLE`.
 const POLICY_KNOWN: u64 = (1 << 26) - 1;

@@ -8,7 +8,7 @@
 
 use std::io::Read;
 
-use super::kernel::BzImage;
+use snp::image::kernel::BzImage;
 
 /// Largest decompressed kernel in bytes. Debian's are about 60 MiB.
 pub const MAX_DECOMPRESSED: u64 = 512 << 20;

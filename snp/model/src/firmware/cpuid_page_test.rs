@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::attest::tcb::Product;
+use snp::attest::tcb::Product;
 
 fn page(entries: &[Entry]) -> [u8; PAGE] {
     let mut page = [0; PAGE];

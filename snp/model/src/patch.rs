@@ -10,19 +10,22 @@
 //! decompressor's last instructions, at which the kernel proper lies in memory and can be patched. None of this is
 //! measured; the launch digest is that of the original bytes.
 
+pub mod decompress;
+
 use std::io;
 use std::ops::Range;
 
 use elf::ElfBytes;
 use elf::abi;
 use elf::endian::AnyEndian;
+use snp::image::kernel::BzImage;
+use snp::image::kernel::ENTRY_64;
+use snp::image::kernel::ElfKernel;
+use snp::image::kernel::Kernel;
+use snp::image::kernel::KernelError;
+use snp::stage0::BUILT;
 
-use super::decompress;
-use super::decompress::DecompressError;
-use super::kernel::BzImage;
-use super::kernel::ElfKernel;
-use super::kernel::Kernel;
-use super::kernel::KernelError;
+use decompress::DecompressError;
 
 /// Most instructions of a kernel: Linux has about a hundred.
 const SITES_MAX: usize = 65_536;
@@ -255,6 +258,17 @@ impl ShimSites {
     }
 }
 
+/// Where this build's stage0 is to be patched.
+pub fn shim_sites() -> ShimSites {
+    let site = |(gpa, kind): &(u64, u32)| Site {
+        offset: *gpa,
+        opcode: if *kind == 0 { Opcode::Vmgexit } else { Opcode::Pvalidate },
+    };
+    let mut sites: Vec<Site> = BUILT.sites.iter().map(site).collect();
+    sites.sort_by_key(|site| site.offset);
+    ShimSites { sites: SiteList { sites, entry_offset: BUILT.entry }, handover: BUILT.hook }
+}
+
 /// What the emulated platform has to know about a kernel, beside its pages. Never measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Annotations {
@@ -377,7 +391,7 @@ pub fn annotate_code<'a>(code: impl IntoIterator<Item = (u64, &'a [u8])>) -> Ann
 fn decompressor(image: &BzImage) -> Result<Decompressor, SiteError> {
     let body = image.body();
     let payload = image.payload.start - image.body.start..image.payload.end - image.body.start;
-    let mut sites = SiteList { sites: Vec::new(), entry_offset: super::kernel::ENTRY_64 };
+    let mut sites = SiteList { sites: Vec::new(), entry_offset: ENTRY_64 };
     let mut hooks = Vec::new();
     for part in [0..payload.start, payload.end..body.len()] {
         let code = &body[part.clone()];

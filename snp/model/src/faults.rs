@@ -6,7 +6,7 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-use crate::model::commands::CommandFault;
+use crate::commands::CommandFault;
 
 /// When a fault happens: not at the first `skip` occasions, then `times` times.
 #[derive(Debug, Default)]

@@ -10,23 +10,23 @@ use std::fmt;
 
 use rand_core::CryptoRngCore;
 
-use crate::digest::LaunchDigest;
-use crate::model::errno::Errno;
-use crate::model::faults::Trigger;
-use crate::model::firmware::context::Finish;
-use crate::model::firmware::context::GuestContext;
-use crate::model::firmware::context::Page;
-use crate::model::firmware::id_block;
-use crate::firmware_status::FwStatus;
-use crate::model::memory::GuestMemory;
-use crate::model::memory::View;
-use crate::model::rmp::AttributeChange;
-use crate::model::rmp::PAGE;
-use crate::model::vm::GHCB_VERSION_MAX;
-use crate::model::vm::VmModel;
-use crate::plan::PageType;
-use crate::policy::GuestPolicy;
-use crate::vmsa::VmsaState;
+use crate::errno::Errno;
+use crate::faults::Trigger;
+use crate::firmware::context::Finish;
+use crate::firmware::context::GuestContext;
+use crate::firmware::context::Page;
+use crate::firmware::id_block;
+use crate::memory::GuestMemory;
+use crate::memory::View;
+use crate::rmp::AttributeChange;
+use crate::rmp::PAGE;
+use crate::vm::GHCB_VERSION_MAX;
+use crate::vm::VmModel;
+use snp::digest::LaunchDigest;
+use snp::firmware_status::FwStatus;
+use snp::plan::PageType;
+use snp::policy::GuestPolicy;
+use snp::vmsa::VmsaState;
 
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE`.
 pub const ATTRIBUTE_PRIVATE: u64 = 1 << 3;

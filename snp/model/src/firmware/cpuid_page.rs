@@ -11,8 +11,8 @@
 
 mod rules;
 
-use crate::model::cpuid::CpuidRegisters;
-use crate::model::firmware::product::Processor;
+use crate::cpuid::CpuidRegisters;
+use crate::firmware::product::Processor;
 
 /// Most entries that fit.
 pub const MAX_ENTRIES: usize = 64;
