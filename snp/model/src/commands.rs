@@ -11,11 +11,13 @@ use std::fmt;
 use rand_core::CryptoRngCore;
 
 use crate::errno::Errno;
-use crate::faults::Trigger;
+use crate::faults::Injection;
+use crate::faults::Step;
 use crate::firmware::context::Finish;
 use crate::firmware::context::GuestContext;
 use crate::firmware::context::Page;
 use crate::firmware::id_block;
+use crate::launch::Launch;
 use crate::memory::GuestMemory;
 use crate::memory::View;
 use crate::rmp::AttributeChange;
@@ -70,45 +72,6 @@ impl fmt::Debug for CommandError {
     }
 }
 
-/// A step of a launch at which a fault can be injected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// `KVM_SEV_INIT2`.
-    Init2,
-    /// `KVM_CREATE_VCPU`.
-    CreateVcpu,
-    /// `KVM_SET_MEMORY_ATTRIBUTES`.
-    SetAttributes,
-    /// `KVM_SEV_SNP_LAUNCH_START`.
-    Start,
-    /// One page of `KVM_SEV_SNP_LAUNCH_UPDATE`; each page is an occasion.
-    UpdatePage,
-    /// `KVM_SEV_SNP_LAUNCH_FINISH`.
-    Finish,
-}
-
-/// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Injection {
-    /// KVM refuses with this errno. At a page that is not the first of its call: partial progress.
-    Errno(Errno),
-    /// The firmware refuses.
-    Firmware(FwStatus),
-    /// KVM stops before the page, as for a pending signal: partial progress, or -EIO without a status.
-    Stop,
-}
-
-/// A fault of a launch.
-#[derive(Debug)]
-pub struct CommandFault {
-    /// Where.
-    pub step: Step,
-    /// At which occasions.
-    pub trigger: Trigger,
-    /// What.
-    pub injection: Injection,
-}
-
 /// `kvm_sev_init`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "names are those of the kernel's struct")]
@@ -157,20 +120,6 @@ pub enum RunRefusal {
     Errno(Errno),
     /// The processor refuses the state, as its VMSA is not there yet: `KVM_EXIT_FAIL_ENTRY`.
     FailEntry,
-}
-
-/// How far the launch of a guest is.
-#[derive(Debug, Default)]
-pub(crate) enum Launch {
-    /// The VM exists.
-    #[default]
-    Created,
-    /// After INIT2: an SNP guest by KVM's `sev_snp_guest`.
-    Initialised,
-    /// After START. `sealed` after a FINISH that failed: its VMSAs are with the firmware already.
-    Launching { context: Box<GuestContext>, sealed: bool },
-    /// After FINISH.
-    Running(Box<GuestContext>),
 }
 
 impl VmModel {

@@ -7,7 +7,9 @@ use proptest::prelude::*;
 use rand_core::OsRng;
 
 use super::*;
+use crate::faults::CommandFault;
 use crate::faults::Faults;
+use crate::faults::Trigger;
 use crate::firmware::message;
 use crate::firmware::message::Message;
 use crate::firmware::testing::platform;

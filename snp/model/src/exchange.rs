@@ -6,8 +6,8 @@
 
 use crate::memory::GuestMemory;
 use crate::memory::View;
+use crate::outcome::Outcome;
 use crate::rmp::Finding;
-use crate::vcpu::Outcome;
 use crate::vm::VmModel;
 use snp::ghcb::exit;
 use snp::ghcb::exit::Malformed;

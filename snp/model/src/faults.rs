@@ -6,7 +6,9 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-use crate::commands::CommandFault;
+use snp::firmware_status::FwStatus;
+
+use crate::errno::Errno;
 
 /// When a fault happens: not at the first `skip` occasions, then `times` times.
 #[derive(Debug, Default)]
@@ -40,6 +42,45 @@ impl Trigger {
         let n = self.seen.fetch_add(1, Relaxed);
         n >= self.skip && n - self.skip < self.times
     }
+}
+
+/// A step of a launch at which a fault can be injected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// `KVM_SEV_INIT2`.
+    Init2,
+    /// `KVM_CREATE_VCPU`.
+    CreateVcpu,
+    /// `KVM_SET_MEMORY_ATTRIBUTES`.
+    SetAttributes,
+    /// `KVM_SEV_SNP_LAUNCH_START`.
+    Start,
+    /// One page of `KVM_SEV_SNP_LAUNCH_UPDATE`; each page is an occasion.
+    UpdatePage,
+    /// `KVM_SEV_SNP_LAUNCH_FINISH`.
+    Finish,
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Injection {
+    /// KVM refuses with this errno. At a page that is not the first of its call: partial progress.
+    Errno(Errno),
+    /// The firmware refuses.
+    Firmware(FwStatus),
+    /// KVM stops before the page, as for a pending signal: partial progress, or -EIO without a status.
+    Stop,
+}
+
+/// A fault of a launch.
+#[derive(Debug)]
+pub struct CommandFault {
+    /// Where.
+    pub step: Step,
+    /// At which occasions.
+    pub trigger: Trigger,
+    /// What.
+    pub injection: Injection,
 }
 
 /// All faults that can be asked for.

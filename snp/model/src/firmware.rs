@@ -7,6 +7,7 @@
 pub mod context;
 pub mod cpuid_page;
 pub mod id_block;
+pub mod identity;
 pub mod message;
 pub mod product;
 pub mod requests;

@@ -7,10 +7,10 @@
 //! them again for each range.
 
 use crate::exchange::Guest;
+use crate::outcome::MAP_GPA_ENCRYPTED;
+use crate::outcome::MAP_GPA_SIZE_2M;
+use crate::outcome::MapGpaRange;
 use crate::rmp::PAGE;
-use crate::vcpu::MAP_GPA_ENCRYPTED;
-use crate::vcpu::MAP_GPA_SIZE_2M;
-use crate::vcpu::MapGpaRange;
 use snp::ghcb::msr::PageOperation;
 use snp::ghcb::page;
 use snp::ghcb::psc;

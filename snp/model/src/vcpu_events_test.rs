@@ -10,6 +10,7 @@ use crate::faults::Trigger;
 use crate::firmware::message;
 use crate::firmware::message::Message;
 use crate::vm::ApAction;
+use crate::vm::ApCreation;
 use snp::vmsa::VmsaState;
 
 // --- AP creation

@@ -10,6 +10,7 @@ use crate::faults::Faults;
 use crate::firmware::testing::platform;
 use crate::memory::View;
 use crate::memory::testing::TestMemory;
+use crate::outcome::MAP_GPA_SIZE_2M;
 use crate::rmp::Finding;
 use crate::rmp::TwoMib;
 use crate::vm::VmConfig;

@@ -15,9 +15,9 @@ use std::sync::atomic::AtomicU16;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-use crate::commands::Launch;
 use crate::faults::Faults;
 use crate::firmware::Platform;
+use crate::launch::Launch;
 use crate::memory::GuestMemory;
 use crate::memory::View;
 use crate::rmp::FAIL_PERMISSION;

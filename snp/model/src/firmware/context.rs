@@ -9,13 +9,10 @@ use rand_core::CryptoRngCore;
 use sha2::Digest as _;
 use sha2::Sha384;
 
-use crate::faults::Faults;
 use crate::firmware::FIRMWARE_VERSION;
 use crate::firmware::Platform;
 use crate::firmware::cpuid_page;
-use crate::firmware::message;
-use crate::firmware::message::Message;
-use crate::firmware::requests;
+use crate::firmware::identity::Identity;
 use snp::digest::LaunchDigest;
 use snp::digest::VMSA_GPA;
 use snp::firmware_status::FwStatus;
@@ -50,21 +47,6 @@ enum State {
     Running,
 }
 
-/// Who stands behind a guest, from its ID block; all zero without one.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Identity {
-    /// Family, chosen by the guest's owner.
-    pub family_id: [u8; 16],
-    /// Image, chosen by the guest's owner.
-    pub image_id: [u8; 16],
-    /// Security version number, chosen by the guest's owner.
-    pub guest_svn: u32,
-    /// SHA-384 of the ID key; `None` without an ID block.
-    pub id_key_digest: Option<[u8; 48]>,
-    /// SHA-384 of the author key; `None` without one.
-    pub author_key_digest: Option<[u8; 48]>,
-}
-
 /// Operands of `SNP_LAUNCH_FINISH`.
 #[derive(Clone, Debug, Default)]
 pub struct Finish {
@@ -82,8 +64,8 @@ pub struct GuestContext {
     pub(crate) policy: u64,
     gosvw: [u8; 16],
     pub(crate) digest: LaunchDigest,
-    vmpcks: [[u8; 32]; 4],
-    sequence: [u64; 4],
+    pub(super) vmpcks: [[u8; 32]; 4],
+    pub(super) sequence: [u64; 4],
     pub(crate) vmrk: [u8; 32],
     pub(crate) report_id: [u8; 32],
     pub(crate) host_data: [u8; 32],
@@ -204,55 +186,7 @@ impl GuestContext {
         self.state = State::Running;
         Ok(())
     }
-
-    /// `SNP_GUEST_REQUEST`: opens the message in `page`, and answers it. Only an answered message uses up its sequence
-    /// number.
-    pub fn request(
-        &mut self,
-        platform: &Platform,
-        page: &Page,
-        faults: &Faults,
-    ) -> Result<Box<Page>, FwStatus> {
-        if self.state != State::Running {
-            return Err(FwStatus::INVALID_GUEST_STATE);
-        }
-        let header = message::header(page)?;
-        let vmpck = usize::from(header.vmpck);
-        let (Some(key), Some(last)) = (self.vmpcks.get(vmpck), self.sequence.get_mut(vmpck)) else {
-            return Err(FwStatus::INVALID_PARAM);
-        };
-        // The request takes the next number and the response the one after it.
-        let after = last.checked_add(2).ok_or(FwStatus::AEAD_OFLOW)?;
-        let request = message::open(page, header, key)?;
-        if request.sequence != *last + 1 {
-            return Err(FwStatus::INVALID_PARAM);
-        }
-        let key = *key;
-        let answer: fn(&GuestContext, &Platform, u8, &[u8]) -> Vec<u8> =
-            match (request.message_type, request.version) {
-                (TYPE_KEY_REQUEST, 1) => requests::derived_key,
-                (TYPE_REPORT_REQUEST, 1) => requests::report,
-                _ => return Err(FwStatus::INVALID_PARAM),
-            };
-        *last = after;
-        let response = Message {
-            sequence: if faults.guest_request_bad_sequence.fire() { after + 2 } else { after },
-            message_type: request.message_type + 1,
-            version: request.version,
-            vmpck: request.vmpck,
-            payload: answer(self, platform, request.vmpck, &request.payload),
-        };
-        let mut page = message::seal(&response, &key)?;
-        if faults.guest_request_bad_tag.fire() {
-            page[0] ^= 1;
-        }
-        Ok(page)
-    }
 }
-
-/// Message types.
-const TYPE_KEY_REQUEST: u8 = 3;
-const TYPE_REPORT_REQUEST: u8 = 5;
 
 /// Section 8.17.2, `PAGE_INFO`: written apart from [`LaunchDigest::extend`], so that predicted and launched digests come
 /// from two pieces of code.

@@ -9,7 +9,9 @@ use sev::parser::ByteParser as _;
 
 use super::*;
 use crate::chain::verify_report_against_chain;
+use crate::faults::Faults;
 use crate::faults::Trigger;
+use crate::firmware::message::Message;
 use crate::firmware::testing::platform;
 use snp::attest::report::Report;
 use snp::digest::launch_digest;

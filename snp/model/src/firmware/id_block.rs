@@ -12,7 +12,7 @@ use p384::ecdsa::signature::Verifier as _;
 use sha2::Digest as _;
 use sha2::Sha384;
 
-use crate::firmware::context::Identity;
+use crate::firmware::identity::Identity;
 use snp::digest::LaunchDigest;
 use snp::firmware_status::FwStatus;
 

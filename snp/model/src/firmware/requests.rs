@@ -7,11 +7,15 @@
 use sha2::Digest as _;
 use sha2::Sha384;
 
+use crate::faults::Faults;
 use crate::firmware::FIRMWARE_VERSION;
 use crate::firmware::PLATFORM_INFO;
 use crate::firmware::Platform;
 use crate::firmware::REPORT_CPUID;
 use crate::firmware::context::GuestContext;
+use crate::firmware::context::Page;
+use crate::firmware::message;
+use crate::firmware::message::Message;
 use snp::attest::report::ReportBuilder;
 use snp::attest::report::field;
 use snp::firmware_status::FwStatus;
@@ -20,6 +24,56 @@ use snp::firmware_status::FwStatus;
 const REPORT_VERSION: u32 = 3;
 /// No migration agent.
 const NO_AGENT: [u8; 32] = [0xff; 32];
+
+/// Message types.
+const TYPE_KEY_REQUEST: u8 = 3;
+const TYPE_REPORT_REQUEST: u8 = 5;
+
+impl GuestContext {
+    /// `SNP_GUEST_REQUEST`: opens the message in `page`, and answers it. Only an answered message uses up its sequence
+    /// number.
+    pub fn request(
+        &mut self,
+        platform: &Platform,
+        page: &Page,
+        faults: &Faults,
+    ) -> Result<Box<Page>, FwStatus> {
+        if !self.is_running() {
+            return Err(FwStatus::INVALID_GUEST_STATE);
+        }
+        let header = message::header(page)?;
+        let vmpck = usize::from(header.vmpck);
+        let (Some(key), Some(last)) = (self.vmpcks.get(vmpck), self.sequence.get_mut(vmpck)) else {
+            return Err(FwStatus::INVALID_PARAM);
+        };
+        // The request takes the next number and the response the one after it.
+        let after = last.checked_add(2).ok_or(FwStatus::AEAD_OFLOW)?;
+        let request = message::open(page, header, key)?;
+        if request.sequence != *last + 1 {
+            return Err(FwStatus::INVALID_PARAM);
+        }
+        let key = *key;
+        let answer: fn(&GuestContext, &Platform, u8, &[u8]) -> Vec<u8> =
+            match (request.message_type, request.version) {
+                (TYPE_KEY_REQUEST, 1) => derived_key,
+                (TYPE_REPORT_REQUEST, 1) => report,
+                _ => return Err(FwStatus::INVALID_PARAM),
+            };
+        *last = after;
+        let response = Message {
+            sequence: if faults.guest_request_bad_sequence.fire() { after + 2 } else { after },
+            message_type: request.message_type + 1,
+            version: request.version,
+            vmpck: request.vmpck,
+            payload: answer(self, platform, request.vmpck, &request.payload),
+        };
+        let mut page = message::seal(&response, &key)?;
+        if faults.guest_request_bad_tag.fire() {
+            page[0] ^= 1;
+        }
+        Ok(page)
+    }
+}
 
 /// Bytes of a field of a request; requests are checked for their length first.
 fn u32_at(payload: &[u8], at: usize) -> u32 {

@@ -36,14 +36,14 @@ use snp_model::commands::RunRefusal;
 use snp_model::memory::GuestMemory;
 use snp_model::memory::View;
 use snp_model::nae::Direction;
+use snp_model::outcome::MapGpaRange;
+use snp_model::outcome::Outcome;
+use snp_model::outcome::Reply;
 use snp_model::patch::Opcode;
 use snp_model::rmp::InstructionResult;
 use snp_model::rmp::PAGE;
 use snp_model::rmp::PAGES_2M;
 use snp_model::rmp::SUCCESS;
-use snp_model::vcpu::MapGpaRange;
-use snp_model::vcpu::Outcome;
-use snp_model::vcpu::Reply;
 use snp_model::vcpu::VcpuModel;
 
 use super::registers::Recorded;
