@@ -5,6 +5,8 @@ mod apt;
 mod bench;
 mod build;
 mod demo;
+#[cfg(test)]
+mod documents;
 mod guest;
 mod hardware_kit;
 mod hardware_test;
