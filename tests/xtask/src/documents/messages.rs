@@ -66,7 +66,7 @@ fn unknown(pages: &Pages, sources: &str) -> Vec<String> {
 #[test]
 fn quoted_messages_exist() {
     let mut text = String::new();
-    for folder in ["snp/src", "vmm/src", "vtpm-svc/src"] {
+    for folder in ["snp/src", "snp/model/src", "vmm/src", "vtpm-svc/src"] {
         sources(&root().join(folder), &mut text);
     }
     none(&unknown(&pages(), &text));
