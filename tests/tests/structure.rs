@@ -253,7 +253,7 @@ fn circles_are_found() {
     assert_eq!(paths("use crate::a::B;", &own, &children), [path("a::B")]);
     assert_eq!(paths("    let x = super::z::f(u8::MAX);", &own, &children), [path("x::z::f")]);
     assert_eq!(paths("pub use child::Name;", &own, &children), [path("x::y::child::Name")]);
-    assert_eq!(paths("use std::fmt;", &own, &children), [[String::new(); 0]; 0]);
+    assert!(paths("use std::fmt;", &own, &children).is_empty());
     assert_eq!(product_lines("a // b\n#[cfg(test)]\nmod tests {\nuse crate::c;"), ["a ", "#[cfg(test)]"]);
 }
 

@@ -146,8 +146,7 @@ fn simple_commands(script: &str) -> Vec<(usize, Vec<String>)> {
     let mut quote = None;
     let mut here: Option<String> = None;
     let mut here_wanted: Option<String> = None;
-    let mut lines = script.lines().enumerate();
-    while let Some((index, line)) = lines.next() {
+    for (index, line) in script.lines().enumerate() {
         if let Some(end) = &here {
             if line == end {
                 here = None;
