@@ -75,8 +75,11 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_millis(300);
 
+    /// What the service was asked for.
+    type Asked = Arc<Mutex<Vec<(u32, u32)>>>;
+
     /// A service that keeps a request (pending, argument) and takes `delay` to answer; its words are those of the control protocol.
-    fn service(delay: Duration) -> (Client, Arc<Mutex<Vec<(u32, u32)>>>) {
+    fn service(delay: Duration) -> (Client, Asked) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let stored = Arc::new(Mutex::new(vec![(0, 0)]));
         let its = Arc::clone(&stored);
