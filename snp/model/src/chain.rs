@@ -48,6 +48,7 @@ use x509_cert::spki::EncodePublicKey as _;
 use x509_cert::spki::SubjectPublicKeyInfoOwned;
 use x509_cert::time::Time;
 use x509_cert::time::Validity;
+use zeroize::Zeroizing;
 
 use snp::attest::report::Report;
 use snp::attest::report::SIG_ALGO_ECDSA_P384_SHA384;
@@ -222,8 +223,8 @@ impl Chain {
     }
 
     /// Secret from which keys for guests are derived.
-    pub(crate) fn root_secret(&self) -> [u8; 48] {
-        self.vcek.to_bytes().into()
+    pub(crate) fn root_secret(&self) -> Zeroizing<[u8; 48]> {
+        Zeroizing::new(self.vcek.to_bytes().into())
     }
 
     /// The chain as PEM, to be stored where only the platform's owner can read it: three certificates, then the VCEK's

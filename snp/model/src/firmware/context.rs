@@ -8,6 +8,7 @@
 use rand_core::CryptoRngCore;
 use sha2::Digest as _;
 use sha2::Sha384;
+use zeroize::Zeroizing;
 
 use crate::firmware::FIRMWARE_VERSION;
 use crate::firmware::Platform;
@@ -64,9 +65,9 @@ pub struct GuestContext {
     pub(crate) policy: u64,
     gosvw: [u8; 16],
     pub(crate) digest: LaunchDigest,
-    pub(super) vmpcks: [[u8; 32]; 4],
+    pub(super) vmpcks: Zeroizing<[[u8; 32]; 4]>,
     pub(super) sequence: [u64; 4],
-    pub(crate) vmrk: [u8; 32],
+    pub(crate) vmrk: Zeroizing<[u8; 32]>,
     pub(crate) report_id: [u8; 32],
     pub(crate) host_data: [u8; 32],
     pub(crate) vcek_disabled: bool,
@@ -102,16 +103,16 @@ impl GuestContext {
             policy,
             gosvw,
             digest: LaunchDigest::START,
-            vmpcks: [[0; 32]; 4],
+            vmpcks: Zeroizing::default(),
             sequence: [0; 4],
-            vmrk: [0; 32],
+            vmrk: Zeroizing::default(),
             report_id: [0; 32],
             host_data: [0; 32],
             vcek_disabled: false,
             identity: Identity::default(),
         };
         context.vmpcks.iter_mut().for_each(|key| rng.fill_bytes(key));
-        rng.fill_bytes(&mut context.vmrk);
+        rng.fill_bytes(context.vmrk.as_mut_slice());
         rng.fill_bytes(&mut context.report_id);
         Ok(context)
     }

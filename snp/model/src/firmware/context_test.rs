@@ -383,3 +383,15 @@ proptest! {
         prop_assert_eq!(response.sequence, 2);
     }
 }
+
+/// The type says it: what is given up is overwritten. (This does not build for plain arrays.)
+#[test]
+fn keys_are_wiped_when_they_are_given_up() {
+    fn wiped(_: &impl zeroize::ZeroizeOnDrop) {}
+    let platform = platform();
+    wiped(&platform.chain.root_secret());
+    let context = GuestContext::start(0x3_0000, [0; 16], &mut OsRng).unwrap();
+    wiped(&context.vmpcks);
+    wiped(&context.vmrk);
+    assert_ne!(*context.vmrk, [0; 32]);
+}

@@ -165,9 +165,9 @@ pub(crate) fn derived_key(guest: &GuestContext, platform: &Platform, vmpck: u8, 
     let id = &guest.identity;
     let mut hash = Sha384::new_with_prefix(b"cvmm emulated platform: derived key");
     if select & 1 == 0 {
-        hash.update(platform.chain.root_secret());
+        hash.update(platform.chain.root_secret().as_slice());
     } else {
-        hash.update(guest.vmrk);
+        hash.update(guest.vmrk.as_slice());
     }
     hash.update([(select & 1) as u8]);
     hash.update(fields.to_le_bytes());
