@@ -63,6 +63,31 @@ fn unknown(pages: &Pages, sources: &str) -> Vec<String> {
     problems
 }
 
+/// Names of rules in the reference that no rule has.
+fn unknown_rules(pages: &Pages, sources: &str) -> Vec<String> {
+    let name = Path::new("docs/reference.md");
+    let Some(page) = pages.get(name) else { return vec!["no reference".into()] };
+    let section = |heading: &&super::page::Heading| heading.anchor == "rules-of-a-verdict";
+    let from = page.headings.iter().find(section).map_or(usize::MAX, |heading| heading.line);
+    let to = page.headings.iter().map(|heading| heading.line).find(|line| *line > from).unwrap_or(usize::MAX);
+    let rows = page.rows.iter().filter(|(line, _)| (from..to).contains(line));
+    let rules = rows.flat_map(|(line, cells)| cells.first().into_iter().map(move |cell| (line, cell)));
+    let rules =
+        rules.flat_map(|(line, cell)| cell.split('`').skip(1).step_by(2).map(move |rule| (line, rule)));
+    let missing = rules.filter(|(_, rule)| !sources.contains(&format!("\"{rule}\"")));
+    missing.map(|(line, rule)| problem(name, *line, format!("no rule {rule}"))).collect()
+}
+
+#[test]
+fn rules_of_the_reference_exist() {
+    let mut text = String::new();
+    sources(&root().join("snp/src/attest"), &mut text);
+    none(&unknown_rules(&pages(), &text));
+    let page =
+        one("docs/reference.md", "# Rules of a verdict\n| `nonce`, `nonsense` | x |\n# Next\n| `y` | z |\n");
+    assert_eq!(unknown_rules(&page, &text).len(), 1);
+}
+
 #[test]
 fn quoted_messages_exist() {
     let mut text = String::new();
