@@ -233,30 +233,42 @@ fn every_power_loss_during_a_rekey_leaves_one_key_that_opens_everything() {
     replay(start, &trace.lock().expect("trace"), 1, &[8, 7]);
 }
 
-/// Killed between the two headers of a rekey: the new key works, the old one still has a header, and the next opener
-/// says so until a commit has replaced that header.
+/// Killed between the two headers of a rekey, by this program or by one that has no mark for it: the new key works, the old one
+/// still has a header, which every look says, and the next opener ends it, contents of before included.
 #[test]
-fn an_interrupted_rekey_is_noticed_and_ended_by_the_next_commit() {
+fn an_interrupted_rekey_is_noticed_and_ended_by_the_next_opener() {
     let (mut v, trace, mut image) = recorded();
     v.rekey(key(8), 0).expect("rekey");
+    let mut slot = 0;
     for op in trace.lock().expect("trace").iter() {
         let Op::Write(at, data) = op else { continue };
         image[*at as usize..*at as usize + data.len()].copy_from_slice(data);
         if *at < 1024 {
+            slot = *at as usize / 512;
             break;
         }
     }
+    assert_eq!(image[slot * 512 + 35], 0x80, "the mark");
+    let mut unmarked = image.clone();
+    unmarked[slot * 512 + 35] = 0;
+    super::hostile_test::seal_header(&mut unmarked, slot);
     let accept = Accept { rollback: true, ..Accept::default() };
     let open = |image: &[u8]| Vmgs::open(MemFile(image.to_vec()), Some(key(8)), None, accept);
-    let mut v = open(&image).expect("the new key opens it");
-    assert!(v.findings().contains(&Finding::OldKeyInSlot), "{:?}", v.findings());
-    v.commit(&[]).expect("commit");
-    let image = v.close().expect("close").0;
-    assert!(!open(&image).expect("again").findings().contains(&Finding::OldKeyInSlot));
-    for newest_damaged in [0, 512] {
-        let mut image = image.clone();
-        image[newest_damaged + 40] ^= 1;
-        assert!(counter(&image, &[7]).is_err(), "the old key opens neither header");
+    for image in [image, unmarked] {
+        let mut v = open(&image).expect("the new key opens it");
+        assert!(v.findings().contains(&Finding::OldKeyInSlot), "{:?}", v.findings());
+        v.release().expect("release");
+        let opened = v.close().expect("close").0;
+        super::layouts_test::assert_unused_is_zero(&opened, "opened");
+        let mut v = open(&opened).expect("again");
+        assert!(!v.findings().iter().any(Finding::is_cut_short), "{:?}", v.findings());
+        v.commit(&[]).expect("commit");
+        let written = v.close().expect("close").0;
+        for newest_damaged in [0, 512] {
+            let mut image = written.clone();
+            image[newest_damaged + 40] ^= 1;
+            assert!(counter(&image, &[7]).is_err(), "the old key opens neither header");
+        }
     }
 }
 

@@ -450,3 +450,45 @@ fn a_sequence_that_wraps_is_no_new_image() {
         }
     }
 }
+
+/// An image that is so full that three generations have no room in it, and that anyone can read: the repair that its
+/// refusal names ends, however often it was cut short before.
+#[test]
+fn a_repair_that_was_cut_short_is_ended_by_the_same_repair_in_an_image_that_is_nearly_half_full() {
+    let (mut ended, mut cut_again) = (0, 0);
+    for left in 0.. {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut before = used(&dir, Some(key(7)), 340 << 10);
+        let slot = newest(&before);
+        seal_with_zero_key(&mut before, slot, &[7; 32]);
+        let disk = Disk::new(before, left);
+        let anchors = folder(&dir);
+        let mut v = Vmgs::open(disk.clone(), Some(key(7)), Some(&anchors), REPAIR).expect("open");
+        let done = v.rekey(key(8), FLAG_DISCLOSED).is_ok();
+        drop(v);
+        if done {
+            break;
+        }
+        let image = disk.written();
+        if !super::image::key_opens(&MemFile(image.clone()), &key(8)).expect("layout") {
+            continue;
+        }
+        for again in [1, 2, 3, 5, usize::MAX] {
+            let disk = Disk::new(image.clone(), again);
+            let Ok(mut v) = Vmgs::open(disk.clone(), Some(key(8)), Some(&anchors), REPAIR) else { continue };
+            cut_again += usize::from(v.rekey(key(8), FLAG_DISCLOSED).is_err());
+            drop(v);
+            let image = disk.written();
+            let mut v = Vmgs::open(MemFile(image), Some(key(8)), Some(&anchors), REPAIR).expect("open");
+            match v.rekey(key(8), FLAG_DISCLOSED) {
+                // All was done and nobody had said so.
+                Err(VmgsError::SameKey) => assert_eq!(v.findings(), [], "{left}, {again}"),
+                result => _ = result.unwrap_or_else(|e| panic!("{left}, {again}: {e}; {:?}", v.findings())),
+            }
+            let image = v.close().expect("close").0;
+            super::layouts_test::assert_unused_is_zero(&image, "repaired again");
+            ended += 1;
+        }
+    }
+    assert!(ended > 10 && cut_again > 4, "{ended}, {cut_again}");
+}

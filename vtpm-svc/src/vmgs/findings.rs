@@ -119,6 +119,11 @@ impl Finding {
         self.needs(accept) != Needs::Nothing && !matches!(self, Self::FooterId { .. })
     }
 
+    /// Whether a rewrite was not finished, so that bytes of before may be in the file.
+    pub fn is_cut_short(&self) -> bool {
+        matches!(self, Self::OldKeyInSlot | Self::ScrubPending)
+    }
+
     /// Kinds of findings that are told as one sentence with a list of files.
     fn listed(&self) -> Option<(FileId, &'static str)> {
         Some(match self {
@@ -150,8 +155,8 @@ impl std::fmt::Display for Finding {
                 f.write_str("opened without an anchor: an older copy cannot be told from the newest")
             }
             Self::OldKeyInSlot => f.write_str(
-                "a change of key was interrupted: the older header still opens with another key, or with none. The \
-                 same `vmgs rekey` again ends that, and proves it",
+                "a change of key was interrupted: the older header still opens with another key, or with none. The next command \
+                 that opens it to write, and the next start of its service, ends that and overwrites what it opens",
             ),
             Self::ScrubPending => f.write_str(
                 "the image was written anew (a change of key, a repair or an adoption) and that was cut short: bytes of before \

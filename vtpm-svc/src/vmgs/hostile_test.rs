@@ -78,7 +78,7 @@ fn put32(image: &mut [u8], at: usize, v: u32) {
 }
 
 /// Recomputes the CRC of a header slot.
-fn seal_header(image: &mut [u8], slot: usize) {
+pub(super) fn seal_header(image: &mut [u8], slot: usize) {
     let at = slot * 512;
     image[at + 12..at + 16].fill(0);
     let crc = crc32fast::hash(&image[at..at + 168]);

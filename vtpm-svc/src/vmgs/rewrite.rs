@@ -5,7 +5,9 @@
 //! One commit writes every file, both tables and the root under new keys, its flags included, so that there is no moment at
 //! which the image is neither as before nor as after. A second header for the same generation takes the older one's
 //! place. Then every byte that this generation does not use is overwritten, and all of it is read back. The headers carry
-//! a mark from the commit until all that is done, so whoever opens an image whose rewrite was cut short finishes it.
+//! a mark from the commit until all that is done, so whoever opens an image whose rewrite was cut short finishes it. So it
+//! does where another writer left the old key in the older header and no mark. An image that is to be written anew once
+//! more, as one that anyone can read, is finished first.
 //!
 //! A passphrase is salted with the container's id, and a change of key may give the container another one. The id of before
 //! stands in the footer from before the commit until the mark is gone, so that at each moment the old passphrase or the new
@@ -49,8 +51,7 @@ impl<F: BlockFile> Vmgs<F> {
         let changes = [Change::Flag(flags)];
         if self.key.as_ref() == Some(&new) {
             // The change to this key was cut short, and is repeated as the refusal or the warning says.
-            let cut_short = |f: &Finding| matches!(f, Finding::OldKeyInSlot | Finding::ScrubPending);
-            if !self.findings().iter().any(cut_short) {
+            if !self.findings().iter().any(Finding::is_cut_short) {
                 return Err(VmgsError::SameKey);
             }
             return self.rewrite(&changes, None);
@@ -66,6 +67,11 @@ impl<F: BlockFile> Vmgs<F> {
     ) -> Result<Mark, VmgsError> {
         if self.payload > MAX_SIZE {
             return Err(VmgsError::TooLargeToRewrite(self.payload));
+        }
+        // Of a rewrite that was cut short the generation before is of no use, and there may be no room for a third one. Only
+        // where the root is lost it may still say whose image this is.
+        if self.cut_short && self.is_rooted() {
+            self.finish_rewrite()?;
         }
         let old_key = self.key.clone().filter(|_| new_key.is_some());
         let old_header = self.header.clone();
@@ -87,7 +93,9 @@ impl<F: BlockFile> Vmgs<F> {
     /// What follows the commit of a rewrite: nothing of an earlier generation stays.
     pub(super) fn finish_rewrite(&mut self) -> Result<(), VmgsError> {
         // The second header names the same tables, so that the slot with the old wrap disappears.
-        let next = self.next_header(self.header.table_block, self.header.keys, self.header.encrypted);
+        let mut next = self.next_header(self.header.table_block, self.header.keys, self.header.encrypted);
+        // Another writer has no mark, and nothing but the slot that goes now tells of what it left.
+        next.markers |= SCRUB_PENDING;
         self.write_header(next)?;
         self.other = Spans::named(&self.header, &self.table);
         self.scrub()
@@ -100,7 +108,9 @@ impl<F: BlockFile> Vmgs<F> {
         }
         let mut next = self.next_header(self.header.table_block, self.header.keys, self.header.encrypted);
         next.markers &= !SCRUB_PENDING;
-        self.write_header(next)
+        self.write_header(next)?;
+        self.cut_short = false;
+        Ok(())
     }
 
     fn write_footer(&mut self, footer: [u8; vhd::FOOTER]) -> Result<(), VmgsError> {

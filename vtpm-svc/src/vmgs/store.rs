@@ -50,6 +50,7 @@ use super::spans::Spans;
 use super::vhd;
 use super::view::RootState;
 use super::view::View;
+use super::zero_key::ZeroKey;
 
 /// Smallest image that `create` makes.
 pub const MIN_SIZE: u64 = 1 << 20;
@@ -120,6 +121,8 @@ pub struct Vmgs<F> {
     fresh: bool,
     /// What was adopted is not the store's own yet: the next commit writes everything anew.
     unsettled: bool,
+    /// A rewrite, of this program or another one, was not finished.
+    pub(super) cut_short: bool,
     /// The file is not where its anchor will look for it yet.
     unplaced: bool,
 }
@@ -192,6 +195,7 @@ impl<F: BlockFile> Vmgs<F> {
             poisoned: false,
             fresh: true,
             unsettled: false,
+            cut_short: false,
             unplaced: false,
         };
         store.commit(&[])?;
@@ -251,6 +255,10 @@ impl<F: BlockFile> Vmgs<F> {
             None => view.findings.push(Finding::NoAnchor),
         }
         let unsettled = view.findings.iter().any(|f| f.unsettles(&accept));
+        // A key that opens nothing, which a table that anyone can read does not need, says nothing of the older header.
+        let anyone = view.findings.contains(&Finding::ZeroKey(ZeroKey::Active));
+        let cut_short = view.layout.header.markers & SCRUB_PENDING != 0
+            || view.findings.iter().any(Finding::is_cut_short) && !anyone;
         let other = view.layout.other_spans();
         let View { layout, extended, root, state, container, findings, .. } = view;
         let mut store = Self {
@@ -275,10 +283,11 @@ impl<F: BlockFile> Vmgs<F> {
             poisoned: false,
             fresh: false,
             unsettled,
+            cut_short,
             unplaced: false,
         };
         // What is not settled is written anew by the next commit, and this with it.
-        if !store.unsettled && store.header.markers & SCRUB_PENDING != 0 && store.payload <= MAX_SIZE {
+        if !store.unsettled && store.cut_short && store.payload <= MAX_SIZE {
             store.finish_rewrite()?;
             store.mark_whole()?;
         }
@@ -301,6 +310,11 @@ impl<F: BlockFile> Vmgs<F> {
     /// Whether something was adopted that the next commit will write anew.
     pub fn is_unsettled(&self) -> bool {
         self.unsettled
+    }
+
+    /// Whether the root stands in the image.
+    pub(super) fn is_rooted(&self) -> bool {
+        self.mark.is_some()
     }
 
     /// Whether a file is there and cannot be read.
