@@ -758,6 +758,10 @@ fn a_table_holds_no_revocation_list_that_its_root_has_not_signed() {
     assert!(held.contains(&(cert_table::Kind::CRL, own.der())));
     let error = cert_table::of_certificates(&all, Some(&list(&Authority::new()))).unwrap_err();
     assert!(error.contains("not signed by 'ARK-Test'"), "{error}");
+    // The intermediate has number 2.
+    let revoked = Crl::read(&authority.crl(&[2], NOW - 5, NOW + 5)).unwrap();
+    let error = cert_table::of_certificates(&all, Some(&revoked)).unwrap_err();
+    assert!(error.contains("revokes 'SEV-Test'"), "{error}");
     let error = cert_table::of_certificates(&all[..2], Some(&own)).unwrap_err();
     assert!(error.contains("without its root"), "{error}");
 }

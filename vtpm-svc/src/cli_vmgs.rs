@@ -321,8 +321,14 @@ fn io_at(path: &Path) -> impl FnOnce(std::io::Error) -> CliError {
     move |source| CliError::Io { path, source }
 }
 
-fn ask(provider: &dyn KeyProvider, image: [u8; 16], purpose: Purpose) -> Result<Key, CliError> {
-    Ok(provider.obtain(&KeyRequest { image, vm: None, purpose, evidence: None })?)
+/// Asks for a key; `vm` is what the command line says of the VM.
+fn ask(
+    provider: &dyn KeyProvider,
+    image: [u8; 16],
+    vm: Option<[u8; 16]>,
+    purpose: Purpose,
+) -> Result<Key, CliError> {
+    Ok(provider.obtain(&KeyRequest { image, vm, purpose, evidence: None })?)
 }
 
 fn needed(provider: Option<Box<dyn KeyProvider>>, what: &str) -> Result<Box<dyn KeyProvider>, CliError> {

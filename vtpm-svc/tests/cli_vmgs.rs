@@ -369,3 +369,35 @@ fn mistakes_are_answered_in_words() {
     let (ok, text) = site.vmgs(&["list"], &[&site.path("key")]);
     assert!(!ok && text.contains("truncated"), "{text}");
 }
+
+/// Who makes keys when it is asked for them is told for whom, and is not asked for a new one where no key changes.
+#[test]
+fn a_hook_is_told_of_the_vm_and_not_asked_for_a_new_key_that_is_not_taken() {
+    use std::os::unix::fs::PermissionsExt;
+    let site = used();
+    let (hook, asked) = (site.path("hook"), site.path("asked"));
+    let text = format!("#!/bin/sh\ncat >>{}\necho {}\n", asked.display(), "5a".repeat(32));
+    std::fs::write(&hook, text).expect("write");
+    std::fs::set_permissions(&hook, PermissionsExt::from_mode(0o700)).expect("mode");
+    let run = |command: &str, args: &[&str], image: &Path| {
+        let mut c = program();
+        c.args(["vmgs", command]).arg(image).arg("--anchor").arg(site.path("anchor")).args(args);
+        output(&mut c)
+    };
+    let hook = hook.to_str().expect("path");
+    let vm = "6b1f1a4e-0d4c-4f0e-9a57-0f3d1c2b3a49";
+    let (ok, text) = run("create", &["--vm-uuid", vm, "--key-hook", hook], &site.path("other"));
+    assert!(ok, "{text}");
+    let question = std::fs::read_to_string(&asked).expect("asked");
+    assert!(question.contains(&format!("\"vm\":\"{vm}\"")) && question.contains("create"), "{question}");
+
+    std::fs::remove_file(&asked).expect("remove");
+    let wrong = site.path("wrong");
+    std::fs::write(&wrong, [7; 32]).expect("write");
+    std::fs::set_permissions(&wrong, PermissionsExt::from_mode(0o600)).expect("mode");
+    let args = ["--key-file", wrong.to_str().expect("path"), "--new-key-hook", hook];
+    let (ok, text) = run("rekey", &args, &site.path("vmgs"));
+    assert!(!ok && text.contains("opens neither key slot"), "{text}");
+    let question = std::fs::read_to_string(&asked).unwrap_or_default();
+    assert!(!question.contains("rekey"), "the hook was asked for a key that nothing takes: {question}");
+}

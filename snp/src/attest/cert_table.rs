@@ -189,6 +189,13 @@ pub fn of_certificates(certificates: &[Cert], crl: Option<&Crl>) -> Result<Vec<u
     if let Some(list) = crl {
         let root = root.ok_or("the revocation list cannot be checked without its root, the ARK: add it")?;
         list.check_signed_by(root).map_err(|error| error.to_string())?;
+        let mut chain = [Some(endorsement), issuer].into_iter().flatten();
+        if let Some(cert) = chain.find(|cert| cert.shares_issuer_with(list) && cert.is_revoked_by(list)) {
+            return Err(format!(
+                "the revocation list revokes '{}': no guest can prove anything with it",
+                cert.name()
+            ));
+        }
     }
     let chain = [Some(endorsement), issuer, root].into_iter().flatten();
     let mut entries: Vec<(Kind, &[u8])> =

@@ -53,7 +53,7 @@ pub(super) fn create(
 ) -> Outcome {
     let identity = Identity::fresh(vm).map_err(at(file))?;
     let provider = needed(key.provider(), "key")?;
-    let secret = || ask(provider.as_ref(), identity.image, Purpose::Create);
+    let secret = || ask(provider.as_ref(), identity.image, vm, Purpose::Create);
     make_image(file, size, secret, identity, anchor, "create", |_| Ok(()))?;
     Ok(json!({
         "created": file.display().to_string(),
@@ -154,7 +154,7 @@ pub(super) fn clone(
         }
     }
     let size = how.size.unwrap_or_else(|| (u64::from(source.capacity()) * 4096).clamp(MIN_SIZE, MAX_SIZE));
-    let secret = || ask(provider.as_ref(), identity.image, Purpose::Create);
+    let secret = || ask(provider.as_ref(), identity.image, how.vm, Purpose::Create);
     make_image(to, size, secret, identity, anchor, "clone", |target| {
         let mut changes: Vec<Change<'_>> = copied.iter().map(|(id, data)| Change::Put(*id, data)).collect();
         // What was disclosed before is disclosed in every copy of it.

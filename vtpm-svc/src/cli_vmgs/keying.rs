@@ -54,7 +54,7 @@ fn open_for_new_key(
 ) -> Result<(Vmgs<FsFile>, Key), CliError> {
     let old = match open_to_write(file, key, anchor, accept) {
         Ok(vmgs) => {
-            let secret = ask(new, vmgs.root().image, Purpose::Rekey)?;
+            let secret = ask(new, vmgs.root().image, None, Purpose::Rekey)?;
             return Ok((vmgs, secret));
         }
         Err(e) => e,
@@ -64,8 +64,9 @@ fn open_for_new_key(
     }
     let raw = FsFile::open(file).map_err(VmgsError::opening).map_err(at(file))?;
     let unlocks = |secret: &Key| image::key_opens(&raw, secret).unwrap_or(false);
-    // Whatever is wrong with the new key, what was asked first was refused for the old one.
-    let Some(secret) = key_of(new, &raw, None, Purpose::Rekey).ok().filter(unlocks) else { return Err(old) };
+    // Whatever is wrong with the new key, what was asked first was refused for the old one. Not asked for as a new one: who makes
+    // keys would make the next one, for an image that keeps its own.
+    let Some(secret) = key_of(new, &raw, None, Purpose::Open).ok().filter(unlocks) else { return Err(old) };
     let vmgs = open_with(raw, file, Some(secret.clone()), anchor, accept)?;
     Ok((vmgs, secret))
 }
