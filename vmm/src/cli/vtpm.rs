@@ -10,6 +10,7 @@ use crate::spec::KeySpec;
 use crate::spec::TpmServiceSpec;
 use crate::spec::TpmSocketSpec;
 use crate::spec::TpmStateSpec;
+use crate::vtpm::backend::missing;
 
 /// The TPM of a run.
 #[derive(clap::Args, Clone, Debug, Default)]
@@ -95,6 +96,10 @@ impl VtpmArgs {
                 return Err(Failure::Usage(
                     "--vtpm: a key is given, but no file; say which: --vtpm FILE".into(),
                 ));
+            }
+            // Whoever has no file has no key either.
+            (Some(file), None) if !file.exists() => {
+                return Err(Failure::Usage(format!("--vtpm {}", missing(file))));
             }
             (Some(file), None) => {
                 return Err(Failure::Usage(format!(

@@ -2,6 +2,7 @@
 //! The TPM's backend, as a request describes it.
 
 use std::ffi::OsString;
+use std::path::Path;
 
 use vtpm_svc::measured::Event;
 
@@ -18,15 +19,17 @@ use crate::spec::TpmStateSpec;
 /// or a file that somebody removed, would give the guest another TPM, and whatever it had sealed would be lost to it.
 pub fn check(spec: &BackendSpec) -> Result<(), String> {
     let BackendSpec::TpmService(TpmServiceSpec { state: Some(state), .. }) = spec else { return Ok(()) };
-    if state.file.exists() {
-        return Ok(());
-    }
-    let path = state.file.display();
-    Err(format!(
+    if state.file.exists() { Ok(()) } else { Err(missing(&state.file)) }
+}
+
+/// How a state file is made that is not there.
+pub fn missing(file: &Path) -> String {
+    let path = file.display();
+    format!(
         "{path}: no such file. For a new TPM make a key and the file, once:\n  \
          (umask 077; head -c 32 /dev/urandom >{path}.key)\n  \
          cvmm vmgs create {path} --key-file {path}.key"
-    ))
+    )
 }
 
 /// Connects to the service, which is started if it is to be; the TPM's PCRs will begin with `events`.
