@@ -72,7 +72,7 @@ fn other_cases() -> Vec<Case> {
         on_host(
             "firmware-with-split-backing",
             &["--firmware", "/etc/passwd", "--snp", "--platform", "emulated", "--backing", "split"],
-            &["--backing single"],
+            &["it needs backing single"],
         ),
         Case::new("firmware/text-is-refused-with-its-offset", |context| {
             let options = with_platform(context, &["--firmware", "/etc/passwd"])?;
