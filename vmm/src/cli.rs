@@ -7,6 +7,7 @@ mod emulated;
 mod firmware;
 mod help;
 mod id_block;
+mod image;
 mod measure;
 mod modes;
 mod out;
@@ -98,9 +99,10 @@ pub fn main() -> ExitCode {
             None => measure::main(&args),
         },
         Some(Command::Spec(args)) => match matches.subcommand() {
-            Some((_, matches)) => modes::check(matches, false).and_then(|()| spec::main(&args)),
-            None => spec::main(&args),
-        },
+            Some((_, matches)) => modes::check(matches, false).and_then(|()| args.spec()),
+            None => args.spec(),
+        }
+        .and_then(|spec| spec::print(&spec)),
         Some(Command::IdBlock(args)) => id_block::main(&args),
         Some(Command::Verify(args)) => verify::main(&args),
         Some(Command::Report(args)) => report::main(&args),

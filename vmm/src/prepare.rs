@@ -7,18 +7,16 @@
 //! whatever happens to the file.
 
 mod direct;
+mod error;
 mod firmware;
 mod identity;
 mod image;
 
 use std::ops::Range;
-use std::path::Path;
-use std::path::PathBuf;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use snp::digest::Measured;
 use snp::pages::cpuid::CpuidTable;
-use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::stage0::InputsPage;
 use snp::vmsa::SEV_FEATURE_SECURE_TSC;
@@ -28,6 +26,8 @@ use vtpm_svc::measured::Event;
 
 pub use direct::Files;
 pub use direct::direct;
+pub use error::PrepareError;
+pub use error::read;
 pub use firmware::HashedKernel;
 pub use firmware::read_igvm;
 pub use identity::read_auth;
@@ -38,7 +38,6 @@ pub use image::Target;
 pub use image::sha256;
 
 use crate::cpuid;
-use crate::files::read_file;
 use crate::launch::LaunchOptions;
 use crate::monitor::Guest;
 use crate::monitor::Load;
@@ -55,51 +54,6 @@ use crate::spec::SnpSpec;
 use crate::spec::SpecError;
 use crate::spec::VmSpec;
 use crate::vtpm::backend;
-
-/// Why there is no guest.
-#[derive(Debug, thiserror::Error)]
-pub enum PrepareError {
-    /// A field of the request.
-    #[error(transparent)]
-    Spec(#[from] SpecError),
-    /// A file that a field names.
-    #[error("{field} {}: {problem}", path.display())]
-    File {
-        /// Path of the field.
-        field: &'static str,
-        /// The file as it was named.
-        path: PathBuf,
-        /// What is wrong with it, and what to do.
-        problem: String,
-    },
-    /// Something else about the request: parts that do not go together.
-    #[error("{0}")]
-    Request(String),
-    /// The host, or the monitor.
-    #[error("{0}")]
-    Host(String),
-}
-
-impl PrepareError {
-    fn request(error: impl std::fmt::Display) -> Self {
-        PrepareError::Request(error.to_string())
-    }
-
-    fn host(error: impl std::fmt::Display) -> Self {
-        PrepareError::Host(error.to_string())
-    }
-
-    /// From an error about the file that `field` names.
-    pub fn file<E: std::fmt::Display>(field: &'static str, path: &Path) -> impl Fn(E) -> Self {
-        move |error| PrepareError::File { field, path: path.to_owned(), problem: error.to_string() }
-    }
-}
-
-/// The bytes of a file that a field names. They are ours: a mapping would end the process when somebody cuts the file short, and what
-/// is launched would be what the file holds then.
-pub fn read(field: &'static str, path: &Path) -> Result<Bytes, PrepareError> {
-    read_file(path).map(Bytes::from).map_err(PrepareError::file(field, path))
-}
 
 /// A guest that is ready to be created.
 pub struct Prepared {

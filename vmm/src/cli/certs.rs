@@ -13,8 +13,8 @@ use snp::attest::cert_table;
 use snp::attest::cert_table::Kind;
 
 use super::Failure;
+use super::image::SNP;
 use super::out;
-use super::run::SNP;
 use crate::certs::FILE_LIMIT;
 
 /// Options of a run about certificates.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use snp::image::vcpu_model;
 
-use super::run::ImageArgs;
+use super::image::ImageArgs;
 use crate::spec::BootSpec;
 use crate::spec::FirmwareSpec;
 use crate::spec::IgvmSpec;

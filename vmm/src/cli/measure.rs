@@ -31,7 +31,7 @@ use vtpm_svc::tpm2::alg;
 
 use super::Failure;
 use super::firmware::FirmwareArgs;
-use super::run::ImageArgs;
+use super::image::ImageArgs;
 use super::vtpm::MeasureArgs;
 use crate::note;
 use crate::prepare;

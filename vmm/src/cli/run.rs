@@ -13,6 +13,8 @@ use super::Failure;
 use super::certs::CertsArgs;
 use super::emulated::EmulatedArgs;
 use super::firmware::FirmwareArgs;
+use super::image::ImageArgs;
+use super::image::SNP;
 use super::reboot::RebootArgs;
 use super::trials::Trials;
 use super::vtpm::VtpmArgs;
@@ -27,19 +29,14 @@ use crate::monitor::Restart;
 use crate::note::note;
 use crate::note::warn;
 use crate::prepare;
-use crate::spec::Accept;
 use crate::spec::BackendSpec;
-use crate::spec::CMDLINE_DEFAULT;
 use crate::spec::IdBlockSpec;
 use crate::spec::OnReset;
 use crate::spec::PlatformSpec;
 use crate::spec::SnpSpec;
 use crate::spec::TpmSpec;
-use crate::spec::VCPUS_MAX;
-use crate::spec::Validation;
 use crate::spec::VmSpec;
 use crate::spec::text::parse_hex32;
-use crate::spec::text::parse_size;
 use crate::vtpm::Vtpm;
 use crate::vtpm::VtpmError;
 use crate::vtpm::backend;
@@ -49,56 +46,6 @@ const PACE: Duration = Duration::from_secs(1);
 /// What the TPM's backend is called in a request that options describe.
 const BACKEND: &str = "vtpm";
 
-/// What is booted; the same options for running and for measuring.
-#[derive(clap::Args, Clone, Debug)]
-pub struct ImageArgs {
-    /// Kernel: a bzImage, or an ELF vmlinux
-    #[arg(long, value_name = "FILE")]
-    pub kernel: Option<PathBuf>,
-    /// Initial RAM disk
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-    /// Kernel command line
-    #[arg(long, visible_alias = "append", value_name = "TEXT", default_value = CMDLINE_DEFAULT)]
-    pub cmdline: String,
-    /// Guest memory; units K, M, G, T
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
-    pub memory: u64,
-    /// Number of vCPUs, 1 to 16
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(VCPUS_MAX)))]
-    pub cpus: u32,
-    /// Who makes an SNP guest's RAM usable; `launch` measures all of it, for tests
-    #[arg(long, value_enum, default_value = "stage0", hide = true)]
-    pub validation: ValidationKind,
-    /// Give an SNP guest a time stamp counter that the host cannot change; part of the launch digest. The guest needs Linux 6.14 or
-    /// later, the host Linux 6.18 or later
-    #[arg(long, help_heading = SNP)]
-    pub secure_tsc: bool,
-    /// How much of an SNP guest's memory is validated before its kernel runs; part of the launch digest [default: auto]
-    #[arg(long, value_enum, help_heading = SNP)]
-    pub accept: Option<AcceptKind>,
-}
-
-/// Who validates an SNP guest's RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ValidationKind {
-    /// The measured shim
-    Stage0,
-    /// The launch, one firmware command for each 4 KiB
-    Launch,
-}
-
-/// How much of an SNP guest's memory is validated before its kernel runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum AcceptKind {
-    /// All of it
-    Eager,
-    /// What the kernel needs to start; it validates the rest when it needs it (Linux 6.6 and later)
-    Lazy,
-    /// Lazy for more than 2 GiB if the kernel can do it
-    Auto,
-}
-
 /// Where an SNP guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PlatformKind {
@@ -107,9 +54,6 @@ pub enum PlatformKind {
     /// A software model of them on ordinary KVM: functional only, protects nothing
     Emulated,
 }
-
-/// Heading of the options about SNP guests.
-pub const SNP: &str = "SNP guests";
 
 /// Options of a run.
 #[derive(clap::Args, Clone, Debug)]
@@ -157,25 +101,6 @@ pub struct Args {
     trials: Trials,
     #[command(flatten)]
     vtpm: VtpmArgs,
-}
-
-impl ImageArgs {
-    /// The part of an SNP guest's request that is in these options. `accept` as it was given, not its default.
-    pub fn snp(&self) -> SnpSpec {
-        SnpSpec {
-            accept: self.accept.map(|kind| match kind {
-                AcceptKind::Eager => Accept::Eager,
-                AcceptKind::Lazy => Accept::Lazy,
-                AcceptKind::Auto => Accept::Auto,
-            }),
-            secure_tsc: self.secure_tsc,
-            validation: match self.validation {
-                ValidationKind::Stage0 => Validation::Stage0,
-                ValidationKind::Launch => Validation::Launch,
-            },
-            ..SnpSpec::default()
-        }
-    }
 }
 
 impl Args {

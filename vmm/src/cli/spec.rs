@@ -5,7 +5,6 @@ use std::io::Write as _;
 use std::path::Path;
 
 use super::Failure;
-use super::run;
 use crate::prepare::PrepareError;
 use crate::spec::SpecError;
 use crate::spec::VmSpec;
@@ -64,8 +63,8 @@ pub fn read(path: &Path) -> Result<VmSpec, Failure> {
     VmSpec::parse(&text).map_err(|error| wrong(error.to_string()))
 }
 
-/// Prints the VM that the options describe.
-pub fn main(args: &run::Args) -> Result<u8, Failure> {
-    std::io::stdout().write_all(args.spec()?.to_json().as_bytes()).map_err(Failure::monitor)?;
+/// Prints a VM.
+pub fn print(spec: &VmSpec) -> Result<u8, Failure> {
+    std::io::stdout().write_all(spec.to_json().as_bytes()).map_err(Failure::monitor)?;
     Ok(0)
 }

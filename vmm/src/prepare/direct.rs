@@ -12,9 +12,10 @@ use snp::image::lazy::Acceptance;
 use snp::vmsa::SEV_FEATURE_SECURE_TSC;
 use snp_model::patch;
 
-use super::LaunchImage;
-use super::PrepareError;
-use super::Target;
+use super::error::PrepareError;
+use super::image::LaunchImage;
+use super::image::Names;
+use super::image::Target;
 use crate::files::read_file;
 use crate::spec;
 use crate::spec::Accept;
@@ -116,7 +117,7 @@ fn inputs(
     files: &Files,
     target: &Target<'_>,
 ) -> Vec<(&'static str, String)> {
-    if target.names == super::Names::None {
+    if target.names == Names::None {
         return Vec::new();
     }
     let initrd = files.initrd.as_deref();

@@ -24,9 +24,9 @@ use snp_model::patch;
 use snp_model::patch::Annotations;
 use snp_model::patch::Opcode;
 
-use super::LaunchImage;
-use super::PrepareError;
-use super::read;
+use super::error::PrepareError;
+use super::error::read;
+use super::image::LaunchImage;
 use crate::launch::Staged;
 use crate::spec::FirmwareSpec;
 use crate::spec::IgvmSpec;

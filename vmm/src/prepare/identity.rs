@@ -16,9 +16,9 @@ use snp::identity::block::AUTH_LEN;
 use snp::identity::block::BLOCK_LEN;
 use snp::policy::GuestPolicy;
 
-use super::LaunchImage;
-use super::PrepareError;
-use super::read;
+use super::error::PrepareError;
+use super::error::read;
+use super::image::LaunchImage;
 use crate::spec::IdBlockSpec;
 use crate::spec::SnpSpec;
 
