@@ -230,7 +230,10 @@ fn no_package_has_a_circle_of_files() {
     }
     assert!(text.is_empty(), "{text}move what they share into a file below them");
     let gone: Vec<&BTreeSet<String>> = known.difference(&found).collect();
-    assert!(gone.is_empty(), "these circles are open or smaller now, say so in the list: {gone:?}; found: {found:?}");
+    assert!(
+        gone.is_empty(),
+        "these circles are open or smaller now, say so in the list: {gone:?}; found: {found:?}"
+    );
 }
 
 #[test]
