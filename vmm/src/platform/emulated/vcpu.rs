@@ -440,6 +440,9 @@ impl EmulatedVcpu {
                 Outcome::ReadMsr { index } => {
                     Reply::ReadMsr(msr::readable(index).then(|| self.kvm.get_msr(index).ok()).flatten())
                 }
+                Outcome::WriteMsr { index, .. } if msr::refused(index) => {
+                    return Err(CallError::errno("KVM_RUN", libc::EINVAL));
+                }
                 Outcome::WriteMsr { index, value } => {
                     Reply::WriteMsr(msr::writable(index) && self.kvm.set_msrs(&[(index, value)]).is_ok())
                 }
