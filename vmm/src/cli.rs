@@ -16,6 +16,7 @@ mod report;
 mod run;
 mod spec;
 mod trials;
+mod values;
 mod verify;
 mod vtpm;
 

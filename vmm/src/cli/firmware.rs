@@ -13,15 +13,6 @@ use crate::spec::KernelSpec;
 use crate::spec::ZeroPages;
 use crate::spec::text::parse_features;
 
-/// How pages of an IGVM file without data enter the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum ZeroPagesArg {
-    /// NORMAL pages of zeros, as the IGVM specification says
-    Normal,
-    /// Type ZERO, as QEMU and Cloud Hypervisor load them
-    Zero,
-}
-
 /// Which file is launched or measured in place of direct boot.
 #[derive(clap::Args, Clone, Debug)]
 pub struct FirmwareArgs {
@@ -33,7 +24,7 @@ pub struct FirmwareArgs {
     pub igvm: Option<PathBuf>,
     /// How pages without data in an IGVM file are launched
     #[arg(long, value_enum, requires = "igvm")]
-    zero_pages: Option<ZeroPagesArg>,
+    zero_pages: Option<ZeroPages>,
     /// vCPU model of a firmware launch, as a name (EPYC-Milan) or a CPUID signature (0xa00f11): RDX of every vCPU, so part of
     /// the digest. A launch takes the host's if this is left out
     #[arg(long, visible_alias = "vcpu-type", value_name = "MODEL", conflicts_with = "igvm", value_parser = |text: &str| vcpu_model::parse(text))]
@@ -61,10 +52,7 @@ impl FirmwareArgs {
             (None, Some(file)) => Some(BootSpec::Igvm(IgvmSpec {
                 image: file.clone(),
                 cmdline: image.cmdline.clone(),
-                zero_pages: match self.zero_pages {
-                    Some(ZeroPagesArg::Zero) => ZeroPages::Zero,
-                    _ => ZeroPages::Normal,
-                },
+                zero_pages: self.zero_pages.unwrap_or_default(),
             })),
             (None, None) => kernel.map(BootSpec::Direct),
         }

@@ -3,8 +3,6 @@
 
 use std::path::PathBuf;
 
-use clap::ValueEnum;
-
 use crate::spec::Accept;
 use crate::spec::CMDLINE_DEFAULT;
 use crate::spec::SnpSpec;
@@ -35,50 +33,23 @@ pub struct ImageArgs {
     pub cpus: u32,
     /// Who makes an SNP guest's RAM usable; `launch` measures all of it, for tests
     #[arg(long, value_enum, default_value = "stage0", hide = true)]
-    pub validation: ValidationKind,
+    pub validation: Validation,
     /// Give an SNP guest a time stamp counter that the host cannot change; part of the launch digest. The guest needs Linux 6.14 or
     /// later, the host Linux 6.18 or later
     #[arg(long, help_heading = SNP)]
     pub secure_tsc: bool,
     /// How much of an SNP guest's memory is validated before its kernel runs; part of the launch digest [default: auto]
     #[arg(long, value_enum, help_heading = SNP)]
-    pub accept: Option<AcceptKind>,
-}
-
-/// Who validates an SNP guest's RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ValidationKind {
-    /// The measured shim
-    Stage0,
-    /// The launch, one firmware command for each 4 KiB
-    Launch,
-}
-
-/// How much of an SNP guest's memory is validated before its kernel runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum AcceptKind {
-    /// All of it
-    Eager,
-    /// What the kernel needs to start; it validates the rest when it needs it (Linux 6.6 and later)
-    Lazy,
-    /// Lazy for more than 2 GiB if the kernel can do it
-    Auto,
+    pub accept: Option<Accept>,
 }
 
 impl ImageArgs {
     /// The part of an SNP guest's request that is in these options. `accept` as it was given, not its default.
     pub fn snp(&self) -> SnpSpec {
         SnpSpec {
-            accept: self.accept.map(|kind| match kind {
-                AcceptKind::Eager => Accept::Eager,
-                AcceptKind::Lazy => Accept::Lazy,
-                AcceptKind::Auto => Accept::Auto,
-            }),
+            accept: self.accept,
             secure_tsc: self.secure_tsc,
-            validation: match self.validation {
-                ValidationKind::Stage0 => Validation::Stage0,
-                ValidationKind::Launch => Validation::Launch,
-            },
+            validation: self.validation,
             ..SnpSpec::default()
         }
     }
