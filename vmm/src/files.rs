@@ -30,7 +30,8 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, String> {
     read_limited(path, FILE_LIMIT)
 }
 
-fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, String> {
+/// As [`read_file`], to another limit.
+pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, String> {
     let why = |e: io::Error| match e.kind() {
         io::ErrorKind::NotFound => "no such file".to_owned(),
         io::ErrorKind::PermissionDenied => {
@@ -49,8 +50,10 @@ fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, String> {
     if kind.is_char_device() || kind.is_block_device() {
         return Err("is a device, a file is needed".to_owned());
     }
-    let too_long =
-        |found: String| Err(format!("has {found} bytes, more than the limit of {} MiB", limit >> 20));
+    let too_long = |found: String| match limit >> 20 {
+        0 => Err(format!("has {found} bytes, more than the limit of {limit}")),
+        mib => Err(format!("has {found} bytes, more than the limit of {mib} MiB")),
+    };
     if meta.len() > limit {
         return too_long(meta.len().to_string());
     }

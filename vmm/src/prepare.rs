@@ -3,8 +3,8 @@
 //!
 //! A run and `cvmm measure` go through the same functions with the same [`VmSpec`], so a digest that was computed beforehand can
 //! differ from the launch only where the host does: in the vCPU model of firmware, in features that its KVM lacks. Nothing is printed
-//! here; what a user should know comes back as notes. Every file is read, and read once: what is launched is what was measured,
-//! whatever happens to the file.
+//! here; what a user should know comes back as notes. Every file is read, once and first: what is launched is what was measured,
+//! whatever happens to the file, and a file that is missing is found before anything is asked of the host.
 
 mod direct;
 mod error;
@@ -16,6 +16,7 @@ use std::ops::Range;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use snp::digest::Measured;
+use snp::image::igvm::Igvm;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::stage0::InputsPage;
@@ -28,7 +29,7 @@ pub use direct::Files;
 pub use direct::direct;
 pub use error::PrepareError;
 pub use error::read;
-pub use firmware::HashedKernel;
+pub use firmware::FirmwareFiles;
 pub use firmware::read_igvm;
 pub use identity::read_auth;
 pub use identity::read_block;
@@ -48,6 +49,9 @@ use crate::platform::emulated::EmulatedPlatform;
 use crate::platform::emulated::default_keys_path;
 use crate::platform::kvm::KvmPlatform;
 use crate::spec::BootSpec;
+use crate::spec::FirmwareSpec;
+use crate::spec::IgvmSpec;
+use crate::spec::KernelSpec;
 use crate::spec::PlatformSpec;
 use crate::spec::Pvalidate2m;
 use crate::spec::SnpSpec;
@@ -55,8 +59,36 @@ use crate::spec::SpecError;
 use crate::spec::VmSpec;
 use crate::vtpm::backend;
 
+/// The files of a boot, read and parsed.
+pub enum BootFiles<'a> {
+    /// Of a kernel.
+    Direct(&'a KernelSpec, Files),
+    /// Of firmware.
+    Firmware(&'a FirmwareSpec, Box<FirmwareFiles>),
+    /// Of an IGVM launch.
+    Igvm(&'a IgvmSpec, Box<Igvm>),
+}
+
+impl<'a> BootFiles<'a> {
+    /// Reads what `spec` names, if it does not contradict itself.
+    pub fn read(spec: &'a VmSpec) -> Result<Self, PrepareError> {
+        spec.validate()?;
+        if let (Some(tpm), Some(backend)) = (&spec.tpm, spec.tpm_backend()) {
+            let field = format!("backends.{}", tpm.backend);
+            backend::check(backend).map_err(|problem| SpecError { field, problem })?;
+        }
+        Ok(match &spec.boot {
+            BootSpec::Direct(kernel) => BootFiles::Direct(kernel, Files::read(kernel)?),
+            BootSpec::Firmware(firmware) => {
+                BootFiles::Firmware(firmware, Box::new(FirmwareFiles::read(firmware)?))
+            }
+            BootSpec::Igvm(igvm) => BootFiles::Igvm(igvm, Box::new(read_igvm(igvm)?.1)),
+        })
+    }
+}
+
 /// A guest that is ready to be created.
-pub struct Prepared {
+pub struct Ready {
     /// The guest.
     pub guest: Guest,
     /// What the PCRs of its TPM begin with; empty without a TPM.
@@ -101,38 +133,34 @@ pub fn platform(spec: &VmSpec) -> Result<Box<dyn Platform>, PrepareError> {
 }
 
 /// Puts the guest together for `platform`.
-pub fn prepare(spec: &VmSpec, platform: &dyn Platform) -> Result<Prepared, PrepareError> {
-    spec.validate()?;
-    if let Some(backend) = spec.tpm_backend() {
-        let field = format!("backends.{}", spec.tpm.as_ref().map_or("", |tpm| tpm.backend.as_str()));
-        backend::check(backend).map_err(|problem| SpecError { field, problem })?;
-    }
-    match &spec.snp {
-        None => plain_guest(spec, platform),
-        Some(snp) => snp_guest(spec, snp, platform),
+pub fn prepare(spec: &VmSpec, files: &BootFiles<'_>, platform: &dyn Platform) -> Result<Ready, PrepareError> {
+    match (&spec.snp, files) {
+        (Some(snp), files) => snp_guest(spec, snp, files, platform),
+        (None, BootFiles::Direct(kernel, files)) => plain_guest(spec, kernel, files, platform),
+        (None, _) => Err(PrepareError::Request("a plain guest boots a kernel".into())),
     }
 }
 
-fn plain_guest(spec: &VmSpec, platform: &dyn Platform) -> Result<Prepared, PrepareError> {
-    let BootSpec::Direct(kernel) = &spec.boot else {
-        return Err(PrepareError::Request("a plain guest boots a kernel".into()));
-    };
-    let files = Files::read(kernel)?;
+fn plain_guest(
+    spec: &VmSpec,
+    kernel: &KernelSpec,
+    files: &Files,
+    platform: &dyn Platform,
+) -> Result<Ready, PrepareError> {
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(PrepareError::host)?);
-    let image = direct(spec, kernel, &files, &Target::default())?;
+    let image = direct(spec, kernel, files, &Target::default())?;
     let table = CpuidTable::plain(&offered, spec.cpus, platform.raw_cpuid().as_ref());
     let guest =
         Guest { cpuid: cpuids(&table, &image.plan), ram: lengths(&image.ram), load: Load::Plain(image.plan) };
-    Ok(Prepared { guest, events: image.events, notes: image.notes })
+    Ok(Ready { guest, events: image.events, notes: image.notes })
 }
 
-fn snp_guest(spec: &VmSpec, snp: &SnpSpec, platform: &dyn Platform) -> Result<Prepared, PrepareError> {
-    // Before anything is asked of the host: a missing kernel is not its fault.
-    let files = match &spec.boot {
-        BootSpec::Direct(kernel) => Some(Files::read(kernel)?),
-        _ => None,
-    };
-    // What was asked for is checked before any other file is looked at, what a file asks for after that.
+fn snp_guest(
+    spec: &VmSpec,
+    snp: &SnpSpec,
+    files: &BootFiles<'_>,
+    platform: &dyn Platform,
+) -> Result<Ready, PrepareError> {
     let rules = platform.policy_rules();
     snp.policy.unwrap_or_default().check_kvm(rules).map_err(PrepareError::request)?;
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(PrepareError::host)?);
@@ -140,21 +168,17 @@ fn snp_guest(spec: &VmSpec, snp: &SnpSpec, platform: &dyn Platform) -> Result<Pr
     let table = CpuidTable::snp(&offered, spec.cpus, &sev).map_err(PrepareError::host)?;
     // Only a comparison shows what a digest depends on, and hashing large files takes its time.
     let compared = snp.id_block.as_ref().is_some_and(|files| files.reference.is_some());
-    let target = Target {
-        cpuid: Some(&table),
-        c_bit: sev.c_bit,
-        names: if compared { Names::Sha256 } else { Names::None },
-    };
-    let mut image = match (&spec.boot, &files) {
-        (BootSpec::Direct(kernel), Some(files)) => direct(spec, kernel, files, &target)?,
-        (BootSpec::Firmware(firmware), _) => firmware::firmware(spec, firmware, &table, 1 << sev.c_bit)?,
-        (BootSpec::Igvm(igvm), _) => firmware::igvm(spec, igvm, &table, 1 << sev.c_bit)?,
-        (BootSpec::Direct(_), None) => return Err(PrepareError::Host("the kernel was not read".into())),
+    let names = if compared { Names::Sha256 } else { Names::None };
+    let target = Target { cpuid: Some(&table), c_bit: sev.c_bit, names };
+    let mut image = match files {
+        BootFiles::Direct(kernel, files) => direct(spec, kernel, files, &target)?,
+        BootFiles::Firmware(firmware, files) => firmware::firmware(spec, firmware, files, &table, &target)?,
+        BootFiles::Igvm(file, igvm) => firmware::igvm(spec, file, igvm, &table, &target)?,
     };
     if matches!(snp.platform, PlatformSpec::Emulated(_))
         && let Some(code) = image.code.take()
     {
-        if files.is_none() {
+        if !matches!(files, BootFiles::Direct(..)) {
             image.notes.push(firmware::replaced(&code));
         }
         platform.annotate(code, image.stage0.take());
@@ -198,7 +222,7 @@ fn snp_guest(spec: &VmSpec, snp: &SnpSpec, platform: &dyn Platform) -> Result<Pr
         ram: lengths(&image.ram),
         load: Load::Snp(Box::new(SnpLaunch { measured, options, staged })),
     };
-    Ok(Prepared { guest, events: image.events, notes: image.notes })
+    Ok(Ready { guest, events: image.events, notes: image.notes })
 }
 
 /// CPUID of each vCPU.

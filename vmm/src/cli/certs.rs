@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cvmm certs`: makes and shows the certificate tables that `--certs` hands to guests.
 
-use std::fs::File;
 use std::io;
 use std::io::Write as _;
 use std::path::Path;
@@ -16,6 +15,7 @@ use super::Failure;
 use super::image::SNP;
 use super::out;
 use crate::certs::FILE_LIMIT;
+use crate::files::read_limited;
 
 /// Options of a run about certificates.
 #[derive(clap::Args, Clone, Debug)]
@@ -48,13 +48,7 @@ fn named<E: std::fmt::Display>(path: &Path) -> impl Fn(E) -> Failure {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    let mut bytes = Vec::new();
-    let mut file = io::Read::take(File::open(path).map_err(named(path))?, FILE_LIMIT + 1);
-    io::Read::read_to_end(&mut file, &mut bytes).map_err(named(path))?;
-    match bytes.len() as u64 {
-        0..=FILE_LIMIT => Ok(bytes),
-        _ => Err(named(path)(format!("expected at most {FILE_LIMIT} bytes"))),
-    }
+    read_limited(path, FILE_LIMIT).map_err(named(path))
 }
 
 /// Makes or shows a table.

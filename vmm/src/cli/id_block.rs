@@ -4,8 +4,6 @@
 //! With the keys at hand one `sign` does all. For keys kept elsewhere there are two steps: `new` writes the block, which
 //! any tool can sign (`openssl dgst -sha384 -sign`), and `sign --block-signature` puts what it wrote into the auth page.
 
-use std::fs::File;
-use std::io::Read as _;
 use std::io::Write as _;
 use std::path::Path;
 use std::path::PathBuf;
@@ -24,6 +22,7 @@ use snp::policy::GuestPolicy;
 
 use super::Failure;
 use super::out::write;
+use crate::files::read_limited;
 use crate::note;
 use crate::prepare;
 
@@ -145,15 +144,7 @@ fn parse_id(text: &str) -> Result<[u8; 16], String> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    let wrong = |reason: String| Failure::Usage(format!("{}: {reason}", path.display()));
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
-    // Not by the file's size: a pipe and a device have none.
-    file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(|e| wrong(e.to_string()))?;
-    if bytes.len() as u64 > FILE_MAX {
-        return Err(wrong(format!("more than {FILE_MAX} bytes")));
-    }
-    Ok(bytes)
+    read_limited(path, FILE_MAX).map_err(|e| Failure::Usage(format!("{}: {e}", path.display())))
 }
 
 fn read_text(path: &Path) -> Result<String, Failure> {

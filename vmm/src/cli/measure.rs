@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Read as _;
 use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
@@ -16,8 +15,6 @@ use snp::digest::trace;
 use snp::explain::CountDigest;
 use snp::explain::Explanation;
 use snp::explain::diff;
-use snp::image::ovmf::Ovmf;
-use snp::image::ovmf::OvmfLaunch;
 use snp::image::ovmf::Svsm;
 use snp::image::vcpu_model;
 use snp::image::vmm_type::VcpuSetup;
@@ -33,10 +30,11 @@ use super::Failure;
 use super::firmware::FirmwareArgs;
 use super::image::ImageArgs;
 use super::vtpm::MeasureArgs;
+use crate::files::read_limited;
 use crate::note;
 use crate::prepare;
 use crate::prepare::Files;
-use crate::prepare::HashedKernel;
+use crate::prepare::FirmwareFiles;
 use crate::prepare::Names;
 use crate::prepare::PrepareError;
 use crate::prepare::Target;
@@ -127,7 +125,7 @@ pub struct Args {
 }
 
 /// What was measured: digests, steps, and notes for people.
-struct Measured {
+struct Answer {
     explanation: Explanation,
     plan: LaunchPlan,
     /// What stage0 adds to the launch, for people.
@@ -179,13 +177,9 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
 fn print_diff(first: &Path, second: &Path) -> Result<u8, Failure> {
     let read = |path: &Path| {
         let wrong = |reason: String| Failure::Usage(format!("--diff {}: {reason}", path.display()));
-        let mut text = String::new();
-        let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
-        // Not by the file's size: a pipe and a device have none.
-        file.take(EXPLANATION_MAX + 1).read_to_string(&mut text).map_err(|e| wrong(e.to_string()))?;
-        if text.len() as u64 > EXPLANATION_MAX {
-            return Err(wrong(format!("more than {EXPLANATION_MAX} bytes, which no such file has")));
-        }
+        let bytes = read_limited(path, EXPLANATION_MAX).map_err(wrong)?;
+        let text = String::from_utf8(bytes)
+            .map_err(|_| wrong("not a file of `cvmm measure --json`: no text".into()))?;
         Explanation::parse(&text).map_err(|e| wrong(format!("not a file of `cvmm measure --json`: {e}")))
     };
     let (text, code) = match diff(&read(first)?, &read(second)?) {
@@ -203,11 +197,11 @@ fn explain(
     digests: Vec<CountDigest>,
     inputs: Vec<(&str, String)>,
     notes: Vec<String>,
-) -> Measured {
+) -> Answer {
     let mut explanation = Explanation::new(&plan.records, &plan.vcpus, trace);
     explanation.inputs = inputs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     explanation.digests = digests;
-    Measured { explanation, plan, bound: String::new(), notes }
+    Answer { explanation, plan, bound: String::new(), notes }
 }
 
 fn count_digest(vcpus: u32, digest: LaunchDigest) -> CountDigest {
@@ -252,7 +246,7 @@ impl Args {
 }
 
 /// Direct boot: the ACPI tables depend on the number of vCPUs, so each number has its own plan.
-fn direct(args: &Args, spec: &VmSpec, kernel: &KernelSpec) -> Result<Measured, Failure> {
+fn direct(args: &Args, spec: &VmSpec, kernel: &KernelSpec) -> Result<Answer, Failure> {
     let files = Files::read(kernel)?;
     let counts = args.counts(spec);
     let mut digests = Vec::new();
@@ -303,12 +297,8 @@ fn pcr_list(pcrs: &BTreeMap<String, BTreeMap<u32, String>>) -> String {
     out
 }
 
-fn firmware(args: &Args, spec: &VmSpec, file: &FirmwareSpec) -> Result<Measured, Failure> {
-    const FIELD: &str = "boot.firmware.image";
-    let path: &Path = &file.image;
-    let names = args.names();
-    let image = prepare::read(FIELD, path)?;
-    let ovmf = Ovmf::parse(image.clone()).map_err(PrepareError::file(FIELD, path))?;
+fn firmware(args: &Args, spec: &VmSpec, file: &FirmwareSpec) -> Result<Answer, Failure> {
+    let files = FirmwareFiles::read(file)?;
     let svsm_path = args.svsm.as_deref();
     let signature = match file.vcpu_model {
         Some(signature) => signature,
@@ -320,30 +310,18 @@ fn firmware(args: &Args, spec: &VmSpec, file: &FirmwareSpec) -> Result<Measured,
         }
         None => 0,
     };
-    let setup = VcpuSetup { signature, sev_features: file.guest_features };
     let counts = args.counts(spec);
     let vcpus = counts.last().copied().unwrap_or(1);
-    let mut inputs = vec![
-        ("firmware sha256", names.of(image.as_slice())),
-        ("monitor", args.vmm.to_string()),
-        ("vcpu signature", format!("{signature:#x}")),
-        ("guest features", format!("{:#x}", file.guest_features)),
-    ];
-    let plan = if let Some(svsm_path) = svsm_path {
+    let mut inputs = files.inputs(file, args.vmm, signature, args.names());
+    let plan = if let Some(path) = svsm_path {
         inputs.push(("image", "firmware under an SVSM".into()));
-        let svsm = Svsm::parse(&ovmf, prepare::read("svsm", svsm_path)?, args.vars_size.unwrap_or(0))
-            .map_err(PrepareError::file("svsm", svsm_path))?;
-        svsm.plan(vcpus, setup).map_err(PrepareError::file("svsm", svsm_path))?
+        let svsm = Svsm::parse(&files.ovmf, prepare::read("svsm", path)?, args.vars_size.unwrap_or(0))
+            .map_err(PrepareError::file("svsm", path))?;
+        let setup = VcpuSetup { signature, sev_features: file.guest_features };
+        svsm.plan(vcpus, setup).map_err(PrepareError::file("svsm", path))?
     } else {
         inputs.push(("image", "firmware".into()));
-        let kernel = file.kernel.as_ref().map(HashedKernel::read).transpose()?;
-        if let (Some(read), Some(kernel)) = (&kernel, &file.kernel) {
-            inputs.push(("kernel sha256", names.of(read.kernel.as_slice())));
-            inputs.push(("initrd sha256", names.of(read.initrd.as_slice())));
-            inputs.push(("cmdline", kernel.cmdline.clone()));
-        }
-        let launch = OvmfLaunch { vmm: args.vmm, vcpus, setup, kernel: kernel.as_ref().map(|k| &k.hashes) };
-        ovmf.plan(&launch).map_err(PrepareError::file(FIELD, path))?
+        files.plan(file, args.vmm, vcpus, signature)?
     };
     // One chain has the digest of every smaller number of vCPUs on its way.
     let trace = trace(&plan).map_err(Failure::usage)?;
@@ -352,7 +330,7 @@ fn firmware(args: &Args, spec: &VmSpec, file: &FirmwareSpec) -> Result<Measured,
     Ok(explain(plan, &trace, digests, inputs, Vec::new()))
 }
 
-fn igvm(args: &Args, spec: &VmSpec, file: &IgvmSpec) -> Result<Measured, Failure> {
+fn igvm(args: &Args, spec: &VmSpec, file: &IgvmSpec) -> Result<Answer, Failure> {
     if args.counts(spec) != [1] {
         let reason = "the file decides how many vCPUs are measured: leave --vcpus out";
         return Err(PrepareError::file("boot.igvm.image", &file.image)(reason).into());

@@ -29,6 +29,7 @@ use crate::monitor::Restart;
 use crate::note::note;
 use crate::note::warn;
 use crate::prepare;
+use crate::prepare::BootFiles;
 use crate::spec::BackendSpec;
 use crate::spec::IdBlockSpec;
 use crate::spec::OnReset;
@@ -153,9 +154,11 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     let spec = args.spec()?;
     warn_of_memory(spec.memory);
     let certificates = certificates(&spec)?;
+    let files = BootFiles::read(&spec)?;
     let platform = prepare::platform(&spec)?;
-    let prepared = prepare::prepare(&spec, platform.as_ref())?;
-    prepared.notes.iter().for_each(note);
+    let ready = prepare::prepare(&spec, &files, platform.as_ref())?;
+    drop(files);
+    ready.notes.iter().for_each(note);
     let mut host = Host {
         interactive: true,
         restart: match spec.on_reset {
@@ -168,10 +171,10 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     if let Some(backend) = spec.tpm_backend() {
         // Signals are caught from here on, so that one during the start leaves nothing behind.
         let inbox = Inbox::open().map_err(Failure::monitor)?;
-        host.companions.push(Box::new(start_tpm(backend, prepared.events, &inbox)?));
+        host.companions.push(Box::new(start_tpm(backend, ready.events, &inbox)?));
         host.inbox = Some(inbox);
     }
-    let outcome = monitor::run(platform.as_ref(), prepared.guest, host).map_err(Failure::monitor)?;
+    let outcome = monitor::run(platform.as_ref(), ready.guest, host).map_err(Failure::monitor)?;
     note(&outcome);
     Ok(outcome.exit_code())
 }

@@ -10,7 +10,7 @@ use crate::spec::SpecError;
 use crate::spec::VmSpec;
 
 /// Largest file that is read.
-const FILE_MAX: usize = 1 << 20;
+const FILE_MAX: u64 = 1 << 20;
 
 /// Fields whose options have other names.
 const OPTIONS: &[(&str, &str)] = &[
@@ -55,10 +55,7 @@ impl From<PrepareError> for Failure {
 /// Reads a file; errors name its fields.
 pub fn read(path: &Path) -> Result<VmSpec, Failure> {
     let wrong = |problem: String| Failure::Usage(format!("--spec {}: {problem}", path.display()));
-    let bytes = crate::files::read_file(path).map_err(wrong)?;
-    if bytes.len() > FILE_MAX {
-        return Err(wrong(format!("has {} bytes, more than any VM needs", bytes.len())));
-    }
+    let bytes = crate::files::read_limited(path, FILE_MAX).map_err(wrong)?;
     let text = String::from_utf8(bytes).map_err(|_| wrong("is no JSON text".into()))?;
     VmSpec::parse(&text).map_err(|error| wrong(error.to_string()))
 }

@@ -2,8 +2,6 @@
 //! `cvmm verify`: is this report genuine, and does it say what my policy wants?
 
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::Read as _;
 use std::io::Write as _;
 use std::path::Path;
 use std::path::PathBuf;
@@ -20,6 +18,7 @@ use snp::attest::verify::Verdict;
 use snp::attest::verify::verify;
 
 use super::Failure;
+use crate::files::read_limited;
 
 /// Exit code: the report does not verify.
 const EXIT_REFUSED: u8 = 1;
@@ -91,15 +90,7 @@ fn parse_time(text: &str) -> Result<u64, String> {
 }
 
 fn read(option: &str, path: &Path) -> Result<Vec<u8>, Failure> {
-    let wrong = |reason: String| Failure::Usage(format!("{option} {}: {reason}", path.display()));
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|e| wrong(e.to_string()))?;
-    // Not by the file's size: a pipe and a device have none.
-    file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(|e| wrong(e.to_string()))?;
-    if bytes.len() as u64 > FILE_MAX {
-        return Err(wrong(format!("more than {FILE_MAX} bytes, which no report and no certificate has")));
-    }
-    Ok(bytes)
+    read_limited(path, FILE_MAX).map_err(|e| Failure::Usage(format!("{option} {}: {e}", path.display())))
 }
 
 /// Verifies and prints the verdict; the exit code is 0 only if every rule holds.

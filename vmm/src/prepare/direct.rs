@@ -75,7 +75,7 @@ pub fn direct(
         Some(_) => measured::announce(&mut boot).map_err(PrepareError::request)?,
         None => Vec::new(),
     };
-    let mut image = LaunchImage::of_direct(boot.image().map_err(PrepareError::request)?);
+    let mut image = LaunchImage::of_direct(boot.image().map_err(PrepareError::request)?, target.names);
     image.events = events;
     if let Some(snp) = &spec.snp {
         // Nothing runs without a CPUID table.

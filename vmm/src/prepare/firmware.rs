@@ -18,6 +18,7 @@ use snp::image::vmm_type::VmmType;
 use snp::pages::cpuid::CpuidTable;
 use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
+use snp::plan::LaunchPlan;
 use snp::plan::PageType;
 use snp::plan::Record;
 use snp_model::patch;
@@ -27,6 +28,8 @@ use snp_model::patch::Opcode;
 use super::error::PrepareError;
 use super::error::read;
 use super::image::LaunchImage;
+use super::image::Names;
+use super::image::Target;
 use crate::launch::Staged;
 use crate::spec::FirmwareSpec;
 use crate::spec::IgvmSpec;
@@ -40,24 +43,79 @@ const FIRMWARE: &str = "boot.firmware.image";
 const IGVM: &str = "boot.igvm.image";
 
 /// A kernel that firmware is told the hashes of.
-pub struct HashedKernel {
-    /// The hashes.
-    pub hashes: KernelHashes,
-    /// The kernel file.
-    pub kernel: Bytes,
-    /// The initrd, empty if there is none.
-    pub initrd: Bytes,
+struct HashedKernel {
+    hashes: KernelHashes,
+    kernel: Bytes,
+    /// Empty if there is none.
+    initrd: Bytes,
 }
 
 impl HashedKernel {
-    /// Reads the files.
-    pub fn read(spec: &KernelSpec) -> Result<Self, PrepareError> {
+    fn read(spec: &KernelSpec) -> Result<Self, PrepareError> {
         let initrd =
             spec.initrd.as_deref().map(|path| read("boot.firmware.kernel.initrd", path)).transpose()?;
         let initrd = initrd.unwrap_or_else(|| Bytes::from(Vec::new()));
         let kernel = read("boot.firmware.kernel.kernel", &spec.kernel)?;
         let hashes = KernelHashes::of(kernel.as_slice(), initrd.as_slice(), spec.cmdline.as_bytes());
         Ok(HashedKernel { hashes, kernel, initrd })
+    }
+}
+
+/// Firmware and the kernel that it is told of, read and parsed.
+pub struct FirmwareFiles {
+    /// The image's bytes.
+    pub image: Bytes,
+    /// The image.
+    pub ovmf: Ovmf,
+    kernel: Option<HashedKernel>,
+}
+
+impl FirmwareFiles {
+    /// Reads them.
+    pub fn read(spec: &FirmwareSpec) -> Result<Self, PrepareError> {
+        let image = read(FIRMWARE, &spec.image)?;
+        let ovmf = Ovmf::parse(image.clone()).map_err(PrepareError::file(FIRMWARE, &spec.image))?;
+        let kernel = spec.kernel.as_ref().map(HashedKernel::read).transpose()?;
+        Ok(FirmwareFiles { image, ovmf, kernel })
+    }
+
+    /// What `vmm` launches, with `vcpus` vCPUs of the model with this CPUID signature.
+    pub fn plan(
+        &self,
+        spec: &FirmwareSpec,
+        vmm: VmmType,
+        vcpus: u32,
+        signature: u32,
+    ) -> Result<LaunchPlan, PrepareError> {
+        let setup = VcpuSetup { signature, sev_features: spec.guest_features };
+        let kernel = self.kernel.as_ref().map(|kernel| &kernel.hashes);
+        let plan = self.ovmf.plan(&OvmfLaunch { vmm, vcpus, setup, kernel });
+        plan.map_err(PrepareError::file(FIRMWARE, &spec.image))
+    }
+
+    /// What the digest depends on, the number of vCPUs aside.
+    pub fn inputs(
+        &self,
+        spec: &FirmwareSpec,
+        vmm: VmmType,
+        signature: u32,
+        names: Names,
+    ) -> Vec<(&'static str, String)> {
+        if names == Names::None {
+            return Vec::new();
+        }
+        let mut inputs = vec![
+            ("firmware sha256", names.of(self.image.as_slice())),
+            ("monitor", vmm.to_string()),
+            ("vcpu signature", format!("{signature:#x}")),
+            ("guest features", format!("{:#x}", spec.guest_features)),
+        ];
+        if let (Some(read), Some(kernel)) = (&self.kernel, &spec.kernel) {
+            inputs.push(("kernel sha256", names.of(read.kernel.as_slice())));
+            inputs.push(("initrd sha256", names.of(read.initrd.as_slice())));
+            inputs.push(("cmdline", kernel.cmdline.clone()));
+        }
+        inputs
     }
 }
 
@@ -73,25 +131,17 @@ pub fn read_igvm(spec: &IgvmSpec) -> Result<(Bytes, Igvm), PrepareError> {
     Ok((image, igvm))
 }
 
-/// The image of a firmware launch. `table` is the guest's CPUID, `limit` the end of its addresses.
-pub fn firmware(
+/// The image of a firmware launch. `table` is the guest's CPUID.
+pub(super) fn firmware(
     spec: &VmSpec,
     firmware: &FirmwareSpec,
+    files: &FirmwareFiles,
     table: &CpuidTable,
-    limit: u64,
+    target: &Target<'_>,
 ) -> Result<LaunchImage, PrepareError> {
-    let path: &Path = &firmware.image;
-    let ovmf = Ovmf::parse(read(FIRMWARE, path)?).map_err(PrepareError::file(FIRMWARE, path))?;
     let host = table.get(1, 0).map_or(0, |leaf| leaf.eax);
     let signature = firmware.vcpu_model.unwrap_or(host);
-    let kernel = firmware.kernel.as_ref().map(HashedKernel::read).transpose()?;
-    let launch = OvmfLaunch {
-        vmm: VmmType::Cvmm,
-        vcpus: spec.cpus,
-        setup: VcpuSetup { signature, sev_features: firmware.guest_features },
-        kernel: kernel.as_ref().map(|k| &k.hashes),
-    };
-    let mut plan = ovmf.plan(&launch).map_err(PrepareError::file(FIRMWARE, path))?;
+    let mut plan = files.plan(firmware, VmmType::Cvmm, spec.cpus, signature)?;
     let page = Bytes::from(table.page().map_err(PrepareError::host)?.to_vec());
     for record in plan.records.iter_mut().filter(|r| r.page_type == PageType::Cpuid) {
         record.contents = page.clone();
@@ -105,45 +155,42 @@ pub fn firmware(
          first phase: it is launched and measured, but will not boot a system"
             .into(),
     );
-    if kernel.is_some() {
+    if files.kernel.is_some() {
         notes.push(
             "warning: --kernel with --firmware: its hashes are measured, but without fw_cfg the firmware cannot fetch it"
                 .into(),
         );
     }
-    let ram = regions(spec.memory, plan.records.iter(), limit).map_err(PrepareError::file(FIRMWARE, path))?;
+    let ram = regions(spec.memory, plan.records.iter(), 1 << target.c_bit)
+        .map_err(PrepareError::file(FIRMWARE, &firmware.image))?;
+    let mut inputs = files.inputs(firmware, VmmType::Cvmm, signature, target.names);
+    inputs.push(("image", "firmware".into()));
     Ok(LaunchImage {
         ram,
-        code: Some(patch::annotate_code([ovmf.boot_code()])),
-        inputs: vec![
-            ("image", "firmware".into()),
-            ("vcpu signature", format!("{signature:#x}")),
-            ("guest features", format!("{:#x}", firmware.guest_features)),
-        ]
-        .into_iter()
-        .chain(firmware.kernel.as_ref().map(|kernel| ("cmdline", kernel.cmdline.clone())))
-        .collect(),
+        code: Some(patch::annotate_code([files.ovmf.boot_code()])),
+        inputs,
         notes,
         plan,
         ..LaunchImage::default()
     })
 }
 
-/// The image of an IGVM launch.
-pub fn igvm(
+/// The image of an IGVM launch. `table` is the guest's CPUID.
+pub(super) fn igvm(
     spec: &VmSpec,
     file: &IgvmSpec,
+    igvm: &Igvm,
     table: &CpuidTable,
-    limit: u64,
+    target: &Target<'_>,
 ) -> Result<LaunchImage, PrepareError> {
     let path: &Path = &file.image;
-    let (_, igvm) = read_igvm(file)?;
     if spec.cpus != 1 {
         let reason =
             "the file has one save area, and KVM would measure one more for each further vCPU: use --cpus 1";
         return Err(PrepareError::file(IGVM, path)(reason));
     }
-    let ram = regions(spec.memory, igvm.pages(), limit).map_err(PrepareError::file(IGVM, path))?;
+    let ram =
+        regions(spec.memory, igvm.pages(), 1 << target.c_bit).map_err(PrepareError::file(IGVM, path))?;
     let facts = Facts {
         vcpus: spec.cpus,
         ram: &layout::ram_ranges(spec.memory),
@@ -156,7 +203,7 @@ pub fn igvm(
     let code = loaded.plan.records.iter().filter(normal).map(|r| (r.gpa, r.contents.as_slice()));
     let mut notes = vec![format!("pages without data are {}; choose with --zero-pages", igvm.zero_pages)];
     if loaded.plan.vcpus.iter().any(|vcpu| vcpu.cr0 & PAGING != 0) {
-        let c_bit = limit.trailing_zeros();
+        let c_bit = target.c_bit;
         notes.push(format!(
             "the file starts with paging on, so its page tables hold the C-bit where its maker put it; here it is bit {c_bit}"
         ));
@@ -180,7 +227,7 @@ pub fn igvm(
 }
 
 /// What the emulated platform does with the code of a file without section headers.
-pub fn replaced(code: &Annotations) -> String {
+pub(super) fn replaced(code: &Annotations) -> String {
     let count = |opcode| code.kernel.count(opcode);
     format!(
         "emulated platform: {} VMGEXIT, {} PVALIDATE and {} RMPADJUST instructions of the file are replaced after the launch. Code \

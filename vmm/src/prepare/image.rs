@@ -76,7 +76,7 @@ pub struct LaunchImage {
     pub stage0: Option<ShimSites>,
     /// stage0's page of inputs.
     pub inputs_page: Option<InputsPage>,
-    /// What stage0 adds to the launch, for people.
+    /// What stage0 adds to the launch, for people; empty where nothing is named.
     pub bound: String,
     /// What the PCRs of the guest's TPM begin with.
     pub events: Vec<Event>,
@@ -92,13 +92,13 @@ pub struct LaunchImage {
 
 impl LaunchImage {
     /// A kernel that is booted directly.
-    pub(super) fn of_direct(image: DirectImage) -> Self {
+    pub(super) fn of_direct(image: DirectImage, names: Names) -> Self {
         let shim = image.shim.as_ref();
         LaunchImage {
             ram: image.ram,
             stage0: shim.map(|_| shim_sites()),
             inputs_page: shim.map(|shim| shim.inputs.clone()),
-            bound: shim.map_or_else(String::new, Shim::explain),
+            bound: shim.filter(|_| names != Names::None).map_or_else(String::new, Shim::explain),
             staged: image.shim.map_or_else(Staged::default, |shim| Staged {
                 bytes: shim.staging,
                 shared: shim.shared,
