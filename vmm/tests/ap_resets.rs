@@ -13,7 +13,6 @@
 mod tiny;
 
 use std::error::Error;
-use std::fs;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -25,6 +24,8 @@ use tiny::Capture;
 use tiny::SNP_CODE;
 use tiny::alter;
 use tiny::emulated_guest_with;
+use tiny::held::Held;
+use tiny::held::held;
 use tiny::msrs_reach_the_monitor;
 use tiny::out;
 use vmm::machine::Machine;
@@ -50,37 +51,6 @@ const CREATE: u8 = 1;
 const DESTROY: u8 = 2;
 /// What may come and go: stacks, the allocator's.
 const TOLERANCE_KIB: u64 = 1024;
-
-/// What this process holds.
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    vcpus: usize,
-    threads: usize,
-    descriptors: usize,
-    rss_kib: u64,
-}
-
-/// What this process holds; a thread that was joined stays in the table of tasks for a moment longer.
-fn held() -> Held {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    loop {
-        let tasks = fs::read_dir("/proc/self/task").unwrap();
-        let names = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
-        let names: Vec<String> = names.collect();
-        let vcpus = names.iter().filter(|name| name.starts_with("vcpu")).count();
-        if vcpus == 0 || Instant::now() >= deadline {
-            let status = fs::read_to_string("/proc/self/status").unwrap();
-            let rss = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
-            return Held {
-                vcpus,
-                threads: names.len(),
-                descriptors: fs::read_dir("/proc/self/fd").unwrap().count(),
-                rss_kib: rss.split_whitespace().nth(1).unwrap().parse().unwrap(),
-            };
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
 
 /// A jump with a 32-bit displacement: `opcode`, then the way from behind it to `target`.
 fn jump(code: &mut Vec<u8>, opcode: &[u8], target: usize) {

@@ -32,6 +32,17 @@ pub enum PlatformBit {
 }
 
 impl PlatformBit {
+    /// All that have a name.
+    pub const ALL: &[PlatformBit] = &[
+        PlatformBit::Smt,
+        PlatformBit::Tsme,
+        PlatformBit::Ecc,
+        PlatformBit::RaplOff,
+        PlatformBit::CiphertextHiding,
+        PlatformBit::AliasCheck,
+        PlatformBit::Tio,
+    ];
+
     /// Number of the bit.
     pub fn bit(self) -> u32 {
         match self {
@@ -65,6 +76,16 @@ pub enum GuestBit {
 }
 
 impl GuestBit {
+    /// All that have a name.
+    pub const ALL: &[GuestBit] = &[
+        GuestBit::SingleSocket,
+        GuestBit::CxlAllow,
+        GuestBit::Aes256Xts,
+        GuestBit::RaplDis,
+        GuestBit::CiphertextHiding,
+        GuestBit::PageSwapDisable,
+    ];
+
     /// Number of the bit.
     pub fn bit(self) -> u32 {
         match self {

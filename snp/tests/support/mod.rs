@@ -7,6 +7,7 @@ pub mod chain;
 pub mod firmware;
 pub mod kernels;
 pub mod python;
+pub mod reports;
 
 /// A property test's setting: `cases` random cases, or as many times more as `CVMM_FUZZ_FACTOR` says.
 pub fn config(cases: u32) -> proptest::test_runner::Config {

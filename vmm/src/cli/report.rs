@@ -88,23 +88,6 @@ fn fields(report: &Report, product: Option<Product>) -> Vec<(&'static str, Strin
     let tcb =
         |raw: u64| product.map_or(format!("{raw:#018x}"), |product| Tcb::from_raw(raw, product).to_string());
     let signer = report.signer();
-    let platform = [
-        PlatformBit::Smt,
-        PlatformBit::Tsme,
-        PlatformBit::Ecc,
-        PlatformBit::RaplOff,
-        PlatformBit::CiphertextHiding,
-        PlatformBit::AliasCheck,
-        PlatformBit::Tio,
-    ];
-    let guest = [
-        GuestBit::SingleSocket,
-        GuestBit::CxlAllow,
-        GuestBit::Aes256Xts,
-        GuestBit::RaplDis,
-        GuestBit::CiphertextHiding,
-        GuestBit::PageSwapDisable,
-    ];
     let policy = GuestPolicy(report.policy());
     let allowed: Vec<&str> =
         [("debug", policy.debug()), ("migration", policy.migrate_ma()), ("SMT", policy.smt())]
@@ -126,13 +109,16 @@ fn fields(report: &Report, product: Option<Product>) -> Vec<(&'static str, Strin
         ("measurement", hex::encode(report.measurement())),
         ("report data", hex::encode(report.report_data())),
         ("host data", hex::encode(report.host_data())),
-        ("guest policy", format!("{} allows {}", bits(policy.0, &guest, GuestBit::bit), allowed.join(", "))),
+        (
+            "guest policy",
+            format!("{} allows {}", bits(policy.0, GuestBit::ALL, GuestBit::bit), allowed.join(", ")),
+        ),
         ("guest svn", report.guest_svn().to_string()),
         ("family id", hex::encode(report.family_id())),
         ("image id", hex::encode(report.image_id())),
         ("id key", digest(report.id_key_digest())),
         ("author key", digest(report.author_key_digest())),
-        ("platform info", bits(report.platform_info(), &platform, PlatformBit::bit)),
+        ("platform info", bits(report.platform_info(), PlatformBit::ALL, PlatformBit::bit)),
         ("reported tcb", tcb(report.reported_tcb())),
         ("committed tcb", tcb(report.committed_tcb())),
         ("current tcb", tcb(report.current_tcb())),

@@ -4,6 +4,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub mod held;
+
 use std::io;
 use std::io::Write;
 use std::sync::Arc;
