@@ -35,7 +35,6 @@ const KNOWN: &[&[&str]] = &[
         "vmm/src/doctor/log.rs",
         "vmm/src/doctor/snp.rs",
     ],
-    &["vmm/src/events.rs", "vmm/src/life.rs", "vmm/src/monitor.rs"],
     &["vmm/src/launch.rs", "vmm/src/launch/error.rs"],
     &[
         "vmm/src/platform/emulated.rs",

@@ -6,6 +6,7 @@
 
 mod error;
 mod signals;
+pub mod tamper;
 mod update;
 
 use std::ops::Range;
@@ -33,12 +34,12 @@ use snp::policy::GuestPolicy;
 use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
 pub(crate) use update::Updater;
 
-use crate::memory::GuestRam;
+use crate::machine::ram::GuestRam;
 use crate::platform::ATTRIBUTE_PRIVATE;
-use crate::platform::MemorySlot;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
-use crate::registers;
+use crate::platform::memory::MemorySlot;
+use crate::platform::registers;
 
 /// How often an update that answers EAGAIN is tried again.
 const MAX_RETRIES: u32 = 16;
@@ -58,7 +59,7 @@ pub struct LaunchOptions {
     pub accept_cpuid: bool,
     /// What CPUID gives on the platform's processors, if known: bits that KVM made up beyond it may be lost without being asked.
     pub host_cpuid: Option<RawCpuid>,
-    /// What starts is firmware. It uses some pages as shared without asking ([`crate::implicit`]), and starts the other vCPUs by
+    /// What starts is firmware. It uses some pages as shared without asking ([`crate::machine::implicit`]), and starts the other vCPUs by
     /// INIT and SIPI. A kernel announces every change, and starts them by AP creation.
     pub firmware: bool,
     /// Memory that the guest validates before anything else, where that is known; ascending.
@@ -72,7 +73,7 @@ pub struct Staged {
     pub bytes: Vec<(u64, Bytes)>,
     /// RAM that is shared when the guest starts, ascending; all other RAM is private.
     pub shared: Vec<Range<u64>>,
-    /// A staged byte that the host keeps changing, for tests ([`crate::tamper`]).
+    /// A staged byte that the host keeps changing, for tests ([`crate::launch::tamper`]).
     pub raced: Option<u64>,
 }
 

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The machine around the vCPUs: its buses and the devices on them.
 
+pub mod certs;
+pub mod companion;
+pub mod conversion;
+pub mod implicit;
+pub mod ram;
+
 use std::io;
 use std::io::Write;
 use std::sync::Arc;
@@ -18,8 +24,8 @@ use snp::image::acpi;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::platform::CallError;
 use crate::platform::Vm;
+use crate::platform::error::CallError;
 
 /// Buses, and the handles that the host side needs.
 pub struct Machine {

@@ -6,12 +6,15 @@
 //! RMP on top of an ordinary VM. Struct layouts are the kernel's (`include/uapi/linux/kvm.h`), by way of `kvm-bindings`.
 
 pub mod emulated;
+pub mod error;
+pub mod exit;
 pub mod kvm;
+pub mod mapping;
+pub mod memory;
+pub mod registers;
 #[cfg(test)]
 pub(crate) mod scripted;
 
-use std::fmt;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -33,7 +36,10 @@ use snp_model::patch::Annotations;
 use snp_model::patch::ShimSites;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::memory::Mapping;
+use crate::platform::error::CallError;
+use crate::platform::error::SevError;
+use crate::platform::exit::Exit;
+use crate::platform::memory::MemorySlot;
 
 /// `KVM_HC_MAP_GPA_RANGE`: the hypercall by which a page-state change reaches the monitor.
 pub const HC_MAP_GPA_RANGE: u64 = 12;
@@ -41,66 +47,6 @@ pub const HC_MAP_GPA_RANGE: u64 = 12;
 pub const MAP_GPA_RANGE_ENCRYPTED: u64 = 1 << 4;
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE`.
 pub const ATTRIBUTE_PRIVATE: u64 = 8;
-
-/// A KVM call that failed, with the call's name.
-#[derive(Debug, thiserror::Error)]
-#[error("{call}: {source}")]
-pub struct CallError {
-    /// Name of the ioctl or system call.
-    pub call: &'static str,
-    /// What the kernel (or the model of it) answered.
-    pub source: io::Error,
-}
-
-impl CallError {
-    /// A function that wraps an errno of `kvm-ioctls` for `map_err`.
-    pub fn of(call: &'static str) -> impl Fn(vmm_sys_util::errno::Error) -> CallError {
-        move |e| CallError { call, source: io::Error::from_raw_os_error(e.errno()) }
-    }
-
-    /// From a raw errno value.
-    pub fn errno(call: &'static str, errno: i32) -> CallError {
-        CallError { call, source: io::Error::from_raw_os_error(errno) }
-    }
-}
-
-/// A SEV command that failed: the errno, and the firmware's status in `kvm_sev_cmd.error`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SevError {
-    /// The command, such as `SNP_LAUNCH_UPDATE`.
-    pub command: &'static str,
-    /// The errno of the ioctl.
-    pub errno: i32,
-    /// The firmware status; 0 means that the firmware gave no verdict.
-    pub firmware: u32,
-}
-
-impl std::error::Error for SevError {}
-
-impl fmt::Display for SevError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.command, io::Error::from_raw_os_error(self.errno))?;
-        match self.firmware {
-            0 => write!(f, " (no verdict of the firmware: KVM refused it)"),
-            code => {
-                write!(f, " (firmware status {code:#x}: {})", snp::firmware_status::FwStatus(code))
-            }
-        }
-    }
-}
-
-/// A piece of guest RAM: where the guest sees it, and what backs each side.
-pub struct MemorySlot {
-    /// Slot number.
-    pub slot: u32,
-    /// Guest-physical address, page aligned.
-    pub gpa: u64,
-    /// The shared side; its length is the slot's.
-    pub shared: Arc<Mapping>,
-    /// The private side: a guest_memfd and the offset into it. `None` for plain guests, and for memory of an SNP guest that is
-    /// always shared.
-    pub private: Option<(Arc<OwnedFd>, u64)>,
-}
 
 /// What kind of guest a VM holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -217,96 +163,4 @@ pub trait Vcpu: Send {
     fn complete_exit(&mut self) -> Result<(), CallError>;
     /// `KVM_RUN` until the next exit for the monitor. A signal ends it with [`Exit::Interrupted`].
     fn run(&mut self) -> Result<Exit<'_>, CallError>;
-}
-
-/// Why `KVM_RUN` returned.
-#[derive(Debug)]
-pub enum Exit<'a> {
-    /// The guest reads a port; the answer is written to `data`.
-    IoIn {
-        /// Port.
-        port: u16,
-        /// Where the answer goes; preset to whatever the last exit left.
-        data: &'a mut [u8],
-    },
-    /// The guest writes a port.
-    IoOut {
-        /// Port.
-        port: u16,
-        /// What it wrote; string instructions write many items at once.
-        data: &'a [u8],
-    },
-    /// The guest reads device memory.
-    MmioRead {
-        /// Guest-physical address.
-        addr: u64,
-        /// Where the answer goes.
-        data: &'a mut [u8],
-    },
-    /// The guest writes device memory.
-    MmioWrite {
-        /// Guest-physical address.
-        addr: u64,
-        /// What it wrote.
-        data: &'a [u8],
-    },
-    /// `KVM_EXIT_HYPERCALL`.
-    Hypercall {
-        /// Number; 12 is `KVM_HC_MAP_GPA_RANGE`.
-        nr: u64,
-        /// Arguments.
-        args: [u64; 6],
-        /// The answer; must always be written.
-        ret: &'a mut u64,
-    },
-    /// `KVM_EXIT_MEMORY_FAULT`.
-    MemoryFault {
-        /// Bit 3: the access was to the private side.
-        flags: u64,
-        /// Guest-physical address.
-        gpa: u64,
-        /// Bytes.
-        size: u64,
-    },
-    /// `KVM_EXIT_MEMORY_FAULT` with EHWPOISON: the host's memory behind the page is broken.
-    Poisoned {
-        /// Guest-physical address.
-        gpa: u64,
-    },
-    /// `KVM_EXIT_SYSTEM_EVENT`; 6 is `SEV_TERM`.
-    SystemEvent {
-        /// Kind of event.
-        kind: u32,
-        /// First datum, 0 if there is none.
-        data: u64,
-    },
-    /// `KVM_EXIT_SNP_REQ_CERTS`.
-    ReqCerts {
-        /// Guest-physical address of the certificate buffer.
-        gpa: u64,
-        /// Pages that it has; set to the pages needed when `ret` says ENOSPC.
-        npages: &'a mut u64,
-        /// The answer; must always be written.
-        ret: &'a mut u64,
-    },
-    /// Triple fault.
-    Shutdown,
-    /// HLT with no in-kernel APIC.
-    Hlt,
-    /// A signal arrived.
-    Interrupted,
-    /// `KVM_RUN` answered EAGAIN: the vCPU did not run, and waits for something else than what happened.
-    Again,
-    /// The CPU refused the guest's state.
-    FailEntry {
-        /// Hardware's reason code.
-        reason: u64,
-    },
-    /// KVM could not emulate something.
-    InternalError {
-        /// `KVM_INTERNAL_ERROR_*`.
-        suberror: u32,
-    },
-    /// Anything else.
-    Other(u32),
 }

@@ -40,14 +40,14 @@ pub use image::sha256;
 
 use crate::cpuid;
 use crate::launch::LaunchOptions;
-use crate::monitor::Guest;
-use crate::monitor::Load;
-use crate::monitor::SnpLaunch;
 use crate::platform::Platform;
 use crate::platform::emulated::EmulatedOptions;
 use crate::platform::emulated::EmulatedPlatform;
 use crate::platform::emulated::default_keys_path;
 use crate::platform::kvm::KvmPlatform;
+use crate::run::guest::Guest;
+use crate::run::guest::Load;
+use crate::run::guest::SnpLaunch;
 use crate::spec::BootSpec;
 use crate::spec::FirmwareSpec;
 use crate::spec::IgvmSpec;

@@ -12,7 +12,7 @@
 //! and the guest goes on. A service of ours that has died is started again for the VM that follows a reset, a few times: PCRs start
 //! anew there in any case. Before that the guest must do without: a TPM that came back with new PCRs under a running guest would let
 //! the guest write its own measurements. What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
-//! [`POWER_ON_PATIENCE`], so that signals are heard meanwhile ([`crate::events::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
+//! [`POWER_ON_PATIENCE`], so that signals are heard meanwhile ([`crate::run::inbox::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
 
 pub mod backend;
 mod clock;
@@ -38,6 +38,7 @@ use std::thread;
 use std::time::Duration;
 use std::time::Instant;
 
+use clock::Clock;
 use devices::bus::Bus;
 use devices::bus::Overlap;
 use devices::tpm_crb;
@@ -49,24 +50,23 @@ use devices::tpm_ppi;
 use devices::tpm_ppi::Mail;
 use devices::tpm_ppi::Ppi;
 use devices::tpm_ppi::Submit;
+use service::Service;
 use vtpm_svc::control::client::Client;
 use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
 use vtpm_svc::measured::Event;
 use vtpm_svc::tpm2::CommandError;
 
-use crate::events::Inbox;
-use crate::events::Unattended;
 use crate::machine::Machine;
-use crate::memory::Mapping;
-use crate::monitor::Companion;
-use crate::monitor::Work;
+use crate::machine::companion::Companion;
+use crate::machine::companion::Work;
 use crate::note::warn;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
 use crate::platform::Vm;
-use clock::Clock;
-use service::Service;
+use crate::platform::error::CallError;
+use crate::platform::mapping::Mapping;
+use crate::platform::memory::MemorySlot;
+use crate::run::inbox::Inbox;
+use crate::run::inbox::Unattended;
 
 /// Why the guest has no TPM.
 #[derive(Debug, thiserror::Error)]

@@ -12,9 +12,9 @@ use snp::pages::cpuid_diff::CpuidDiff;
 use snp::plan::PlanError;
 
 use super::MAX_RETRIES;
-use crate::platform::CallError;
-use crate::platform::SevError;
-use crate::registers::Mismatch;
+use crate::platform::error::CallError;
+use crate::platform::error::SevError;
+use crate::platform::registers::Mismatch;
 
 /// A launch step that failed.
 #[derive(Debug, thiserror::Error)]

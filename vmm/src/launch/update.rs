@@ -20,8 +20,8 @@ use snp::plan::Record;
 use super::LaunchError;
 use super::MAX_RETRIES;
 use super::error;
-use crate::platform::SevError;
 use crate::platform::Vm;
+use crate::platform::error::SevError;
 
 /// How much of a record one call takes from the scratch buffer, in bytes.
 const CHUNK: usize = 1 << 20;

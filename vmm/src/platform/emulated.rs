@@ -42,7 +42,6 @@ use snp_model::rmp::TwoMib;
 pub use trial::EmulationTrial;
 pub use trial::try_emulation;
 
-use super::CallError;
 use super::Platform;
 use super::Vm;
 use super::VmKind;
@@ -50,6 +49,7 @@ use super::kvm::KvmPlatform;
 use super::kvm::KvmVm;
 use super::kvm::OpenError;
 use crate::cpuid;
+use crate::platform::error::CallError;
 use crate::spec::Backing;
 
 /// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.

@@ -41,10 +41,10 @@ use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
 
-use super::CallError;
 use super::Platform;
 use super::Vm;
 use super::VmKind;
+use crate::platform::error::CallError;
 
 /// `KVM_X86_SNP_VM`, the VM type of SNP guests.
 const SNP_VM_TYPE: u64 = kvm_bindings::KVM_X86_SNP_VM as u64;

@@ -38,8 +38,8 @@ use vtpm_svc::vmgs::VmgsError;
 use vtpm_svc::vmgs::anchor::Durability;
 
 use super::VtpmError;
-use crate::events::Inbox;
 use crate::note::warn;
+use crate::run::inbox::Inbox;
 
 /// Name of the program.
 const PROGRAM: &str = "vtpm-svc";

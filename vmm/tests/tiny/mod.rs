@@ -25,16 +25,16 @@ use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
 use snp_model::rmp::TwoMib;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
-use vmm::monitor;
-use vmm::monitor::Guest;
-use vmm::monitor::Host;
-use vmm::monitor::Load;
-use vmm::monitor::SnpLaunch;
-use vmm::outcome::Outcome;
 use vmm::platform::Platform;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::run::guest::Guest;
+use vmm::run::guest::Host;
+use vmm::run::guest::Load;
+use vmm::run::guest::SnpLaunch;
+use vmm::run::monitor;
+use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 
 /// Where the guest's code is loaded and entered.

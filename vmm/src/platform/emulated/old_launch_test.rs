@@ -25,14 +25,14 @@ use snp_model::vm::ApCreation;
 
 use super::vm::EmulatedVm;
 use super::*;
-use crate::memory::Mapping;
 use crate::platform::ATTRIBUTE_PRIVATE;
-use crate::platform::Exit;
-use crate::platform::MemorySlot;
-use crate::platform::SevError;
 use crate::platform::Vcpu;
-use crate::registers;
-use crate::vcpu;
+use crate::platform::error::SevError;
+use crate::platform::exit::Exit;
+use crate::platform::mapping::Mapping;
+use crate::platform::memory::MemorySlot;
+use crate::platform::registers;
+use crate::run::vcpu;
 
 pub(super) const MEMORY: u64 = 1 << 20;
 const VMSA: u64 = 0x3000;

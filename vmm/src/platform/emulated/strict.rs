@@ -46,7 +46,7 @@ fn parts(region: &Region, range: &Range<u64>) -> [Range<u64>; 2] {
     [start - all.start..middle - all.start, middle - all.start..end.max(middle) - all.start]
 }
 
-fn set(mapping: &crate::memory::Mapping, part: &Range<u64>, open: bool) -> io::Result<()> {
+fn set(mapping: &crate::platform::mapping::Mapping, part: &Range<u64>, open: bool) -> io::Result<()> {
     if part.is_empty() { Ok(()) } else { mapping.set_accessible(part.start, part.end - part.start, open) }
 }
 
@@ -158,7 +158,7 @@ mod tests {
     use snp_model::rmp::TwoMib;
 
     use super::*;
-    use crate::memory::Mapping;
+    use crate::platform::mapping::Mapping;
 
     const RAM: Range<u64> = 0..0x40_0000;
     const PAGE: u64 = 0x20_0000;

@@ -52,15 +52,15 @@ use super::vm::Stage;
 use super::wake::Order;
 use super::wake::Wake;
 use crate::cpuid;
-use crate::platform::CallError;
-use crate::platform::Exit;
 use crate::platform::HC_MAP_GPA_RANGE;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
+use crate::platform::exit::Exit;
 use crate::platform::kvm::KvmVcpu;
 use crate::platform::kvm::MsrAccess;
 use crate::platform::kvm::decode;
 use crate::platform::kvm::msr_access;
-use crate::registers;
+use crate::platform::registers;
 
 /// Bit of a memory fault's flags: the access was to the private side.
 const FAULT_PRIVATE: u64 = 1 << 3;
@@ -757,11 +757,13 @@ impl Vcpu for EmulatedVcpu {
                 }
                 Some(Told::Terminate { data }) => Exit::SystemEvent { kind: SEV_TERM, data: *data },
                 Some(Told::PrivateGhcb { gpa }) => {
-                    Exit::MemoryFault { flags: 0, gpa: *gpa, size: crate::memory::PAGE }
+                    Exit::MemoryFault { flags: 0, gpa: *gpa, size: crate::platform::mapping::PAGE }
                 }
-                Some(Told::Fault { gpa, .. }) => {
-                    Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: crate::memory::PAGE }
-                }
+                Some(Told::Fault { gpa, .. }) => Exit::MemoryFault {
+                    flags: FAULT_PRIVATE,
+                    gpa: *gpa,
+                    size: crate::platform::mapping::PAGE,
+                },
             }),
         }
     }

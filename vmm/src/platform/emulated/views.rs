@@ -34,10 +34,10 @@ use snp_model::rmp::PageStates;
 use super::Backing;
 use super::EmulatedOptions;
 use super::strict::Gate;
-use crate::memory::Mapping;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
+use crate::platform::error::CallError;
 use crate::platform::kvm::KvmVm;
+use crate::platform::mapping::Mapping;
+use crate::platform::memory::MemorySlot;
 
 /// End of the memory that both views share.
 pub const LOW_END: u64 = 1 << 20;

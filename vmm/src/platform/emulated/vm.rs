@@ -46,14 +46,14 @@ use super::vcpu::EmulatedVcpu;
 use super::views::Views;
 use super::wake::Order;
 use super::wake::Wake;
-use crate::memory::PAGE;
 use crate::platform::ATTRIBUTE_PRIVATE;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
-use crate::platform::SevError;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
+use crate::platform::error::CallError;
+use crate::platform::error::SevError;
 use crate::platform::kvm::KvmVm;
+use crate::platform::mapping::PAGE;
+use crate::platform::memory::MemorySlot;
 
 /// One vCPU, as the VM knows it.
 struct Member {

@@ -35,7 +35,7 @@ use crate::cpuid;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::Updater;
-use crate::memory::GuestRam;
+use crate::machine::ram::GuestRam;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::HC_MAP_GPA_RANGE;
 use crate::platform::Platform;

@@ -14,10 +14,10 @@ use snp::pages::cpuid_entry::CpuidEntry;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
-use crate::platform::SevError;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
+use crate::platform::error::SevError;
+use crate::platform::memory::MemorySlot;
 use crate::platform::scripted::ScriptedVm;
 
 /// Byte of the CPUID page where an entry's registers begin: 16 bytes of header, 24 of inputs.

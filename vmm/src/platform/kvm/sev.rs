@@ -19,7 +19,7 @@ use snp::plan::PAGE_SIZE;
 use snp::plan::PageType;
 
 use super::KvmVm;
-use crate::platform::SevError;
+use crate::platform::error::SevError;
 
 const _: () = {
     assert!(size_of::<kvm_sev_cmd>() == 24);

@@ -17,12 +17,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::KvmVcpu;
 use super::sev;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
-use crate::platform::SevError;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::platform::error::CallError;
+use crate::platform::error::SevError;
+use crate::platform::memory::MemorySlot;
 
 /// Where KVM may keep its internal pages on Intel CPUs: just below the BIOS region, outside of RAM and of devices.
 const TSS_ADDRESS: usize = 0xfffb_d000;

@@ -19,12 +19,12 @@ use std::sync::atomic::Ordering;
 use kvm_bindings::kvm_memory_attributes;
 use rustix::fs::FallocateFlags;
 
-use crate::memory::GuestRam;
-use crate::memory::PAGE;
-use crate::memory::Region;
+use crate::machine::ram::GuestRam;
+use crate::machine::ram::Region;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::MAP_GPA_RANGE_ENCRYPTED;
 use crate::platform::Vm;
+use crate::platform::mapping::PAGE;
 
 /// Bits of the third argument that have a meaning: page-size hint and direction.
 const KNOWN_ATTRIBUTES: u64 = 0xf | MAP_GPA_RANGE_ENCRYPTED;

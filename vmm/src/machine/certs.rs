@@ -27,9 +27,9 @@ use rustix::fs::FlockOperation;
 use snp::attest::cert_table;
 use snp::attest::cert_table::TableError;
 
-use crate::memory::GuestRam;
-use crate::memory::PAGE;
+use crate::machine::ram::GuestRam;
 use crate::note::warn;
+use crate::platform::mapping::PAGE;
 
 /// Largest file that is taken, in bytes; five certificates have less than 10 KiB.
 pub const FILE_LIMIT: u64 = 64 << 10;

@@ -10,11 +10,11 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
-use crate::conversion::Conversions;
-use crate::conversion::RangeState;
-use crate::memory::PAGE;
+use crate::machine::conversion::Conversions;
+use crate::machine::conversion::RangeState;
 use crate::note::note;
 use crate::note::warn;
+use crate::platform::mapping::PAGE;
 
 /// Most pages that a guest may share in this way.
 const PAGES_MAX: usize = 16;

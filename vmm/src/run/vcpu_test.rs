@@ -8,9 +8,9 @@ use rustix::fs::FlockOperation;
 use snp::attest::cert_table;
 
 use super::*;
-use crate::certs::CertFile;
-use crate::certs::Source;
-use crate::memory::GuestRam;
+use crate::machine::certs::CertFile;
+use crate::machine::certs::Source;
+use crate::machine::ram::GuestRam;
 use crate::platform::Vm;
 use crate::platform::scripted::Answered;
 use crate::platform::scripted::Scripted;
