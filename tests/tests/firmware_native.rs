@@ -148,7 +148,7 @@ impl Bench {
         let vm = self.platform.create_vm(VmKind::Snp).unwrap();
         vm.create_irqchip().unwrap();
         let snp = guest.snp().unwrap();
-        launch::init_snp(vm.as_ref(), snp.measured.plan())?;
+        launch::init_snp(vm.snp().expect("an SNP VM"), snp.measured.plan())?;
         let ram = GuestRam::new(guest.ram.clone()).unwrap();
         launch::add_memory(vm.as_ref(), &ram, true)?;
         let mut vcpus = Vec::new();
@@ -166,7 +166,7 @@ impl Bench {
             cpuid: &guest.cpuid,
         };
         launch::launch_snp(prepared, &snp.options)?;
-        Ok(vm.measured())
+        Ok(vm.snp().and_then(|commands| commands.measured()))
     }
 }
 

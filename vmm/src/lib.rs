@@ -13,6 +13,7 @@ pub mod cpuid;
 pub mod doctor;
 mod files;
 pub mod launch;
+mod lock;
 pub mod machine;
 pub mod note;
 pub mod platform;

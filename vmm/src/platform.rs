@@ -8,12 +8,14 @@
 pub mod emulated;
 pub mod error;
 pub mod exit;
+pub mod interrupt;
 pub mod kvm;
 pub mod mapping;
 pub mod memory;
 pub mod registers;
 #[cfg(test)]
 pub(crate) mod scripted;
+pub mod sev;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -23,12 +25,7 @@ use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_memory_attributes;
 use kvm_bindings::kvm_mp_state;
 use kvm_bindings::kvm_regs;
-use kvm_bindings::kvm_sev_init;
-use kvm_bindings::kvm_sev_snp_launch_finish;
-use kvm_bindings::kvm_sev_snp_launch_start;
-use kvm_bindings::kvm_sev_snp_launch_update;
 use kvm_bindings::kvm_sregs;
-use snp::digest::LaunchDigest;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
@@ -36,8 +33,10 @@ use snp_model::patch::Annotations;
 use snp_model::patch::ShimSites;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::interrupt::MsiMessage;
+use self::interrupt::MsiRoute;
+use self::sev::Snp;
 use crate::platform::error::CallError;
-use crate::platform::error::SevError;
 use crate::platform::exit::Exit;
 use crate::platform::memory::MemorySlot;
 
@@ -88,40 +87,36 @@ pub trait Vm: Send + Sync {
     fn create_irqchip(&self) -> Result<(), CallError>;
     /// `KVM_IRQFD`: an event on `fd` raises `gsi`.
     fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), CallError>;
-    /// `KVM_ENABLE_CAP(KVM_CAP_EXIT_HYPERCALL)` for `KVM_HC_MAP_GPA_RANGE`.
-    fn enable_map_gpa_range_exit(&self) -> Result<(), CallError>;
+    /// `KVM_IRQFD` with its deassign flag.
+    fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), CallError>;
+    /// `KVM_SET_GSI_ROUTING`: the pins of the interrupt controllers as KVM has them at the start, and `routes`. Replaces what was set
+    /// before.
+    fn set_msi_routes(&self, routes: &[MsiRoute]) -> Result<(), CallError>;
+    /// `KVM_SIGNAL_MSI`; false if the guest masks it or it has no receiver.
+    fn signal_msi(&self, message: MsiMessage) -> Result<bool, CallError>;
+    /// `KVM_IOEVENTFD`: a write of any length and value to the guest-physical address `gpa`, without the C-bit, is an event on `fd` and
+    /// no exit.
+    fn register_ioevent(&self, fd: &EventFd, gpa: u64) -> Result<(), CallError>;
+    /// `KVM_IOEVENTFD` with its deassign flag; both must be as they were registered.
+    fn unregister_ioevent(&self, fd: &EventFd, gpa: u64) -> Result<(), CallError>;
     /// `KVM_CREATE_GUEST_MEMFD`; `size` in bytes, page aligned.
     fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError>;
     /// `KVM_SET_USER_MEMORY_REGION2`. The VM keeps the mapping alive.
     fn set_memory(&self, slot: MemorySlot) -> Result<(), CallError>;
+    /// `KVM_SET_USER_MEMORY_REGION2` of length 0: the slot is gone when this returns, and its mapping may go. Only for memory without
+    /// a private side.
+    fn remove_memory(&self, slot: u32) -> Result<(), CallError>;
     /// `KVM_SET_MEMORY_ATTRIBUTES`.
     fn set_memory_attributes(&self, attributes: kvm_memory_attributes) -> Result<(), CallError>;
     /// `KVM_CREATE_VCPU`; the id is the APIC id.
     fn create_vcpu(&self, id: u32) -> Result<Box<dyn Vcpu>, CallError>;
-    /// `KVM_SEV_INIT2`.
-    fn sev_init2(&self, init: &mut kvm_sev_init) -> Result<(), SevError>;
-    /// `KVM_SEV_SNP_LAUNCH_START`.
-    fn snp_launch_start(&self, start: &mut kvm_sev_snp_launch_start) -> Result<(), SevError>;
-    /// `KVM_SEV_SNP_LAUNCH_UPDATE`. `source` begins at a page, is what `update.uaddr` points to, which this call sets, and is not
-    /// used for ZERO pages. The kernel advances `update` and may write a corrected CPUID page back into `source`.
-    fn snp_launch_update(
-        &self,
-        update: &mut kvm_sev_snp_launch_update,
-        source: &mut [u8],
-    ) -> Result<(), SevError>;
-    /// `KVM_SEV_SNP_LAUNCH_FINISH`; `id` is the ID block and its authentication page.
-    fn snp_launch_finish(
-        &self,
-        finish: &mut kvm_sev_snp_launch_finish,
-        id: Option<(&[u8; 96], &[u8; 4096])>,
-    ) -> Result<(), SevError>;
-    /// The launch digest as the firmware computed it, where the platform can know: hardware tells it only to the guest.
-    fn measured(&self) -> Option<LaunchDigest> {
-        None
+    /// The commands of an SNP guest; `None` if the VM is not of that kind.
+    fn snp(&self) -> Option<&dyn Snp>;
+    /// The commands of a VM that was created as an SNP VM.
+    fn snp_commands(&self) -> Result<&dyn Snp, CallError> {
+        const CALL: &str = "KVM_MEMORY_ENCRYPT_OP (the VM is not of the type of SNP guests)";
+        self.snp().ok_or(CallError::errno(CALL, libc::ENOTTY))
     }
-    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS` (Linux 7.0): extended guest requests become [`Exit::ReqCerts`]. After
-    /// `KVM_SEV_INIT2` and before any vCPU exists (`snp_enable_certs`).
-    fn snp_enable_req_certs(&self) -> Result<(), SevError>;
     /// What the guest did with its pages so far, as one line of JSON, where the platform sees it.
     fn statistics(&self) -> Option<String> {
         None

@@ -39,8 +39,8 @@ use crate::spec::TpmSpec;
 use crate::spec::VmSpec;
 use crate::spec::text::parse_hex32;
 use crate::vtpm::Vtpm;
-use crate::vtpm::VtpmError;
 use crate::vtpm::backend;
+use crate::vtpm::error::VtpmError;
 
 /// A guest that does nothing but reset gets one VM in this time.
 const PACE: Duration = Duration::from_secs(1);

@@ -5,7 +5,6 @@ use std::io;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -16,6 +15,7 @@ use devices::serial::Serial;
 
 use super::terminal;
 use super::terminal::Typed;
+use crate::lock::lock;
 use crate::threads::ThreadError;
 use crate::threads::spawn;
 
@@ -28,13 +28,13 @@ pub(crate) struct Keyboard(Arc<Mutex<Option<Arc<Mutex<Serial>>>>>);
 
 impl Keyboard {
     pub(crate) fn connect(&self, serial: Option<Arc<Mutex<Serial>>>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = serial;
+        *lock(&self.0) = serial;
     }
 
     /// Offers bytes to the guest; returns how many it took, none between two VMs.
     fn offer(&self, bytes: &[u8]) -> usize {
-        let serial = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        serial.map_or(0, |s| s.lock().unwrap_or_else(PoisonError::into_inner).receive(bytes))
+        let serial = lock(&self.0).clone();
+        serial.map_or(0, |s| lock(&s).receive(bytes))
     }
 
     /// Reads standard input in a thread, until its end; `quit` is called when the user asks for the end of the run.
@@ -91,7 +91,7 @@ impl SharedConsole {
 impl Write for SharedConsole {
     /// Waits for room where the output does not do so by itself: somebody else may have made it non-blocking.
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut out = lock(&self.out);
         let begun = Instant::now();
         loop {
             let result = out.write(buf);
@@ -113,7 +113,7 @@ impl Write for SharedConsole {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.out.lock().unwrap_or_else(PoisonError::into_inner).flush()
+        lock(&self.out).flush()
     }
 }
 

@@ -6,6 +6,7 @@ mod check;
 mod exit;
 mod host_cpuid;
 mod sev;
+mod slots;
 mod vcpu;
 mod vm;
 
@@ -13,12 +14,9 @@ pub use ask::PlatformStatus;
 pub use ask::platform_status;
 pub use check::Access;
 pub use check::Capabilities;
-pub use check::CpuidChange;
-pub use check::CpuidTrial;
 pub use check::Finding;
 pub use check::LaunchFacts;
 pub use check::NoSnp;
-pub use check::Trial;
 pub use check::cpu_finding;
 pub use check::sev_leaf;
 pub use exit::MsrAccess;
@@ -92,6 +90,16 @@ impl KvmPlatform {
         &self.kvm
     }
 
+    /// What KVM can do, asked at system scope.
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities::of(&self.kvm)
+    }
+
+    /// Lists what keeps this host from launching SNP guests.
+    pub fn check_snp(&self) -> Result<(), NoSnp> {
+        check::check_snp(&self.kvm)
+    }
+
     /// `KVM_CREATE_VM`, again when a signal interrupts it.
     pub fn create(&self, kind: VmKind) -> Result<KvmVm, CallError> {
         let vm_type = match kind {
@@ -139,7 +147,7 @@ impl Platform for KvmPlatform {
 
     fn policy_rules(&self) -> PolicyRules {
         let release = || std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        self.policy_bits().map_or_else(|| PolicyRules::of_release(&release()), PolicyRules::told)
+        check::policy_bits(&self.kvm).map_or_else(|| PolicyRules::of_release(&release()), PolicyRules::told)
     }
 
     fn vmsa_features(&self) -> u64 {

@@ -83,15 +83,16 @@ pub(crate) fn boot(
     let vm = platform.create_vm(kind).map_err(create("creating the VM"))?;
     vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
     if let Some(snp) = snp {
-        launch::init_snp(vm.as_ref(), snp.measured.plan())?;
+        let commands = vm.snp_commands().map_err(create("creating the VM"))?;
+        launch::init_snp(commands, snp.measured.plan())?;
     }
     let certificates = match snp {
         Some(_) => host.certificates.clone().or_else(|| platform.certificates().map(Source::Table)),
         None => None,
     };
-    if certificates.is_some() {
+    if let Some(commands) = vm.snp().filter(|_| certificates.is_some()) {
         // After INIT2 and before any vCPU (`snp_enable_certs`).
-        vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
+        commands.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
             step: "offering certificates to the guest".into(),
             source,
         })?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use vtpm_svc::measured::Event;
 
 use super::Vtpm;
-use super::VtpmError;
+use super::error::VtpmError;
 use super::service;
 use crate::run::inbox::Inbox;
 use crate::spec::BackendSpec;

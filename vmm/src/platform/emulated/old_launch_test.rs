@@ -20,6 +20,7 @@ use snp::vmsa::Segment;
 use snp::vmsa::VmsaState;
 use snp_model::memory::GuestMemory;
 use snp_model::memory::View;
+use snp_model::rmp::TwoMib;
 use snp_model::vm::ApAction;
 use snp_model::vm::ApCreation;
 
@@ -32,7 +33,9 @@ use crate::platform::exit::Exit;
 use crate::platform::mapping::Mapping;
 use crate::platform::memory::MemorySlot;
 use crate::platform::registers;
+use crate::platform::sev::Snp as _;
 use crate::run::vcpu;
+use crate::spec::Backing;
 
 pub(super) const MEMORY: u64 = 1 << 20;
 const VMSA: u64 = 0x3000;

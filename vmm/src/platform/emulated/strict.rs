@@ -18,14 +18,14 @@ use std::io;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 
 use snp_model::rmp::PageStates;
 
-use super::views::LOW_END;
-use super::views::Region;
+use super::region::LOW_END;
+use super::region::Region;
+use crate::lock::lock;
 
 /// Pieces that wait to be opened before that is done without a need, so that a guest cannot make the list grow.
 const WAITING_MAX: usize = 1024;
@@ -52,7 +52,7 @@ fn set(mapping: &crate::platform::mapping::Mapping, part: &Range<u64>, open: boo
 
 impl Gate {
     fn lock(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.waiting)
     }
 
     /// A region that has just been added: all of its pages are shared.

@@ -12,7 +12,7 @@ use std::time::Instant;
 use serde::Deserialize;
 use serde::Serialize;
 
-use super::vm::intercept_msrs;
+use super::shared::intercept_msrs;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;

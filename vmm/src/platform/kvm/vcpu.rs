@@ -30,8 +30,8 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
-use super::decode;
-use super::vm::Slots;
+use super::exit::decode;
+use super::slots::Slots;
 use crate::platform::Vcpu;
 use crate::platform::error::CallError;
 use crate::platform::exit::Exit;
