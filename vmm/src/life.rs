@@ -111,7 +111,7 @@ pub(crate) fn boot(
         }
         vcpus.push(vcpu);
     }
-    let mut machine = Machine::new(vm.as_ref(), console)?;
+    let mut machine = Machine::new(vm.as_ref(), &guest.board, console)?;
     for companion in &mut host.companions {
         companion
             .before_life(life, vm.as_ref(), &mut machine)

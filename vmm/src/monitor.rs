@@ -17,6 +17,7 @@ use std::time::Instant;
 
 use devices::serial::Serial;
 use signal_hook::consts::SIGINT;
+use snp::board::Board;
 use snp::digest::Measured;
 use snp::plan::LaunchPlan;
 
@@ -48,7 +49,9 @@ const INPUT_PAUSE: Duration = Duration::from_millis(2);
 pub struct Guest {
     /// What enters it, and how.
     pub load: Load,
-    /// RAM: guest-physical address and bytes of each range.
+    /// The machine that it runs on.
+    pub board: Board,
+    /// RAM, and what firmware has beside it: guest-physical address and bytes of each range.
     pub ram: Vec<(u64, u64)>,
     /// CPUID of each vCPU.
     pub cpuid: Vec<Vec<kvm_bindings::kvm_cpuid_entry2>>,

@@ -150,8 +150,12 @@ fn plain_guest(
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(PrepareError::host)?);
     let image = direct(spec, kernel, files, &Target::default())?;
     let table = CpuidTable::plain(&offered, spec.cpus, platform.raw_cpuid().as_ref());
-    let guest =
-        Guest { cpuid: cpuids(&table, &image.plan), ram: lengths(&image.ram), load: Load::Plain(image.plan) };
+    let guest = Guest {
+        cpuid: cpuids(&table, &image.plan),
+        board: image.board,
+        ram: lengths(&image.ram),
+        load: Load::Plain(image.plan),
+    };
     Ok(Ready { guest, events: image.events, notes: image.notes })
 }
 
@@ -219,6 +223,7 @@ fn snp_guest(
     }
     let guest = Guest {
         cpuid: cpuids(&table, measured.plan()),
+        board: image.board,
         ram: lengths(&image.ram),
         load: Load::Snp(Box::new(SnpLaunch { measured, options, staged })),
     };

@@ -14,6 +14,7 @@ use std::sync::PoisonError;
 
 use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
+use snp::board::Board;
 use snp::digest::Measured;
 use snp::firmware_status::FwStatus;
 use snp::identity::IdAuth;
@@ -102,6 +103,7 @@ impl Bench {
         ];
         Guest {
             load: snp(LaunchPlan { records, vcpus: vec![VmsaState::reset()] }, LaunchOptions::default()),
+            board: Board::new(MEMORY, 1),
             ram: vec![(0, MEMORY)],
             cpuid: vec![cpuid::to_kvm(&self.cpuid.for_vcpu(0))],
         }

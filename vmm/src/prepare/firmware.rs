@@ -6,10 +6,10 @@
 
 use std::path::Path;
 
+use snp::board::Board;
 use snp::image::igvm;
 use snp::image::igvm::Facts;
 use snp::image::igvm::Igvm;
-use snp::image::layout;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::regions::regions;
@@ -161,17 +161,16 @@ pub(super) fn firmware(
                 .into(),
         );
     }
-    let ram = regions(spec.memory, plan.records.iter(), 1 << target.c_bit)
+    let board = Board::new(spec.memory, spec.cpus);
+    let ram = regions(&board, plan.records.iter(), 1 << target.c_bit)
         .map_err(PrepareError::file(FIRMWARE, &firmware.image))?;
     let mut inputs = files.inputs(firmware, VmmType::Cvmm, signature, target.names);
     inputs.push(("image", "firmware".into()));
     Ok(LaunchImage {
-        ram,
         code: Some(patch::annotate_code([files.ovmf.boot_code()])),
         inputs,
         notes,
-        plan,
-        ..LaunchImage::default()
+        ..LaunchImage::new(plan, board, ram)
     })
 }
 
@@ -189,12 +188,10 @@ pub(super) fn igvm(
             "the file has one save area, and KVM would measure one more for each further vCPU: use --cpus 1";
         return Err(PrepareError::file(IGVM, path)(reason));
     }
-    let ram =
-        regions(spec.memory, igvm.pages(), 1 << target.c_bit).map_err(PrepareError::file(IGVM, path))?;
+    let board = Board::new(spec.memory, spec.cpus);
+    let ram = regions(&board, igvm.pages(), 1 << target.c_bit).map_err(PrepareError::file(IGVM, path))?;
     let facts = Facts {
-        vcpus: spec.cpus,
-        ram: &layout::ram_ranges(spec.memory),
-        devices: layout::HOLE_START..layout::HOLE_END,
+        board: &board,
         cmdline: &file.cmdline,
         cpuid: table.page().map_err(PrepareError::host)?.to_vec().into(),
     };
@@ -210,7 +207,6 @@ pub(super) fn igvm(
     }
     let code = Some(patch::annotate_code(code));
     Ok(LaunchImage {
-        ram,
         staged: Staged {
             shared: loaded.shared.iter().map(|r| r.gpa..r.end()).collect(),
             bytes: loaded.shared.into_iter().map(|r| (r.gpa, r.contents)).collect(),
@@ -221,8 +217,7 @@ pub(super) fn igvm(
         identity: igvm.identity.clone(),
         inputs: vec![("image", "IGVM".into()), ("zero pages", igvm.zero_pages.to_string())],
         notes,
-        plan: loaded.plan,
-        ..LaunchImage::default()
+        ..LaunchImage::new(loaded.plan, board, ram)
     })
 }
 

@@ -133,7 +133,12 @@ fn an_ap_that_waits_for_an_init_is_not_started_by_ap_creation_and_ends_the_run()
         assert!(matches!(ap.run().unwrap(), Exit::Again));
     }
     let shared = vcpu::Shared {
-        machine: crate::machine::Machine::new(&vm, Box::new(std::io::sink())).unwrap(),
+        machine: crate::machine::Machine::new(
+            &vm,
+            &snp::board::Board::new(1 << 30, 1),
+            Box::new(std::io::sink()),
+        )
+        .unwrap(),
         conversions: None,
         implicit: None,
         pre_fault: None,
