@@ -140,13 +140,14 @@ impl Bench {
                 measured: Measured::of(plan).unwrap(),
                 options: LaunchOptions { identity: Some((block, auth)), ..LaunchOptions::default() },
                 staged,
+                code: Default::default(),
             })),
         }
     }
 
     /// Launches a guest and does not run it; returns what the emulated firmware measured.
     fn launch(&self, guest: &Guest) -> Result<Option<LaunchDigest>, LaunchError> {
-        let vm = self.platform.create_vm(VmKind::Snp).unwrap();
+        let vm = self.platform.create_vm(VmKind::Snp, &guest.snp().unwrap().code).unwrap();
         vm.create_irqchip().unwrap();
         let snp = guest.snp().unwrap();
         launch::init_snp(vm.as_ref(), snp.measured.plan())?;

@@ -20,6 +20,7 @@ use signal_hook::consts::SIGINT;
 use snp::board::Board;
 use snp::digest::Measured;
 use snp::plan::LaunchPlan;
+use snp_model::patch::CodeHints;
 
 use crate::certs::Source;
 use crate::events::Event;
@@ -73,6 +74,8 @@ pub struct SnpLaunch {
     pub options: LaunchOptions,
     /// What it finds in shared memory when it starts.
     pub staged: Staged,
+    /// For the emulated platform: what is known of its code.
+    pub code: CodeHints,
 }
 
 impl Guest {

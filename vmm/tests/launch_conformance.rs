@@ -127,7 +127,7 @@ impl Bench {
 /// The launch of `plan`.
 fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
     let measured = Measured::of(plan).unwrap();
-    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default() }))
+    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default(), code: Default::default() }))
 }
 
 /// Changes what is launched.

@@ -35,8 +35,7 @@ use snp::policy::PolicyRules;
 use snp_model::faults::Faults;
 use snp_model::firmware::Platform as Firmware;
 use snp_model::firmware::product::Processor;
-use snp_model::patch::Annotations;
-use snp_model::patch::ShimSites;
+use snp_model::patch::CodeHints;
 use snp_model::rmp::TwoMib;
 
 pub use trial::EmulationTrial;
@@ -88,15 +87,7 @@ pub struct EmulatedPlatform {
     /// This host's own CPUID.
     host: RawCpuid,
     firmware: Arc<Firmware>,
-    annotations: Mutex<Notes>,
     faults: Mutex<Faults>,
-}
-
-/// What was told about the image.
-#[derive(Clone, Default)]
-struct Notes {
-    kernel: Option<Annotations>,
-    stage0: Option<ShimSites>,
 }
 
 /// Why emulation is not possible here.
@@ -153,22 +144,13 @@ impl EmulatedPlatform {
         processor.coherent = sev.coherency_sfw_no;
         let chain = keys::load_or_create(&options.keys)?;
         let firmware = Arc::new(Firmware { chain, c_bit: sev.c_bit, processor });
-        Ok(EmulatedPlatform {
-            kvm,
-            options,
-            sev,
-            host,
-            firmware,
-            annotations: Mutex::default(),
-            faults: Mutex::default(),
-        })
+        Ok(EmulatedPlatform { kvm, options, sev, host, firmware, faults: Mutex::default() })
     }
 
-    fn snp_vm(&self, inner: KvmVm) -> Result<vm::EmulatedVm, CallError> {
-        let annotations = self.annotations.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    fn snp_vm(&self, inner: KvmVm, code: &CodeHints) -> Result<vm::EmulatedVm, CallError> {
         let firmware = Arc::clone(&self.firmware);
         let faults = std::mem::take(&mut *self.faults.lock().unwrap_or_else(PoisonError::into_inner));
-        vm::EmulatedVm::new(inner, self.options.clone(), firmware, annotations, faults)
+        vm::EmulatedVm::new(inner, self.options.clone(), firmware, code.clone(), faults)
     }
 
     /// For tests: what goes wrong in the next SNP VM, and only in that. No option of the program leads here.
@@ -199,11 +181,6 @@ impl Platform for EmulatedPlatform {
         VMSA_FEATURES
     }
 
-    fn annotate(&self, kernel: Annotations, stage0: Option<ShimSites>) {
-        *self.annotations.lock().unwrap_or_else(PoisonError::into_inner) =
-            Notes { kernel: Some(kernel), stage0 };
-    }
-
     fn certificates(&self) -> Option<Arc<Vec<u8>>> {
         let chain = self.firmware.chain.certificates();
         let entries: [(Kind, &[u8]); 3] =
@@ -211,11 +188,11 @@ impl Platform for EmulatedPlatform {
         Some(Arc::new(cert_table::encode(&entries)))
     }
 
-    fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {
+    fn create_vm(&self, kind: VmKind, code: &CodeHints) -> Result<Arc<dyn Vm>, CallError> {
         let inner = self.kvm.create(VmKind::Plain)?;
         match kind {
             VmKind::Plain => Ok(Arc::new(inner)),
-            VmKind::Snp => Ok(Arc::new(self.snp_vm(inner)?)),
+            VmKind::Snp => Ok(Arc::new(self.snp_vm(inner, code)?)),
         }
     }
 }

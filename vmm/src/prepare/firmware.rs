@@ -20,8 +20,6 @@ use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
-use snp::plan::Record;
-use snp_model::patch;
 use snp_model::patch::Annotations;
 use snp_model::patch::Opcode;
 
@@ -166,12 +164,7 @@ pub(super) fn firmware(
         .map_err(PrepareError::file(FIRMWARE, &firmware.image))?;
     let mut inputs = files.inputs(firmware, VmmType::Cvmm, signature, target.names);
     inputs.push(("image", "firmware".into()));
-    Ok(LaunchImage {
-        code: Some(patch::annotate_code([files.ovmf.boot_code()])),
-        inputs,
-        notes,
-        ..LaunchImage::new(plan, board, ram)
-    })
+    Ok(LaunchImage { inputs, notes, ..LaunchImage::new(plan, board, ram) })
 }
 
 /// The image of an IGVM launch. `table` is the guest's CPUID.
@@ -196,8 +189,6 @@ pub(super) fn igvm(
         cpuid: table.page().map_err(PrepareError::host)?.to_vec().into(),
     };
     let loaded = igvm.launch(&facts).map_err(PrepareError::file(IGVM, path))?;
-    let normal = |r: &&Record| r.page_type == PageType::Normal;
-    let code = loaded.plan.records.iter().filter(normal).map(|r| (r.gpa, r.contents.as_slice()));
     let mut notes = vec![format!("pages without data are {}; choose with --zero-pages", igvm.zero_pages)];
     if loaded.plan.vcpus.iter().any(|vcpu| vcpu.cr0 & PAGING != 0) {
         let c_bit = target.c_bit;
@@ -205,14 +196,12 @@ pub(super) fn igvm(
             "the file starts with paging on, so its page tables hold the C-bit where its maker put it; here it is bit {c_bit}"
         ));
     }
-    let code = Some(patch::annotate_code(code));
     Ok(LaunchImage {
         staged: Staged {
             shared: loaded.shared.iter().map(|r| r.gpa..r.end()).collect(),
             bytes: loaded.shared.into_iter().map(|r| (r.gpa, r.contents)).collect(),
             raced: None,
         },
-        code,
         policy: igvm.policy,
         identity: igvm.identity.clone(),
         inputs: vec![("image", "IGVM".into()), ("zero pages", igvm.zero_pages.to_string())],

@@ -14,9 +14,6 @@ use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
 use snp::stage0::InputsPage;
-use snp_model::patch::Annotations;
-use snp_model::patch::ShimSites;
-use snp_model::patch::shim_sites;
 use vtpm_svc::measured::Event;
 
 use crate::launch::Staged;
@@ -73,10 +70,6 @@ pub struct LaunchImage {
     pub ram: Vec<Range<u64>>,
     /// What it finds in shared memory.
     pub staged: Staged,
-    /// For the emulated platform: where its code executes SNP instructions. `None` if that is not known yet.
-    pub code: Option<Annotations>,
-    /// The same for stage0.
-    pub stage0: Option<ShimSites>,
     /// stage0's page of inputs.
     pub inputs_page: Option<InputsPage>,
     /// What stage0 adds to the launch, for people; empty where nothing is named.
@@ -101,8 +94,6 @@ impl LaunchImage {
             board,
             ram,
             staged: Staged::default(),
-            code: None,
-            stage0: None,
             inputs_page: None,
             bound: String::new(),
             events: Vec::new(),
@@ -117,7 +108,6 @@ impl LaunchImage {
     pub(super) fn of_direct(image: DirectImage, names: Names) -> Self {
         let shim = image.shim.as_ref();
         LaunchImage {
-            stage0: shim.map(|_| shim_sites()),
             inputs_page: shim.map(|shim| shim.inputs.clone()),
             bound: shim.filter(|_| names != Names::None).map_or_else(String::new, Shim::explain),
             staged: image.shim.map_or_else(Staged::default, |shim| Staged {

@@ -172,7 +172,7 @@ pub fn emulated_guest_with(code: &[u8], backing: Backing, cpus: u32) -> Option<(
 /// The launch of `plan`.
 pub fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
     let measured = Measured::of(plan).unwrap();
-    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default() }))
+    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default(), code: Default::default() }))
 }
 
 /// Changes what is launched.

@@ -60,7 +60,7 @@ pub(super) fn launching() -> Option<EmulatedVm> {
         keys,
     };
     let platform = EmulatedPlatform::open(options).unwrap();
-    let vm = platform.snp_vm(platform.kvm.create(VmKind::Plain).unwrap()).unwrap();
+    let vm = platform.snp_vm(platform.kvm.create(VmKind::Plain).unwrap(), &CodeHints::default()).unwrap();
     vm.create_irqchip().unwrap();
     vm.sev_init2(&mut kvm_sev_init { ghcb_version: 2, ..Default::default() }).unwrap();
     let shared = Arc::new(Mapping::anonymous(MEMORY).unwrap());

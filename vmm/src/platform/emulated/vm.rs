@@ -29,9 +29,11 @@ use snp_model::faults::Faults;
 use snp_model::firmware::Platform as Firmware;
 use snp_model::memory::GuestMemory;
 use snp_model::memory::View;
+use snp_model::patch::CodeHints;
 use snp_model::patch::CodeMemory;
 use snp_model::patch::PatchError;
 use snp_model::patch::Ports;
+use snp_model::patch::shim_sites;
 use snp_model::vm::ApAction;
 use snp_model::vm::ApCreation;
 use snp_model::vm::VmConfig;
@@ -39,7 +41,6 @@ use snp_model::vm::VmModel;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::EmulatedOptions;
-use super::Notes;
 use super::registers::Recorded;
 use super::statistics::Meter;
 use super::vcpu::EmulatedVcpu;
@@ -82,7 +83,7 @@ pub struct Inner {
     pub(super) model: VmModel,
     pub(super) meter: Meter,
     options: EmulatedOptions,
-    notes: Notes,
+    code: CodeHints,
     members: Mutex<Vec<Member>>,
     begun: Mutex<bool>,
     stage: Mutex<Stage>,
@@ -140,11 +141,10 @@ impl Inner {
         if *begun {
             return Ok(());
         }
-        match &self.notes.stage0 {
-            Some(stage0) => {
-                stage0.patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
-            }
-            None => self.begin_kernel()?,
+        if self.code.stage0 {
+            shim_sites().patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
+        } else {
+            self.begin_kernel()?;
         }
         *begun = true;
         self.meter.begin();
@@ -155,7 +155,7 @@ impl Inner {
     /// aliases the views until the kernel proper runs. stage0 itself needs no alias: it lies in the first MiB, and has the
     /// C-bit in CR3 before it looks beyond.
     pub(super) fn begin_kernel(&self) -> Result<(), CallError> {
-        let Some(annotations) = &self.notes.kernel else {
+        let Some(annotations) = &self.code.kernel else {
             *lock(&self.stage) = Stage::Kernel;
             return Ok(());
         };
@@ -170,7 +170,7 @@ impl Inner {
 
     /// Patches the kernel proper, whose entry point turned out to be at `entry`.
     pub(super) fn patch_kernel(&self, entry: u64) -> Result<(), CallError> {
-        let Some(annotations) = &self.notes.kernel else { return Ok(()) };
+        let Some(annotations) = &self.code.kernel else { return Ok(()) };
         *lock(&self.stage) = Stage::Kernel;
         let base = annotations.kernel.base_from_entry(entry);
         annotations.kernel.patch(&mut Code(&self.views), base, &self.ports).map_err(patch_failed)
@@ -240,7 +240,7 @@ impl EmulatedVm {
         kvm: KvmVm,
         options: EmulatedOptions,
         firmware: Arc<Firmware>,
-        notes: Notes,
+        code: CodeHints,
         faults: Faults,
     ) -> Result<Self, CallError> {
         intercept_msrs(&kvm)?;
@@ -261,7 +261,7 @@ impl EmulatedVm {
             ports: Ports::default(),
             meter: Meter::default(),
             options,
-            notes,
+            code,
             members: Mutex::default(),
             begun: Mutex::default(),
             stage: Mutex::default(),
