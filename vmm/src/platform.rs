@@ -29,8 +29,7 @@ use kvm_bindings::kvm_sregs;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
-use snp_model::patch::Annotations;
-use snp_model::patch::ShimSites;
+use snp_model::patch::CodeHints;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::interrupt::MsiMessage;
@@ -70,15 +69,13 @@ pub trait Platform: Send + Sync {
     fn policy_rules(&self) -> PolicyRules;
     /// SEV features that KVM gives to guests that ask for them in `KVM_SEV_INIT2` (`KVM_X86_SEV_VMSA_FEATURES`).
     fn vmsa_features(&self) -> u64;
-    /// Tells what an image knows about itself beside the plan. Not measured; a platform with hardware has no use for it.
-    fn annotate(&self, _kernel: Annotations, _stage0: Option<ShimSites>) {}
     /// The certificates that belong to this platform's reports, as a table for guests (GHCB specification, 4.1.8.1), where the
     /// platform knows them itself.
     fn certificates(&self) -> Option<Arc<Vec<u8>>> {
         None
     }
-    /// Creates a VM.
-    fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError>;
+    /// Creates a VM. A platform with hardware has no use for `code`, what is known of the guest's code beside its pages.
+    fn create_vm(&self, kind: VmKind, code: &CodeHints) -> Result<Arc<dyn Vm>, CallError>;
 }
 
 /// One virtual machine.

@@ -47,6 +47,7 @@ use devices::tpm_ppi::Mail;
 use devices::tpm_ppi::Ppi;
 use devices::tpm_ppi::Submit;
 use service::Service;
+use snp::board::layout;
 use vtpm_svc::control::client::Client;
 use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
@@ -160,14 +161,14 @@ impl Vtpm {
         let page = Mapping::anonymous(tpm_crb::BUFFER_LEN as u64).map_err(host("the buffer page"))?;
         let page = Arc::new(page);
         let shared = Arc::clone(&page);
-        vm.set_memory(MemorySlot { slot: SLOT, gpa: tpm_crb::BUFFER, shared, private: None })?;
+        vm.set_memory(MemorySlot { slot: SLOT, gpa: layout::TPM_BUFFER.into(), shared, private: None })?;
         let backend = Box::new(Way(Arc::clone(&self.link)));
         let cancel = self.canceller().map_err(host("a thread"))?;
-        let crb = Crb::new(Arc::new(Page(page)), tpm_crb::BUFFER, backend, cancel);
+        let crb = Crb::new(Arc::new(Page(page)), layout::TPM_BUFFER.into(), backend, cancel);
         let crb = crb.map_err(host("a thread"))?;
-        mmio.insert(tpm_crb::BASE, tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
+        mmio.insert(layout::TPM_REGISTERS.into(), tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
         let ppi = Ppi::new(lock(&self.found).mail, self.submitter().map_err(host("a thread"))?);
-        mmio.insert(tpm_ppi::BASE, tpm_ppi::LEN, Arc::new(Mutex::new(ppi)))?;
+        mmio.insert(layout::TPM_PRESENCE.into(), tpm_ppi::LEN, Arc::new(Mutex::new(ppi)))?;
         Ok(())
     }
 

@@ -14,6 +14,7 @@ use std::sync::PoisonError;
 
 use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
+use snp::board::Board;
 use snp::digest::Measured;
 use snp::firmware_status::FwStatus;
 use snp::identity::IdAuth;
@@ -102,6 +103,7 @@ impl Bench {
         ];
         Guest {
             load: snp(LaunchPlan { records, vcpus: vec![VmsaState::reset()] }, LaunchOptions::default()),
+            board: Board::new(MEMORY, 1),
             ram: vec![(0, MEMORY)],
             cpuid: vec![cpuid::to_kvm(&self.cpuid.for_vcpu(0))],
         }
@@ -125,7 +127,7 @@ impl Bench {
 /// The launch of `plan`.
 fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
     let measured = Measured::of(plan).unwrap();
-    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default() }))
+    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default(), code: Default::default() }))
 }
 
 /// Changes what is launched.

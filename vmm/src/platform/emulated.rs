@@ -28,7 +28,6 @@ use std::sync::Mutex;
 pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
 pub use options::EmulatedOptions;
-use options::Notes;
 use options::POLICY_RULES;
 use options::VMSA_FEATURES;
 use snp::attest::cert_table::Kind;
@@ -38,8 +37,7 @@ use snp::pages::cpuid_raw::RawCpuid;
 use snp_model::faults::Faults;
 use snp_model::firmware::Platform as Firmware;
 use snp_model::firmware::product::Processor;
-use snp_model::patch::Annotations;
-use snp_model::patch::ShimSites;
+use snp_model::patch::CodeHints;
 
 pub use trial::EmulationTrial;
 pub use trial::try_emulation;
@@ -70,7 +68,6 @@ pub struct EmulatedPlatform {
     /// This host's own CPUID.
     host: RawCpuid,
     firmware: Arc<Firmware>,
-    annotations: Mutex<Notes>,
     faults: Mutex<Faults>,
 }
 
@@ -128,22 +125,13 @@ impl EmulatedPlatform {
         processor.coherent = sev.coherency_sfw_no;
         let chain = keys::load_or_create(&options.keys)?;
         let firmware = Arc::new(Firmware { chain, c_bit: sev.c_bit, processor });
-        Ok(EmulatedPlatform {
-            kvm,
-            options,
-            sev,
-            host,
-            firmware,
-            annotations: Mutex::default(),
-            faults: Mutex::default(),
-        })
+        Ok(EmulatedPlatform { kvm, options, sev, host, firmware, faults: Mutex::default() })
     }
 
-    fn snp_vm(&self, inner: KvmVm) -> Result<vm::EmulatedVm, CallError> {
-        let annotations = lock(&self.annotations).clone();
+    fn snp_vm(&self, inner: KvmVm, code: &CodeHints) -> Result<vm::EmulatedVm, CallError> {
         let firmware = Arc::clone(&self.firmware);
         let faults = std::mem::take(&mut *lock(&self.faults));
-        vm::EmulatedVm::new(inner, self.options.clone(), firmware, annotations, faults)
+        vm::EmulatedVm::new(inner, self.options.clone(), firmware, code.clone(), faults)
     }
 
     /// For tests: what goes wrong in the next SNP VM, and only in that. No option of the program leads here.
@@ -174,10 +162,6 @@ impl Platform for EmulatedPlatform {
         VMSA_FEATURES
     }
 
-    fn annotate(&self, kernel: Annotations, stage0: Option<ShimSites>) {
-        *lock(&self.annotations) = Notes { kernel: Some(kernel), stage0 };
-    }
-
     fn certificates(&self) -> Option<Arc<Vec<u8>>> {
         let chain = self.firmware.chain.certificates();
         let entries: [(Kind, &[u8]); 3] =
@@ -185,11 +169,11 @@ impl Platform for EmulatedPlatform {
         Some(Arc::new(cert_table::encode(&entries)))
     }
 
-    fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {
+    fn create_vm(&self, kind: VmKind, code: &CodeHints) -> Result<Arc<dyn Vm>, CallError> {
         let inner = self.kvm.create(VmKind::Plain)?;
         match kind {
             VmKind::Plain => Ok(Arc::new(inner)),
-            VmKind::Snp => Ok(Arc::new(self.snp_vm(inner)?)),
+            VmKind::Snp => Ok(Arc::new(self.snp_vm(inner, code)?)),
         }
     }
 }

@@ -38,6 +38,7 @@ use kvm_ioctls::Kvm;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
+use snp_model::patch::CodeHints;
 
 use super::Platform;
 use super::Vm;
@@ -154,7 +155,7 @@ impl Platform for KvmPlatform {
         self.capabilities().vmsa_features.unwrap_or(0)
     }
 
-    fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {
+    fn create_vm(&self, kind: VmKind, _code: &CodeHints) -> Result<Arc<dyn Vm>, CallError> {
         Ok(Arc::new(self.create(kind)?))
     }
 }

@@ -4,8 +4,10 @@
 use std::io::Write;
 use std::time::Duration;
 
+use snp::board::Board;
 use snp::digest::Measured;
 use snp::plan::LaunchPlan;
+use snp_model::patch::CodeHints;
 
 use super::inbox::Inbox;
 use crate::launch::LaunchOptions;
@@ -17,7 +19,9 @@ use crate::machine::companion::Companion;
 pub struct Guest {
     /// What enters it, and how.
     pub load: Load,
-    /// RAM: guest-physical address and bytes of each range.
+    /// The machine that it runs on.
+    pub board: Board,
+    /// RAM, and what firmware has beside it: guest-physical address and bytes of each range.
     pub ram: Vec<(u64, u64)>,
     /// CPUID of each vCPU.
     pub cpuid: Vec<Vec<kvm_bindings::kvm_cpuid_entry2>>,
@@ -39,6 +43,8 @@ pub struct SnpLaunch {
     pub options: LaunchOptions,
     /// What it finds in shared memory when it starts.
     pub staged: Staged,
+    /// For the emulated platform: what is known of its code.
+    pub code: CodeHints,
 }
 
 impl Guest {

@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_bindings::kvm_mp_state;
+use snp_model::patch::CodeHints;
 use vmm_sys_util::signal::Killable;
 use vmm_sys_util::signal::SIGRTMIN;
 
@@ -80,7 +81,9 @@ pub(crate) fn boot(
     let create = |step| move |source| MonitorError::Create { step, source };
     let snp = guest.snp();
     let kind = if snp.is_some() { VmKind::Snp } else { VmKind::Plain };
-    let vm = platform.create_vm(kind).map_err(create("creating the VM"))?;
+    let no_hints = CodeHints::default();
+    let code = snp.map_or(&no_hints, |snp| &snp.code);
+    let vm = platform.create_vm(kind, code).map_err(create("creating the VM"))?;
     vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
     if let Some(snp) = snp {
         let commands = vm.snp_commands().map_err(create("creating the VM"))?;
@@ -112,7 +115,7 @@ pub(crate) fn boot(
         }
         vcpus.push(vcpu);
     }
-    let mut machine = Machine::new(vm.as_ref(), console)?;
+    let mut machine = Machine::new(vm.as_ref(), &guest.board, console)?;
     for companion in &mut host.companions {
         companion
             .before_life(life, vm.as_ref(), &mut machine)

@@ -63,7 +63,7 @@ pub(super) fn launching() -> Option<EmulatedVm> {
         keys,
     };
     let platform = EmulatedPlatform::open(options).unwrap();
-    let vm = platform.snp_vm(platform.kvm.create(VmKind::Plain).unwrap()).unwrap();
+    let vm = platform.snp_vm(platform.kvm.create(VmKind::Plain).unwrap(), &CodeHints::default()).unwrap();
     vm.create_irqchip().unwrap();
     vm.sev_init2(&mut kvm_sev_init { ghcb_version: 2, ..Default::default() }).unwrap();
     let shared = Arc::new(Mapping::anonymous(MEMORY).unwrap());
@@ -136,7 +136,12 @@ fn an_ap_that_waits_for_an_init_is_not_started_by_ap_creation_and_ends_the_run()
         assert!(matches!(ap.run().unwrap(), Exit::Again));
     }
     let shared = vcpu::Shared {
-        machine: crate::machine::Machine::new(&vm, Box::new(std::io::sink())).unwrap(),
+        machine: crate::machine::Machine::new(
+            &vm,
+            &snp::board::Board::new(1 << 30, 1),
+            Box::new(std::io::sink()),
+        )
+        .unwrap(),
         conversions: None,
         implicit: None,
         pre_fault: None,

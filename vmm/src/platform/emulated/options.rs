@@ -5,8 +5,6 @@ use std::path::PathBuf;
 
 use snp::attest::tcb::Product;
 use snp::policy::PolicyRules;
-use snp_model::patch::Annotations;
-use snp_model::patch::ShimSites;
 use snp_model::rmp::TwoMib;
 
 use crate::spec::Backing;
@@ -31,13 +29,4 @@ pub struct EmulatedOptions {
     pub keys: PathBuf,
     /// The processor that guests are told of and that the firmware checks CPUID pages against; `None` for this host's own.
     pub product: Option<Product>,
-}
-
-/// What was told about the image.
-#[derive(Clone, Default)]
-pub struct Notes {
-    /// Of the kernel.
-    pub kernel: Option<Annotations>,
-    /// Of stage0.
-    pub stage0: Option<ShimSites>,
 }

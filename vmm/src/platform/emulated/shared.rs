@@ -19,16 +19,17 @@ use snp_model::faults::Faults;
 use snp_model::firmware::Platform as Firmware;
 use snp_model::memory::GuestMemory;
 use snp_model::memory::View;
+use snp_model::patch::CodeHints;
 use snp_model::patch::CodeMemory;
 use snp_model::patch::PatchError;
 use snp_model::patch::Ports;
+use snp_model::patch::shim_sites;
 use snp_model::vm::ApAction;
 use snp_model::vm::ApCreation;
 use snp_model::vm::VmConfig;
 use snp_model::vm::VmModel;
 
 use super::options::EmulatedOptions;
-use super::options::Notes;
 use super::options::POLICY_RULES;
 use super::options::VMSA_FEATURES;
 use super::registers::Recorded;
@@ -67,7 +68,7 @@ pub struct VmShared {
     pub(super) model: VmModel,
     pub(super) meter: Meter,
     options: EmulatedOptions,
-    notes: Notes,
+    code: CodeHints,
     members: Mutex<Vec<Member>>,
     begun: Mutex<bool>,
     stage: Mutex<Stage>,
@@ -98,7 +99,7 @@ impl VmShared {
         kvm: KvmVm,
         options: EmulatedOptions,
         firmware: Arc<Firmware>,
-        notes: Notes,
+        code: CodeHints,
         faults: Faults,
     ) -> Result<Self, CallError> {
         intercept_msrs(&kvm)?;
@@ -119,7 +120,7 @@ impl VmShared {
             ports: Ports::default(),
             meter: Meter::default(),
             options,
-            notes,
+            code,
             members: Mutex::default(),
             begun: Mutex::default(),
             stage: Mutex::default(),
@@ -155,11 +156,10 @@ impl VmShared {
         if *begun {
             return Ok(());
         }
-        match &self.notes.stage0 {
-            Some(stage0) => {
-                stage0.patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
-            }
-            None => self.begin_kernel()?,
+        if self.code.stage0 {
+            shim_sites().patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
+        } else {
+            self.begin_kernel()?;
         }
         *begun = true;
         self.meter.begin();
@@ -170,7 +170,7 @@ impl VmShared {
     /// aliases the views until the kernel proper runs. stage0 itself needs no alias: it lies in the first MiB, and has the
     /// C-bit in CR3 before it looks beyond.
     pub(super) fn begin_kernel(&self) -> Result<(), CallError> {
-        let Some(annotations) = &self.notes.kernel else {
+        let Some(annotations) = &self.code.kernel else {
             *lock(&self.stage) = Stage::Kernel;
             return Ok(());
         };
@@ -185,7 +185,7 @@ impl VmShared {
 
     /// Patches the kernel proper, whose entry point turned out to be at `entry`.
     pub(super) fn patch_kernel(&self, entry: u64) -> Result<(), CallError> {
-        let Some(annotations) = &self.notes.kernel else { return Ok(()) };
+        let Some(annotations) = &self.code.kernel else { return Ok(()) };
         *lock(&self.stage) = Stage::Kernel;
         let base = annotations.kernel.base_from_entry(entry);
         annotations.kernel.patch(&mut Code(&self.views), base, &self.ports).map_err(patch_failed)

@@ -9,10 +9,10 @@ use kvm_bindings::kvm_memory_attributes;
 use rustix::fs::MemfdFlags;
 use snp_model::faults::Faults;
 use snp_model::firmware::Platform as Firmware;
+use snp_model::patch::CodeHints;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::options::EmulatedOptions;
-use super::options::Notes;
 use super::registers::Recorded;
 use super::shared::VmShared;
 use super::vcpu::EmulatedVcpu;
@@ -35,10 +35,10 @@ impl EmulatedVm {
         kvm: KvmVm,
         options: EmulatedOptions,
         firmware: Arc<Firmware>,
-        notes: Notes,
+        code: CodeHints,
         faults: Faults,
     ) -> Result<Self, CallError> {
-        VmShared::new(kvm, options, firmware, notes, faults).map(|shared| EmulatedVm(Arc::new(shared)))
+        VmShared::new(kvm, options, firmware, code, faults).map(|shared| EmulatedVm(Arc::new(shared)))
     }
 }
 
