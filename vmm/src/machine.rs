@@ -4,6 +4,7 @@
 pub mod certs;
 pub mod companion;
 pub mod conversion;
+pub mod dma;
 pub mod implicit;
 pub mod ram;
 

@@ -114,6 +114,10 @@ pub trait Vm: Send + Sync {
         const CALL: &str = "KVM_MEMORY_ENCRYPT_OP (the VM is not of the type of SNP guests)";
         self.snp().ok_or(CallError::errno(CALL, libc::ENOTTY))
     }
+    /// Whether the two sides of a page are different memory, as on hardware. On the emulated platform with single backing they are not.
+    fn backs_sides_apart(&self) -> bool {
+        true
+    }
     /// What the guest did with its pages so far, as one line of JSON, where the platform sees it.
     fn statistics(&self) -> Option<String> {
         None

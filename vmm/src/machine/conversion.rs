@@ -6,6 +6,7 @@
 //! whole range is RAM. Freeing the stale side is not optional: without it a guest that converts pages back and forth takes
 //! twice its memory.
 
+use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -21,6 +22,7 @@ use rustix::fs::FallocateFlags;
 
 use crate::lock::lock;
 use crate::machine::ram::GuestRam;
+use crate::machine::ram::Part;
 use crate::machine::ram::Region;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::MAP_GPA_RANGE_ENCRYPTED;
@@ -38,33 +40,69 @@ pub enum NotConverted {
     Host(io::Error),
 }
 
-/// Ranges that a vCPU is converting now. Two vCPUs may ask for overlapping ranges; others need not wait.
+/// What a range is held for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    /// By one holder alone.
+    Conversion,
+    /// By any number. One more is let in even while a conversion waits, because it may belong to a holder that is there already.
+    Access,
+}
+
+/// Ranges that are converted or accessed now. Two vCPUs may ask for overlapping ranges; others need not wait.
 #[derive(Default)]
 struct Busy {
-    ranges: Mutex<Vec<(u64, u64)>>,
+    ranges: Mutex<Ranges>,
     freed: Condvar,
 }
 
-struct BusyGuard<'a>(&'a Busy, (u64, u64));
+#[derive(Default)]
+struct Ranges {
+    held: Vec<(Range<u64>, Use)>,
+    waiting: usize,
+}
+
+/// A range that is held, until this is dropped.
+pub struct Held<'a> {
+    busy: &'a Busy,
+    range: Range<u64>,
+    purpose: Use,
+}
 
 impl Busy {
-    fn lock(&self, start: u64, end: u64) -> BusyGuard<'_> {
+    fn lock(&self, range: Range<u64>, purpose: Use) -> Held<'_> {
+        let excludes = |(other, theirs): &(Range<u64>, Use)| {
+            other.start < range.end
+                && range.start < other.end
+                && (purpose, *theirs) != (Use::Access, Use::Access)
+        };
         let mut ranges = lock(&self.ranges);
-        while ranges.iter().any(|&(s, e)| s < end && start < e) {
+        while ranges.held.iter().any(excludes) {
+            ranges.waiting += 1;
             ranges = self.freed.wait(ranges).unwrap_or_else(PoisonError::into_inner);
+            ranges.waiting -= 1;
         }
-        ranges.push((start, end));
-        BusyGuard(self, (start, end))
+        ranges.held.push((range.clone(), purpose));
+        Held { busy: self, range, purpose }
     }
 }
 
-impl Drop for BusyGuard<'_> {
+impl Drop for Held<'_> {
     fn drop(&mut self) {
-        let mut ranges = lock(&self.0.ranges);
-        if let Some(at) = ranges.iter().position(|r| *r == self.1) {
-            ranges.swap_remove(at);
+        let mut ranges = lock(&self.busy.ranges);
+        let ours = |held: &(Range<u64>, Use)| held.0 == self.range && held.1 == self.purpose;
+        if let Some(at) = ranges.held.iter().position(ours) {
+            ranges.held.swap_remove(at);
         }
-        self.0.freed.notify_all();
+        if ranges.waiting > 0 {
+            self.busy.freed.notify_all();
+        }
+    }
+}
+
+impl fmt::Debug for Held<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x?} for {:?}", self.range, self.purpose)
     }
 }
 
@@ -139,6 +177,8 @@ pub struct Conversions {
     ram: GuestRam,
     /// The private side of each region of `ram`, from offset 0.
     memfds: Vec<Arc<OwnedFd>>,
+    /// Each side of a page has memory of its own.
+    apart: bool,
     private: PrivateMap,
     busy: Busy,
 }
@@ -149,12 +189,11 @@ impl Conversions {
         let private = PrivateMap::all_private(&ram);
         for range in shared {
             // Staged memory is RAM, or the launch would have failed.
-            let _ = ram.for_each_part(range.start, range.end - range.start, |region, offset, _, len| {
-                private.set(region, offset, len, false);
-                Ok(())
-            });
+            for part in ram.parts(range.start, range.end - range.start).into_iter().flatten() {
+                private.set(part.region, part.offset, part.len, false);
+            }
         }
-        Conversions { vm, ram, memfds, private, busy: Busy::default() }
+        Conversions { apart: vm.backs_sides_apart(), vm, ram, memfds, private, busy: Busy::default() }
     }
 
     /// Carries out `KVM_HC_MAP_GPA_RANGE`.
@@ -176,8 +215,8 @@ impl Conversions {
     /// Makes a range private or shared and gives the other side back to the host.
     pub fn convert(&self, gpa: u64, len: u64, private: bool) -> io::Result<()> {
         let end = gpa.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
-        let _busy = self.busy.lock(gpa, end);
-        self.ram.for_each_part(gpa, len, |region, offset, done, len| {
+        let _alone = self.busy.lock(gpa..end, Use::Conversion);
+        for Part { region, offset, done, len } in self.ram.parts(gpa, len)? {
             self.vm
                 .set_memory_attributes(kvm_memory_attributes {
                     address: gpa + done,
@@ -198,29 +237,46 @@ impl Conversions {
                     len,
                 )?;
             }
-            Ok(())
-        })
+        }
+        Ok(())
     }
 
-    /// Keeps a range shared, for the host to write to it, as long as the result lives; `None` if it is not shared now. What is
-    /// written to a page that has become private meanwhile would take host memory that nothing gives back.
-    pub fn hold_shared(&self, gpa: u64, len: u64) -> Option<impl Sized + use<'_>> {
-        let held = self.busy.lock(gpa, gpa.checked_add(len)?);
+    /// Keeps a range shared, for the host to access it, as long as the result lives; `None` if it is not shared now. What is written to
+    /// a page that has become private meanwhile would take host memory that nothing gives back, and what is read of it may not be
+    /// there. Conversions of the range wait meanwhile, so this is for copies, never for what waits for somebody else.
+    pub fn hold_shared(&self, gpa: u64, len: u64) -> Option<Held<'_>> {
+        let held = self.busy.lock(gpa..gpa.checked_add(len)?, Use::Access);
         (self.state(gpa, len) == RangeState::Shared).then_some(held)
+    }
+
+    /// Gives the shared side of pages back that have become private while somebody wrote to them, if they have one of their own.
+    pub fn settle(&self, gpa: u64, len: u64) -> io::Result<()> {
+        if !self.apart || matches!(self.state(gpa, len), RangeState::Shared | RangeState::NotRam) {
+            return Ok(());
+        }
+        let end = gpa.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let _alone = self.busy.lock(gpa..end, Use::Conversion);
+        for Part { region, offset, len, .. } in self.ram.parts(gpa, len)? {
+            let pages = offset / PAGE..(offset + len).div_ceil(PAGE);
+            for page in pages.filter(|page| self.private.page(region, *page) == Some(true)) {
+                self.ram.regions()[region].mapping.discard(page * PAGE, PAGE)?;
+            }
+        }
+        Ok(())
     }
 
     /// The monitor's view of a range.
     pub fn state(&self, gpa: u64, len: u64) -> RangeState {
+        let Ok(parts) = self.ram.parts(gpa, len) else { return RangeState::NotRam };
         let mut found = None;
-        let walked = self.ram.for_each_part(gpa, len, |region, offset, _, len| {
+        for Part { region, offset, len, .. } in parts {
             let pages = offset / PAGE..(offset + len).div_ceil(PAGE);
             for private in pages.filter_map(|page| self.private.page(region, page)) {
                 let state = if private { RangeState::Private } else { RangeState::Shared };
                 found = Some(if found.is_none_or(|f| f == state) { state } else { RangeState::Mixed });
             }
-            Ok(())
-        });
-        found.filter(|_| walked.is_ok()).unwrap_or(RangeState::NotRam)
+        }
+        found.unwrap_or(RangeState::NotRam)
     }
 }
 

@@ -1,36 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Memory that is mapped into this process and that a guest, or another process, may change at any time.
 //!
-//! So its bytes are only ever copied in or out, never borrowed.
+//! So its bytes are only ever copied in or out, never borrowed. Mapping and copying are `vm-memory`'s; here is what a confidential
+//! guest needs beside them: giving pages back, hiding them, and showing another file's pages in their place.
 
-#![allow(unsafe_code, reason = "maps memory and copies to and from it through raw pointers")]
+#![allow(unsafe_code, reason = "changes mappings, and has the kernel copy to and from them")]
 
 use std::ffi::c_void;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::ptr;
-use std::ptr::NonNull;
+use std::sync::Arc;
 
 use rustix::mm::Advice;
 use rustix::mm::MapFlags;
 use rustix::mm::MprotectFlags;
 use rustix::mm::ProtFlags;
+use vm_memory::FileOffset;
+use vm_memory::GuestAddress;
+use vm_memory::GuestRegionMmap;
+use vm_memory::MmapRegion;
+use vm_memory::VolatileMemory;
+use vm_memory::VolatileSlice;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::MmapRegionError;
 
 /// Page size of the guest's page states.
 pub const PAGE: u64 = 4096;
 
 /// Memory mapped into this process, unmapped when dropped.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Mapping {
-    base: NonNull<c_void>,
-    len: usize,
+    region: Arc<MmapRegion>,
 }
-
-// SAFETY: a mapping is plain memory; every access is a copy through raw pointers that assumes concurrent change: bytes may be of
-// different moments, and each is read once.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; no reference into the mapping is ever handed out.
-unsafe impl Sync for Mapping {}
 
 /// An access outside of a mapping, or outside of guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -45,110 +47,70 @@ pub struct OutsideRam {
 impl Mapping {
     /// Zero-filled memory of `len` bytes that takes host memory only where touched.
     pub fn anonymous(len: u64) -> io::Result<Self> {
-        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
-        let base = unsafe {
-            rustix::mm::mmap_anonymous(
-                ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }?;
-        Self::own(base, len)
+        Self::build(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)
     }
 
     /// `len` bytes of the file `fd` from `offset`, shared with everyone else who maps it.
     pub fn file(fd: impl AsFd, offset: u64, len: u64) -> io::Result<Self> {
-        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
-        let base = unsafe {
-            rustix::mm::mmap(
-                ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                fd,
-                offset,
-            )
-        }?;
-        Self::own(base, len)
+        let file = File::from(fd.as_fd().try_clone_to_owned()?);
+        Self::build(len, libc::MAP_SHARED, Some(FileOffset::new(file, offset)))
     }
 
-    fn own(base: *mut c_void, len: usize) -> io::Result<Self> {
-        let base = NonNull::new(base).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Mapping { base, len })
+    fn build(len: u64, flags: i32, file: Option<FileOffset>) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let region = MmapRegionBuilder::new(len)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(flags | libc::MAP_NORESERVE);
+        let region = match file {
+            Some(file) => region.with_file_offset(file),
+            None => region,
+        };
+        match region.build() {
+            Ok(region) => Ok(Mapping { region: Arc::new(region) }),
+            Err(MmapRegionError::Mmap(e)) => Err(e),
+            Err(e) => Err(io::Error::other(e)),
+        }
+    }
+
+    /// As a region of a guest's physical memory that begins at `gpa`; `None` if it would wrap around.
+    pub fn at_address(&self, gpa: u64) -> Option<GuestRegionMmap> {
+        GuestRegionMmap::with_arc(Arc::clone(&self.region), GuestAddress(gpa))
     }
 
     /// Length in bytes.
     pub fn len(&self) -> u64 {
-        self.len as u64
+        self.region.size() as u64
     }
 
     /// Whether the mapping has no bytes; the kernel never makes such a one.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.region.size() == 0
     }
 
     /// Address in this process, for KVM's memory slots.
     pub fn host_address(&self) -> u64 {
-        self.base.as_ptr() as u64
+        self.region.as_ptr().addr() as u64
     }
 
     fn at(&self, offset: u64, len: usize) -> Result<*mut u8, OutsideRam> {
+        Ok(self.slice(offset, len)?.ptr_guard_mut().as_ptr())
+    }
+
+    fn slice(&self, offset: u64, len: usize) -> Result<VolatileSlice<'_>, OutsideRam> {
         let outside = OutsideRam { start: offset, len: len as u64 };
         let start = usize::try_from(offset).map_err(|_| outside)?;
-        if start.checked_add(len).is_none_or(|end| end > self.len) {
-            return Err(outside);
-        }
-        // SAFETY: `start` is within the mapping, as checked above.
-        Ok(unsafe { self.base.as_ptr().cast::<u8>().add(start) })
+        self.region.get_slice(start, len).map_err(|_| outside)
     }
 
     /// Copies out of the mapping.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), OutsideRam> {
-        let source = self.at(offset, buf.len())?;
-        // Volatile, so that the compiler cannot read a byte again after the copy was checked, when the guest may have changed it.
-        let (before, words, after) = {
-            let head = source.align_offset(8).min(buf.len());
-            let (before, rest) = buf.split_at_mut(head);
-            let (words, after) = rest.as_chunks_mut::<8>();
-            (before, words, after)
-        };
-        let mut at = source.cast_const();
-        let mut byte = |to: &mut u8| {
-            // SAFETY: `at` goes over the buf.len() bytes at `source`, which are in the mapping (checked by `at`).
-            unsafe {
-                *to = at.read_volatile();
-                at = at.add(1);
-            }
-        };
-        before.iter_mut().for_each(&mut byte);
-        let mut at_word = at.cast::<u64>();
-        for word in words {
-            // SAFETY: as above; the first word is aligned, as `before` ends there, and so are those that follow.
-            unsafe {
-                *word = at_word.read_volatile().to_ne_bytes();
-                at_word = at_word.add(1);
-            }
-        }
-        at = at_word.cast();
-        let mut byte = |to: &mut u8| {
-            // SAFETY: as above.
-            unsafe {
-                *to = at.read_volatile();
-                at = at.add(1);
-            }
-        };
-        after.iter_mut().for_each(&mut byte);
+        self.slice(offset, buf.len())?.copy_to(buf);
         Ok(())
     }
 
     /// Copies into the mapping.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), OutsideRam> {
-        let target = self.at(offset, data.len())?;
-        // SAFETY: target is valid for data.len() bytes (checked by `at`), and `data` is not part of guest memory.
-        unsafe { ptr::copy_nonoverlapping(data.as_ptr(), target, data.len()) };
+        self.slice(offset, data.len())?.copy_from(data);
         Ok(())
     }
 
@@ -214,13 +176,6 @@ fn all_done(done: isize, wanted: usize) -> io::Result<()> {
         Err(_) => Err(io::Error::last_os_error()),
         Ok(done) if done < wanted => Err(io::Error::from_raw_os_error(libc::EFAULT)),
         Ok(_) => Ok(()),
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nothing refers to it any more.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr(), self.len) };
     }
 }
 

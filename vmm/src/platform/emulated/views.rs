@@ -106,7 +106,8 @@ impl Views {
         self.shared_only.read().unwrap_or_else(PoisonError::into_inner).iter().map(Slot::of).collect()
     }
 
-    fn single(&self) -> bool {
+    /// One memory backs both views.
+    pub fn single(&self) -> bool {
         self.options.backing == Backing::Single
     }
 

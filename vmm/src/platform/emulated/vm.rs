@@ -122,6 +122,10 @@ impl Vm for EmulatedVm {
         Some(self)
     }
 
+    fn backs_sides_apart(&self) -> bool {
+        !self.0.views.single()
+    }
+
     fn statistics(&self) -> Option<String> {
         self.0.statistics()
     }
