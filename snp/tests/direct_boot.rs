@@ -4,8 +4,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod support;
-
 use std::io::Write as _;
 use std::mem::offset_of;
 use std::process::Command;
@@ -34,10 +32,10 @@ use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_entry::CpuidEntry;
 use snp::plan::PageType;
 use snp::vmsa::SEV_FEATURE_SECURE_TSC;
-use support::kernels::Segment;
-use support::kernels::elf;
-use support::kernels::pvh_note;
-use support::kernels::small_bzimage;
+use test_support::elf::Segment;
+use test_support::elf::executable;
+use test_support::elf::pvh_note;
+use test_support::kernels::small_bzimage;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -55,7 +53,7 @@ fn vmlinux(notes: &[u8]) -> Kernel {
         Segment { mem_len: 0x5000, ..Segment::new(0x100_0000, vec![1; 0x2800]) },
         Segment { mem_len: 0x40_0000, ..Segment::new(0x120_0000, vec![2; 0x10]) },
     ];
-    Kernel::parse(elf(0x100_0040, &segments, &[], notes)).unwrap()
+    Kernel::parse(executable(0x100_0040, &segments, &[], notes)).unwrap()
 }
 
 fn boot<'a>(kernel: &'a Kernel, guest: Guest<'a>) -> DirectBoot<'a> {

@@ -21,14 +21,16 @@ use snp::attest::verify::Demands;
 use snp::attest::verify::Evidence;
 use snp::attest::verify::signs;
 use snp::attest::verify::verify;
-use support::chain::Authority;
-use support::chain::NOW;
-use support::chain::integer;
 use support::reports::NOVEMBER_2025;
 use support::reports::any_software;
 use support::reports::builder;
 use support::reports::judge;
 use support::reports::real_reports;
+use test_support::chain;
+use test_support::chain::Authority;
+use test_support::chain::NOW;
+use test_support::chain::integer;
+use test_support::keys::platform_chain;
 
 #[test]
 fn real_reports_verify_with_amds_built_in_roots() {
@@ -510,16 +512,16 @@ fn an_issuer_must_be_allowed_to_issue_and_what_is_critical_must_be_known() {
         (vec![ca.clone(), usage(0x04, 2)], true),
         (vec![ca.clone(), usage(0x80, 7)], false),
         (vec![usage(0x04, 2)], false),
-        (vec![ca.clone(), (support::chain::UNKNOWN, vec![5, 0])], false),
+        (vec![ca.clone(), (chain::UNKNOWN, vec![5, 0])], false),
     ] {
         let subject = ("SEV-Test", &authority.intermediate_key);
-        let intermediate = support::chain::certificate(subject, issuer, 2, &extensions);
+        let intermediate = chain::certificate(subject, issuer, 2, &extensions);
         let authority = Authority { intermediate, ..authority.clone() };
         let failed = failures(&authority, &report, authority.endorsement("Milan-B0", &[]), any);
         let expected: &[&str] = if good { &[] } else { &["certificate-chain"] };
         assert_eq!(failed, expected, "{extensions:?}");
     }
-    let odd = authority.endorsement("Milan-B0", &[(support::chain::UNKNOWN, vec![5, 0])]);
+    let odd = authority.endorsement("Milan-B0", &[(chain::UNKNOWN, vec![5, 0])]);
     assert_eq!(failures(&authority, &report, odd, any), ["certificate-chain"]);
 }
 
@@ -539,12 +541,12 @@ fn a_chain_has_three_different_links() {
         ("1.3.6.1.4.1.3704.1.4", vec![0x77; 64]),
     ];
     let issuer = ("ARK-Test", &authority.root_key);
-    let direct = support::chain::certificate(chip, issuer, 0, &extensions);
+    let direct = chain::certificate(chip, issuer, 0, &extensions);
     let short = Authority { intermediate: authority.root.clone(), ..authority.clone() };
     assert_eq!(failures(&short, &report, direct, any), ["certificate-chain"]);
     // A root that allows none below an issuer (pathLenConstraint 0, RFC 5280, 4.2.1.9).
     let none_below = [("2.5.29.19", vec![0x30, 6, 1, 1, 0xff, 2, 1, 0])];
-    let root = support::chain::certificate(issuer, issuer, 1, &none_below);
+    let root = chain::certificate(issuer, issuer, 1, &none_below);
     let strict = Authority { root, ..authority.clone() };
     assert_eq!(
         failures(&strict, &report, authority.endorsement("Milan-B0", &[]), any),
@@ -554,7 +556,7 @@ fn a_chain_has_three_different_links() {
     let mut twice = extensions.to_vec();
     twice.push(("1.3.6.1.4.1.3704.1.4", vec![0x78; 64]));
     let issuer = ("SEV-Test", &authority.intermediate_key);
-    let der = support::chain::der(chip, issuer, 0, &twice);
+    let der = chain::der(chip, issuer, 0, &twice);
     assert!(Cert::from_der(&der).unwrap_err().to_string().contains("1.3.6.1.4.1.3704.1.4 is there twice"));
 }
 
@@ -563,7 +565,7 @@ fn names_in_certificates_cannot_paint_a_verdict() {
     let authority = Authority::new();
     let painted = format!("SEV-VCEK\u{1b}[2J\u{202e}\rVERIFIED{}", '\u{9b}');
     let key = (painted.as_str(), &authority.chip_key);
-    let cert = support::chain::certificate(key, ("SEV-Test\u{7}", &authority.intermediate_key), 0, &[]);
+    let cert = chain::certificate(key, ("SEV-Test\u{7}", &authority.intermediate_key), 0, &[]);
     let evil = authority.endorsement("Milan-B0", &[("1.3.6.1.4.1.3704.1.5", b"\x16\x06CN=\x1b[J".to_vec())]);
     let report = authority.report(builder());
     let policy = Policy::parse("any_measurement = true\nproviders = ['CN=cloud']").unwrap();
@@ -592,7 +594,7 @@ fn the_emulated_platforms_key_has_the_extensions_of_a_real_one() {
         list.iter().map(|e| (e.extn_id.to_string(), usize::from(e.critical))).collect()
     };
     let real = real_reports().remove(0);
-    let emulated = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
+    let emulated = platform_chain();
     assert_eq!(extensions(&emulated.certificates().vcek), extensions(real.certificates[0].der()));
 }
 

@@ -14,16 +14,10 @@
     reason = "a test fails where its host fails"
 )]
 
-use std::sync::Arc;
-
 use kvm_bindings::*;
 use kvm_ioctls::*;
-use snp::image::direct::DirectBoot;
 use snp::image::direct::DirectImage;
-use snp::image::direct::Guest;
-use snp::image::direct::Snp;
 use snp::image::direct::Validation;
-use snp::image::kernel::Kernel;
 use snp::image::lazy::Acceptance;
 use snp::stage0::BUILT;
 use snp::stage0::InputsPage;
@@ -33,6 +27,8 @@ use snp::stage0::item_hash;
 use snp::stage0::layout;
 use snp::stage0::reason::REASON_SET;
 use snp::stage0::reason::Reason;
+use test_support::kernels::BzImage;
+use test_support::stage0::Boot;
 
 const PAGE: u64 = 0x1000;
 const LARGE: u64 = 0x20_0000;
@@ -521,20 +517,17 @@ fn everything_is_validated_once_and_the_kernel_gets_what_was_staged() {
     assert_eq!(host.small_ok, 512 + 3 - launched);
 }
 
+/// The boot of a kernel that this host can run.
+fn booted(kernel: Vec<u8>, memory: u64, validation: Validation) -> Boot {
+    Boot { kernel, initrd: vec![0x77; 5000], cmdline: "panic=-1", memory, vcpus: 1, c_bit: 40, validation }
+}
+
 #[test]
 fn the_plan_of_a_direct_boot_runs_and_puts_every_byte_in_its_place() {
-    let mut file = bz_image();
-    file.extend(kernel());
-    file.resize(1024 + 0x2400, 0);
-    let kernel = Kernel::parse(file).unwrap();
+    let kernel = bz_image().bytes();
     for memory in [128 << 20, 4608 << 20] {
-        let boot = |validation| {
-            let guest = Guest::Snp(Snp { c_bit: 40, cpuid: None, validation, features: 0 });
-            let (initrd, cmdline) = (Some(Arc::new(vec![0x77; 5000])), "panic=-1");
-            DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 2, tpm: None, guest }
-                .image()
-                .unwrap()
-        };
+        let boot =
+            |validation| Boot { vcpus: 2, ..booted(kernel.clone(), memory, validation) }.image().unwrap();
         let (image, expected) = (boot(Validation::Stage0(Acceptance::Eager)), boot(Validation::AllByLaunch));
         let mut rig = Rig::of_image(&image);
         let mut host = Host::default();
@@ -556,25 +549,11 @@ fn the_plan_of_a_direct_boot_runs_and_puts_every_byte_in_its_place() {
     }
 }
 
-/// The first two sectors of a bzImage for the bytes of [`kernel`], by Linux's boot protocol.
-fn bz_image() -> Vec<u8> {
-    let mut file = vec![0; 1024];
-    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0x1f1, &[1]);
-    put(0x1f4, &(0x2400u32 / 16).to_le_bytes());
-    put(0x1fe, &0xaa55u16.to_le_bytes());
-    put(0x201, &[0x6a]);
-    put(0x202, b"HdrS");
-    put(0x206, &0x20fu16.to_le_bytes());
-    put(0x211, &[1]);
-    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
-    put(0x236, &1u16.to_le_bytes());
-    put(0x238, &2047u32.to_le_bytes());
-    put(0x248, &0x400u32.to_le_bytes());
-    put(0x24c, &16u32.to_le_bytes());
-    put(0x258, &KERNEL.to_le_bytes());
-    put(0x260, &0x10_0000u32.to_le_bytes());
-    file
+/// [`kernel`] in a bzImage that asks to be where the rig expects it.
+fn bz_image() -> BzImage {
+    let mut body = kernel();
+    body.resize(0x2400, 0);
+    BzImage::around(&body, 1 << 20)
 }
 
 #[test]
@@ -736,26 +715,10 @@ fn page_state_changes_that_are_worked_off_in_parts_are_continued() {
 
 #[test]
 fn a_lazy_boot_validates_the_same_few_ranges_whatever_the_memory() {
-    let mut file = bz_image();
-    file.extend(kernel());
-    file.resize(1024 + 0x2400, 0);
-    let guid =
-        [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
-    file[1024 + 0x800..1024 + 0x808].copy_from_slice(&guid[..8]);
-    file[1024 + 0x900..1024 + 0x908].copy_from_slice(&guid[8..]);
-    let kernel = Kernel::parse(file).unwrap();
+    let kernel = bz_image().accepting_memory().bytes();
     let mut counts = Vec::new();
     for memory in [3 << 30, 16 << 30] {
-        let guest = Guest::Snp(Snp {
-            c_bit: 40,
-            cpuid: None,
-            validation: Validation::Stage0(Acceptance::Auto),
-            features: 0,
-        });
-        let (initrd, cmdline) = (Some(Arc::new(vec![0x77; 5000])), "panic=-1");
-        let image = DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus: 1, tpm: None, guest }
-            .image()
-            .unwrap();
+        let image = booted(kernel.clone(), memory, Validation::Stage0(Acceptance::Auto)).image().unwrap();
         let mut rig = Rig::of_image(&image);
         let mut host = Host::default();
         assert_eq!(rig.run(&mut host), End::Kernel);

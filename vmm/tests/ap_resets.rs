@@ -10,8 +10,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
 use std::error::Error;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -20,14 +18,14 @@ use std::time::Instant;
 
 use snp::plan::PageType;
 use snp::plan::Record;
-use tiny::Capture;
-use tiny::SNP_CODE;
-use tiny::alter;
-use tiny::emulated_guest_with;
-use tiny::held::Held;
-use tiny::held::held;
-use tiny::msrs_reach_the_monitor;
-use tiny::out;
+use test_support::code::out;
+use test_support::held::Held;
+use test_support::held::held;
+use test_support::monitor::Capture;
+use test_support::monitor::alter;
+use test_support::tiny::SNP_CODE;
+use test_support::tiny::emulated_guest_with;
+use test_support::tiny::msrs_reach_the_monitor;
 use vmm::machine::Machine;
 use vmm::monitor;
 use vmm::monitor::Companion;

@@ -7,8 +7,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
 use std::io;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -17,11 +15,11 @@ use std::sync::Mutex;
 
 use snp::plan::PageType;
 use snp::plan::Record;
-use tiny::alter;
-use tiny::emulated_guest;
-use tiny::msrs_reach_the_monitor;
-use tiny::out;
-use tiny::power_off;
+use test_support::code::out;
+use test_support::code::power_off;
+use test_support::monitor::alter;
+use test_support::tiny::emulated_guest;
+use test_support::tiny::msrs_reach_the_monitor;
 use vmm::monitor;
 use vmm::monitor::Host;
 use vmm::outcome::Outcome;

@@ -5,8 +5,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
 use std::error::Error;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -15,13 +13,13 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
-use tiny::CRASH;
-use tiny::Capture;
-use tiny::emulated_guest;
-use tiny::held::held;
-use tiny::out;
-use tiny::plain_guest;
-use tiny::power_off;
+use test_support::code::CRASH;
+use test_support::code::out;
+use test_support::code::power_off;
+use test_support::held::held;
+use test_support::monitor::Capture;
+use test_support::tiny::emulated_guest;
+use test_support::tiny::plain_guest;
 use vmm::machine::Machine;
 use vmm::monitor;
 use vmm::monitor::Companion;

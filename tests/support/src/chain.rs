@@ -103,14 +103,26 @@ const CA: (&str, [u8; 5]) = ("2.5.29.19", [0x30, 3, 1, 1, 0xff]);
 /// Root, intermediate and a chip's key, with the parts that tests change.
 #[derive(Clone)]
 pub struct Authority {
+    /// Signs the intermediate certificate and revocation lists.
     pub root_key: SigningKey,
+    /// Signs endorsements.
     pub intermediate_key: SigningKey,
+    /// Signs reports.
     pub chip_key: SigningKey,
+    /// The root's certificate, by itself.
     pub root: Cert,
+    /// The intermediate's certificate, by the root.
     pub intermediate: Cert,
 }
 
+impl Default for Authority {
+    fn default() -> Self {
+        Authority::new()
+    }
+}
+
 impl Authority {
+    /// With random keys.
     pub fn new() -> Self {
         Authority::with_keys([(); 3].map(|()| SigningKey::random(&mut OsRng)))
     }
