@@ -10,7 +10,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-use std::error::Error;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -21,18 +20,16 @@ use snp::plan::Record;
 use test_support::code::out;
 use test_support::held::Held;
 use test_support::held::held;
+use test_support::monitor::BeforeLife;
 use test_support::monitor::Capture;
 use test_support::monitor::alter;
 use test_support::tiny::SNP_CODE;
 use test_support::tiny::emulated_guest_with;
 use test_support::tiny::msrs_reach_the_monitor;
-use vmm::machine::Machine;
 use vmm::monitor;
-use vmm::monitor::Companion;
 use vmm::monitor::Host;
 use vmm::monitor::Restart;
 use vmm::outcome::Outcome;
-use vmm::platform::Vm;
 use vmm::spec::Backing;
 
 /// Save areas of the vCPUs, private; one after the other.
@@ -149,27 +146,6 @@ fn guest_code(cpus: u32) -> (Vec<u8>, usize) {
     (code, ring)
 }
 
-/// Counts before each life.
-struct Observer(Arc<Mutex<Vec<Held>>>);
-
-impl Companion for Observer {
-    fn name(&self) -> &'static str {
-        "observer"
-    }
-
-    fn before_life(
-        &mut self,
-        life: u32,
-        _: &dyn Vm,
-        _: &mut Machine,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let now = held();
-        assert_eq!(now.vcpus, 0, "a vCPU of an earlier life still runs in life {life}");
-        self.0.lock().unwrap().push(now);
-        Ok(())
-    }
-}
-
 fn many_resets(cpus: u32, resets: u32) {
     let (code, ring) = guest_code(cpus);
     let Some((platform, mut guest)) = emulated_guest_with(&code, Backing::Single, cpus) else { return };
@@ -184,10 +160,16 @@ fn many_resets(cpus: u32, resets: u32) {
         plan.records.sort_by_key(|record| record.gpa);
     });
     let seen = Arc::new(Mutex::new(Vec::new()));
-    let console = Capture::default();
+    let (console, notes) = (Capture::default(), Arc::clone(&seen));
+    let count = move |life| {
+        let now = held();
+        assert_eq!(now.vcpus, 0, "a vCPU of an earlier life still runs in life {life}");
+        notes.lock().unwrap().push(now);
+        Ok(())
+    };
     let host = Host {
         restart: Some(Restart { lives: Some(resets), pace: Duration::ZERO }),
-        companions: vec![Box::new(Observer(Arc::clone(&seen)))],
+        companions: vec![Box::new(BeforeLife(count))],
         ..Host::new(Box::new(console.clone()))
     };
     let (before, begun) = (held(), Instant::now());

@@ -17,6 +17,7 @@ use test_support::code::CRASH;
 use test_support::code::out;
 use test_support::code::power_off;
 use test_support::held::held;
+use test_support::monitor::BeforeLife;
 use test_support::monitor::Capture;
 use test_support::tiny::emulated_guest;
 use test_support::tiny::plain_guest;
@@ -39,24 +40,6 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Calls a function with the number of each life.
-struct Observer<F>(F);
-
-impl<F: FnMut(u32) -> Result<(), Box<dyn Error + Send + Sync>>> Companion for Observer<F> {
-    fn name(&self) -> &'static str {
-        "observer"
-    }
-
-    fn before_life(
-        &mut self,
-        life: u32,
-        _: &dyn Vm,
-        _: &mut Machine,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        self.0(life)
-    }
-}
-
 fn host(
     console: &Capture,
     lives: Option<u32>,
@@ -64,7 +47,7 @@ fn host(
 ) -> Host {
     Host {
         restart: Some(Restart { lives, pace: Duration::ZERO }),
-        companions: vec![Box::new(Observer(observer))],
+        companions: vec![Box::new(BeforeLife(observer))],
         ..Host::new(Box::new(console.clone()))
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The monitor on the emulated platform: a platform with keys of its own, launches, runs, and what a guest said.
 
+use std::error::Error;
 use std::io;
 use std::io::Write;
 use std::sync::Arc;
@@ -13,13 +14,16 @@ use snp::plan::LaunchPlan;
 use snp_model::rmp::TwoMib;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
+use vmm::machine::Machine;
 use vmm::monitor;
+use vmm::monitor::Companion;
 use vmm::monitor::Guest;
 use vmm::monitor::Host;
 use vmm::monitor::Load;
 use vmm::monitor::SnpLaunch;
 use vmm::outcome::Outcome;
 use vmm::platform::Platform;
+use vmm::platform::Vm;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
@@ -45,6 +49,24 @@ impl Write for Capture {
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// A companion that calls a function with the number of each life, before it begins.
+pub struct BeforeLife<F>(pub F);
+
+impl<F: FnMut(u32) -> Result<(), Box<dyn Error + Send + Sync>>> Companion for BeforeLife<F> {
+    fn name(&self) -> &'static str {
+        "observer"
+    }
+
+    fn before_life(
+        &mut self,
+        life: u32,
+        _: &dyn Vm,
+        _: &mut Machine,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.0(life)
     }
 }
 
