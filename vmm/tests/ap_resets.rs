@@ -17,6 +17,8 @@ use std::time::Instant;
 
 use snp::plan::PageType;
 use snp::plan::Record;
+use test_support::code::PATCHED_VMGEXIT;
+use test_support::code::WRITE_GHCB_MSR;
 use test_support::code::out;
 use test_support::held::Held;
 use test_support::held::held;
@@ -54,11 +56,6 @@ fn jump(code: &mut Vec<u8>, opcode: &[u8], target: usize) {
     code.extend((target as i32 - next).to_le_bytes());
 }
 
-/// `mov ecx, 0xc0010130; wrmsr`
-const WRITE_GHCB_MSR: [u8; 7] = [0xb9, 0x30, 0x01, 0x01, 0xc0, 0x0f, 0x30];
-/// VMGEXIT, patched.
-const VMGEXIT: [u8; 4] = [0xe6, 0xe4, 0x66, 0x90];
-
 /// `request` for the vCPU whose number is in ESI, with the GHCB at RBP. Fields by the GHCB specification, section 2.6, table 3.
 fn event(request: u8) -> Vec<u8> {
     let mut code = vec![0xb8]; // mov eax, AP_CREATION
@@ -78,7 +75,7 @@ fn event(request: u8) -> Vec<u8> {
     }
     code.extend([0x66, 0xc7, 0x85, 0xfa, 0x0f, 0, 0, 2, 0]); // protocol version 2
     code.extend([0xc7, 0x85, 0xfc, 0x0f, 0, 0, 0, 0, 0, 0]); // usage 0
-    code.extend(VMGEXIT);
+    code.extend(PATCHED_VMGEXIT);
     code
 }
 
@@ -92,7 +89,7 @@ fn guest_code(cpus: u32) -> (Vec<u8>, usize) {
     code.extend([0x89, 0xd8, 0x83, 0xc8, 0x14, 0xba]); // mov eax, ebx; or eax, 0x14 (page state change); mov edx, 2 << 20 (shared)
     code.extend((2u32 << 20).to_le_bytes());
     code.extend(WRITE_GHCB_MSR);
-    code.extend(VMGEXIT);
+    code.extend(PATCHED_VMGEXIT);
     code.extend([0x81, 0xc3, 0x00, 0x10, 0, 0, 0x81, 0xfb]); // add ebx, 4096; cmp ebx, behind the counter
     code.extend((counter + 4096).to_le_bytes());
     jump(&mut code, &[0x0f, 0x82], share); // jb
@@ -116,7 +113,7 @@ fn guest_code(cpus: u32) -> (Vec<u8>, usize) {
     code.extend(GHCB.to_le_bytes());
     code.extend([0x89, 0xe8, 0x83, 0xc8, 0x12, 0x31, 0xd2]); // mov eax, ebp; or eax, 0x12 (register the GHCB); xor edx, edx
     code.extend(WRITE_GHCB_MSR);
-    code.extend(VMGEXIT);
+    code.extend(PATCHED_VMGEXIT);
     code.extend([0x89, 0xe8, 0x31, 0xd2]); // mov eax, ebp; xor edx, edx
     code.extend(WRITE_GHCB_MSR);
     let again = code.len();

@@ -8,6 +8,11 @@ pub const PVALIDATE: [u8; 4] = [0xf2, 0x0f, 0x01, 0xff];
 /// Change what other privilege levels may do with a page.
 pub const RMPADJUST: [u8; 4] = [0xf3, 0x0f, 0x01, 0xfe];
 
+/// VMGEXIT as the emulated platform's patches leave it: `out 0xe4, al`, and a NOP of two bytes.
+pub const PATCHED_VMGEXIT: [u8; 4] = [0xe6, 0xe4, 0x66, 0x90];
+/// `mov ecx, 0xc0010130; wrmsr`
+pub const WRITE_GHCB_MSR: [u8; 7] = [0xb9, 0x30, 0x01, 0x01, 0xc0, 0x0f, 0x30];
+
 /// `ud2`: with no interrupt table, a triple fault.
 pub const CRASH: [u8; 2] = [0x0f, 0x0b];
 
@@ -26,10 +31,11 @@ pub fn power_off() -> Vec<u8> {
 
 /// Writes `value` to the GHCB MSR and exits to the hypervisor, in the form that the emulated platform's patches leave.
 pub fn ghcb_msr(value: u64) -> Vec<u8> {
-    let mut code = vec![0xb9, 0x30, 0x01, 0x01, 0xc0, 0xb8]; // mov ecx, 0xc0010130; mov eax, low
+    let mut code = vec![0xb8]; // mov eax, low
     code.extend((value as u32).to_le_bytes());
     code.push(0xba); // mov edx, high
     code.extend(((value >> 32) as u32).to_le_bytes());
-    code.extend([0x0f, 0x30, 0xe6, 0xe4, 0x66, 0x90]); // wrmsr; VMGEXIT, patched
+    code.extend(WRITE_GHCB_MSR);
+    code.extend(PATCHED_VMGEXIT);
     code
 }
