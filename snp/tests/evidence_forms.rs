@@ -17,14 +17,14 @@ use snp::attest::report::field;
 use snp::attest::verify::Demands;
 use snp::attest::verify::Evidence;
 use snp::attest::verify::verify;
-use support::chain::Authority;
-use support::chain::NOW;
 use support::reports::NOVEMBER_2025;
 use support::reports::Real;
 use support::reports::any_software;
 use support::reports::builder;
 use support::reports::judge;
 use support::reports::real_reports;
+use test_support::chain::Authority;
+use test_support::chain::NOW;
 
 /// A peer makes the table, as hosts and guests' drivers have it.
 fn table_of(certificates: &[Cert]) -> Vec<u8> {

@@ -15,8 +15,8 @@ use snp::image::vmm_type::VcpuSetup;
 use snp::image::vmm_type::VmmType;
 use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
-use support::firmware::Firmware;
 use support::firmware::any_firmware;
+use test_support::firmware::Firmware;
 
 fn firmware() -> Firmware {
     Firmware {

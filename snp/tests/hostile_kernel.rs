@@ -4,17 +4,15 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod support;
-
 use proptest::prelude::*;
 use snp::image::kernel::Kernel;
 use snp::image::kernel::KernelError;
 use snp_model::patch::annotate;
-use support::kernels::Segment;
-use support::kernels::elf;
-use support::kernels::pvh_note;
-use support::kernels::small_bzimage;
-use support::kernels::small_vmlinux;
+use test_support::elf::Segment;
+use test_support::elf::executable;
+use test_support::elf::pvh_note;
+use test_support::kernels::small_bzimage;
+use test_support::kernels::small_vmlinux;
 
 /// The message for a small bzImage after `change`.
 fn bzimage_refusal(change: impl FnOnce(&mut Vec<u8>)) -> String {
@@ -118,7 +116,8 @@ fn a_unified_kernel_image_is_called_that() {
 #[test]
 fn a_virtual_entry_point_is_translated_to_its_physical_address() {
     let segment = Segment::new(0x20_0000, vec![0x90; 16]);
-    let Kernel::Elf(kernel) = Kernel::parse(elf(segment.vaddr + 4, &[segment], &[], &[])).unwrap() else {
+    let Kernel::Elf(kernel) = Kernel::parse(executable(segment.vaddr + 4, &[segment], &[], &[])).unwrap()
+    else {
         panic!()
     };
     assert_eq!(kernel.entry, 0x20_0004);
@@ -128,7 +127,8 @@ fn a_virtual_entry_point_is_translated_to_its_physical_address() {
 fn a_pvh_note_counts_only_if_it_points_into_the_image() {
     let entry = |notes: &[u8]| {
         let segment = Segment::new(0x20_0000, vec![0x90; 16]);
-        let Kernel::Elf(kernel) = Kernel::parse(elf(0x20_0000, &[segment], &[], notes)).unwrap() else {
+        let Kernel::Elf(kernel) = Kernel::parse(executable(0x20_0000, &[segment], &[], notes)).unwrap()
+        else {
             panic!()
         };
         kernel.pvh_entry
@@ -153,7 +153,7 @@ fn segments_that_share_a_page_become_one_run() {
         Segment { mem_len: 0x800, ..Segment::new(0x20_0800, vec![2; 4]) },
         Segment::new(0x20_1000, vec![3; 4]),
     ];
-    let kernel = Kernel::parse(elf(0x20_0100, &segments, &[], &[])).unwrap();
+    let kernel = Kernel::parse(executable(0x20_0100, &segments, &[], &[])).unwrap();
     let runs = kernel.runs();
     assert_eq!(runs.iter().map(|(gpa, _)| *gpa).collect::<Vec<_>>(), [0x20_0000, 0x20_1000]);
     let first = runs[0].1.as_slice();
@@ -185,7 +185,7 @@ fn any_kernel() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         Just(small_bzimage(vec![0x28; 64]).bytes()),
         Just(small_vmlinux()),
-        Just(elf(0x20_0000, &[Segment::new(0x20_0000, vec![0; 8])], &[], &pvh_note(0x20_0000))),
+        Just(executable(0x20_0000, &[Segment::new(0x20_0000, vec![0; 8])], &[], &pvh_note(0x20_0000))),
     ]
 }
 

@@ -22,15 +22,10 @@ use snp::identity::Signature;
 use snp::identity::keys::private_from_pem;
 use snp::policy::GuestPolicy;
 use support::python::SevSnpMeasure;
+use test_support::identity::id_block;
 
 fn block() -> IdBlock {
-    IdBlock {
-        launch_digest: LaunchDigest([0x5a; 48]),
-        family_id: *b"family id is 16b",
-        image_id: *b"image id: 16 byt",
-        guest_svn: 7,
-        policy: GuestPolicy(0x3_0000),
-    }
+    id_block(LaunchDigest([0x5a; 48]))
 }
 
 fn keys() -> (SigningKey, SigningKey) {

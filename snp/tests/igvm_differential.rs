@@ -25,15 +25,16 @@ use snp::digest::LaunchDigest;
 use snp::digest::VMSA_GPA;
 use snp::digest::launch_digest;
 use snp::identity::IdAuth;
-use snp::identity::IdBlock;
 use snp::image::igvm::Igvm;
 use snp::image::igvm::IgvmError;
 use snp::image::igvm::ZeroPages;
 use snp::image::igvm::id_block_header;
 use snp::plan::Bytes;
 use snp::plan::PlanError;
-use snp::policy::GuestPolicy;
 use snp::vmsa::VmsaState;
+use test_support::identity::id_block;
+use test_support::igvm::seal;
+use test_support::igvm::with_header;
 use zerocopy::FromBytes as _;
 
 const MASK: u32 = 1;
@@ -146,40 +147,6 @@ fn file(steps: &[Step], state: &VmsaState) -> (Vec<u8>, [u8; 48]) {
     (bytes, digest)
 }
 
-/// The file with one more variable header at the end of the list, and its checksum made right again.
-fn with_header(file: &[u8], kind: u32, body: &[u8]) -> Vec<u8> {
-    let word = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap()) as usize;
-    let (start, size) = (word(8), word(12));
-    // New headers go behind the data, so that no file offset changes: all headers are copied there.
-    let mut out = file.to_vec();
-    out.resize(out.len().next_multiple_of(8), 0);
-    let new_start = out.len();
-    out.extend_from_slice(&file[start..start + size]);
-    out.resize(out.len().next_multiple_of(8), 0);
-    out.extend_from_slice(&kind.to_le_bytes());
-    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
-    out.extend_from_slice(body);
-    out.resize(out.len().next_multiple_of(8), 0);
-    let (len, new_size) = (out.len() as u32, (out.len() - new_start) as u32);
-    out[8..12].copy_from_slice(&(new_start as u32).to_le_bytes());
-    out[12..16].copy_from_slice(&new_size.to_le_bytes());
-    out[16..20].copy_from_slice(&len.to_le_bytes());
-    fix_checksum(&mut out);
-    out
-}
-
-fn fix_checksum(file: &mut [u8]) {
-    let word = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap()) as usize;
-    let (start, size) = (word(8).min(file.len()), word(12));
-    let end = start.saturating_add(size).min(file.len());
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&file[..20]);
-    crc.update(&[0; 4]);
-    crc.update(&file[start..end]);
-    let crc = crc.finalize();
-    file[20..24].copy_from_slice(&crc.to_le_bytes());
-}
-
 fn parse(file: &[u8], zero_pages: ZeroPages) -> Result<Igvm, IgvmError> {
     Igvm::parse(&Bytes::from(file.to_vec()), zero_pages)
 }
@@ -216,9 +183,7 @@ proptest! {
         }
         let _ = parse(&file, ZeroPages::Normal);
         if file.len() >= 24 {
-            let len = file.len() as u32;
-            file[16..20].copy_from_slice(&len.to_le_bytes());
-            fix_checksum(&mut file);
+            seal(&mut file);
             if let Ok(igvm) = parse(&file, ZeroPages::Zero) {
                 let _ = igvm.kvm_plan();
                 let _ = igvm.check_identity();
@@ -231,15 +196,8 @@ proptest! {
 fn an_id_block_in_the_file_must_be_for_the_file() {
     let (file, digest) = file(&[Step::Data(1, 10), Step::NoData], &boot_state());
     let key = SigningKey::random(&mut OsRng);
-    let block = |launch_digest| IdBlock {
-        launch_digest,
-        family_id: [1; 16],
-        image_id: [2; 16],
-        guest_svn: 3,
-        policy: GuestPolicy(0x3_0000),
-    };
     let with_block = |digest: LaunchDigest| {
-        let block = block(digest);
+        let block = id_block(digest);
         let auth = IdAuth::sign(&block, &key, Some(&key));
         with_header(&file, 0x30b, &id_block_header(&block, &auth, MASK))
     };
@@ -247,7 +205,7 @@ fn an_id_block_in_the_file_must_be_for_the_file() {
     let igvm = parse(&good, ZeroPages::Normal).unwrap();
     igvm.check_identity().unwrap();
     let (read, auth) = igvm.identity.clone().unwrap();
-    assert_eq!(read, block(LaunchDigest(digest)));
+    assert_eq!(read, id_block(LaunchDigest(digest)));
     auth.check_signatures(&read).unwrap();
     // Under the other convention the same file has another digest, and the message says so.
     let error = parse(&good, ZeroPages::Zero).unwrap().check_identity().unwrap_err().to_string();
@@ -258,7 +216,7 @@ fn an_id_block_in_the_file_must_be_for_the_file() {
     // The specification's own structure finds the fields where we put them.
     let body = id_block_header(&read, &auth, MASK);
     let theirs = IGVM_VHS_SNP_ID_BLOCK::read_from_bytes(&body).unwrap();
-    assert_eq!((theirs.ld, theirs.guest_svn, theirs.version, theirs.author_key_enabled), (digest, 3, 1, 1));
+    assert_eq!((theirs.ld, theirs.guest_svn, theirs.version, theirs.author_key_enabled), (digest, 7, 1, 1));
     let id_key = auth.id_key.encode();
     assert_eq!(theirs.id_public_key.qx, id_key[4..76]);
     assert_eq!(theirs.author_public_key.qy, id_key[76..148]);
@@ -364,13 +322,7 @@ fn what_is_there_twice_is_refused_because_readers_differ_in_which_they_take() {
     assert!(refusal(&areas).contains("at most 256 areas"), "{}", refusal(&areas));
 
     let key = SigningKey::random(&mut OsRng);
-    let block = IdBlock {
-        launch_digest: parse(&good, ZeroPages::Normal).unwrap().digests().0,
-        family_id: [1; 16],
-        image_id: [2; 16],
-        guest_svn: 3,
-        policy: GuestPolicy(0x3_0000),
-    };
+    let block = id_block(parse(&good, ZeroPages::Normal).unwrap().digests().0);
     let mut body = id_block_header(&block, &IdAuth::sign(&block, &key, Some(&key)), MASK);
     let signed = with_header(&good, 0x30b, &body);
     assert!(parse(&signed, ZeroPages::Normal).unwrap().check_identity().is_ok());

@@ -6,8 +6,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod support;
-
 use std::io;
 
 use snp::image::kernel::Kernel;
@@ -21,15 +19,15 @@ use snp_model::patch::SiteError;
 use snp_model::patch::annotate;
 use snp_model::patch::decompress;
 use snp_model::patch::decompress::DecompressError;
-use support::kernels::PVALIDATE;
-use support::kernels::RMPADJUST;
-use support::kernels::Segment;
-use support::kernels::VMGEXIT;
-use support::kernels::compress;
-use support::kernels::debian_kernels;
-use support::kernels::elf;
-use support::kernels::small_bzimage;
-use support::kernels::small_vmlinux;
+use test_support::code::PVALIDATE;
+use test_support::code::RMPADJUST;
+use test_support::code::VMGEXIT;
+use test_support::elf::Segment;
+use test_support::elf::executable;
+use test_support::kernels::compress;
+use test_support::kernels::debian_kernels;
+use test_support::kernels::small_bzimage;
+use test_support::kernels::small_vmlinux;
 
 /// What the kernel's build does for each format: the tool's output, then the size unless the format has it at its end.
 fn payload(tool: &str, args: &[&str], vmlinux: &[u8]) -> Option<Vec<u8>> {
@@ -158,7 +156,7 @@ fn a_kernel_without_one_kind_of_instruction_is_refused() {
     for (bytes, kind) in kinds {
         let text: Vec<u8> = kinds.iter().filter(|(b, _)| *b != bytes).flat_map(|(b, _)| *b).collect();
         let len = text.len() as u64;
-        let file = elf(0x20_0000, &[Segment::new(0x20_0000, text)], &[(0, 0..len, true)], &[]);
+        let file = executable(0x20_0000, &[Segment::new(0x20_0000, text)], &[(0, 0..len, true)], &[]);
         let error = annotate(&Kernel::parse(file).unwrap()).unwrap_err();
         assert!(
             matches!(error, SiteError::NoSite { opcode, place: "the kernel" } if opcode == kind),
@@ -205,7 +203,7 @@ fn the_hook_must_be_there_exactly_once() {
 #[test]
 fn a_kernel_without_section_headers_is_refused() {
     let text = [VMGEXIT, PVALIDATE, RMPADJUST].concat();
-    let file = elf(0x20_0000, &[Segment::new(0x20_0000, text)], &[], &[]);
+    let file = executable(0x20_0000, &[Segment::new(0x20_0000, text)], &[], &[]);
     let error = annotate(&Kernel::parse(file).unwrap()).unwrap_err();
     assert!(matches!(error, SiteError::Sections(_)), "{error}");
 }

@@ -29,9 +29,9 @@ use snp::image::vmm_type::VcpuSetup;
 use snp::image::vmm_type::VmmType;
 use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
-use support::firmware::Firmware;
 use support::firmware::any_firmware;
 use support::python::SevSnpMeasure;
+use test_support::firmware::Firmware;
 
 /// Models whose names `sev-snp-measure` knows.
 const MODELS: [&str; 16] = [
@@ -74,7 +74,7 @@ fn any_case() -> impl Strategy<Value = Case> {
         prop_oneof![Just(1u64), Just(0x21), any::<u64>().prop_map(|x| x & 0xc3ff | 1)],
     )
         .prop_map(|(firmware, kernel, vcpus, model, features)| {
-            let hashes = firmware.sections.iter().any(|s| s.2 == support::firmware::KERNEL_HASHES);
+            let hashes = firmware.sections.iter().any(|s| s.2 == test_support::firmware::KERNEL_HASHES);
             Case { firmware, kernel: kernel.filter(|_| hashes), vcpus, model, features }
         })
 }

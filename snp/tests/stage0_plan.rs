@@ -3,90 +3,22 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails where its image fails")]
 
-mod support;
-
-use std::sync::Arc;
-
-use snp::digest::LaunchDigest;
-use snp::digest::launch_digest;
-use snp::image::direct::DirectBoot;
 use snp::image::direct::DirectImage;
-use snp::image::direct::Guest;
-use snp::image::direct::Snp;
 use snp::image::direct::Validation;
 use snp::image::error::ImageError;
-use snp::image::kernel::Kernel;
 use snp::image::lazy::Acceptance;
 use snp::image::shim::Shim;
 use snp::plan::PageType;
 use snp_model::patch::CodeMemory;
 use snp_model::patch::Ports;
-use support::kernels::Segment;
-use support::kernels::elf;
+use test_support::elf::Segment;
+use test_support::elf::executable;
+use test_support::kernels::UNACCEPTED;
+use test_support::stage0::Boot;
+use test_support::stage0::kernel;
 
 const MIB: u64 = 1 << 20;
-
-/// A bzImage as Linux's boot protocol describes it: one setup sector, then `len` bytes that work in `init_size`.
-fn bz_image(len: usize, init_size: u32) -> Vec<u8> {
-    let mut file = vec![0; 1024];
-    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0x1f1, &[1]);
-    put(0x1f4, &((len / 16) as u32).to_le_bytes());
-    put(0x1fe, &0xaa55u16.to_le_bytes());
-    put(0x201, &[0x6a]);
-    put(0x202, b"HdrS");
-    put(0x206, &0x20fu16.to_le_bytes());
-    put(0x211, &[1]);
-    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
-    put(0x236, &1u16.to_le_bytes());
-    put(0x238, &2047u32.to_le_bytes());
-    put(0x248, &0x400u32.to_le_bytes());
-    put(0x24c, &16u32.to_le_bytes());
-    put(0x258, &(16 * MIB).to_le_bytes());
-    put(0x260, &init_size.to_le_bytes());
-    file.extend((0..len).map(|i| (i % 251) as u8));
-    file
-}
-
-struct Boot {
-    kernel: Vec<u8>,
-    initrd: Vec<u8>,
-    cmdline: &'static str,
-    memory: u64,
-    vcpus: u32,
-    c_bit: u8,
-    accept: Acceptance,
-}
-
-impl Default for Boot {
-    fn default() -> Self {
-        Boot {
-            kernel: bz_image(64 << 10, 1 << 20),
-            initrd: vec![7; 10_000],
-            cmdline: "console=ttyS0",
-            memory: 128 * MIB,
-            vcpus: 1,
-            c_bit: 51,
-            accept: Acceptance::Auto,
-        }
-    }
-}
-
-impl Boot {
-    fn image(&self) -> Result<DirectImage, ImageError> {
-        let kernel = Kernel::parse(self.kernel.clone()).unwrap();
-        let initrd = Some(Arc::new(self.initrd.clone()));
-        let snp =
-            Snp { c_bit: self.c_bit, cpuid: None, validation: Validation::Stage0(self.accept), features: 0 };
-        let (cmdline, memory, vcpus) = (self.cmdline, self.memory, self.vcpus);
-        DirectBoot { kernel: &kernel, initrd, cmdline, memory, vcpus, tpm: None, guest: Guest::Snp(snp) }
-            .image()
-    }
-
-    fn digest(&self) -> LaunchDigest {
-        launch_digest(&self.image().unwrap().plan).unwrap()
-    }
-}
+const LAZY: Validation = Validation::Stage0(Acceptance::Lazy);
 
 fn shim(image: &DirectImage) -> &Shim {
     image.shim.as_ref().unwrap()
@@ -97,7 +29,7 @@ fn the_launch_takes_at_most_a_dozen_pages_whatever_is_booted() {
     let small = Boot::default().image().unwrap().plan.launch_pages();
     assert!(small <= 12 + 1, "{small} pages");
     let large = Boot {
-        kernel: bz_image(12 << 20, 60 << 20),
+        kernel: kernel(12 << 20, 60 << 20).bytes(),
         initrd: vec![1; 100 << 20],
         memory: 4608 * MIB,
         ..Boot::default()
@@ -111,7 +43,7 @@ fn the_launch_takes_at_most_a_dozen_pages_whatever_is_booted() {
 fn a_small_guest_holds_a_distribution_kernel_and_its_initrd_twice() {
     // Debian's cloud kernel has 12 MB, its decompressor works in some 50 MiB, its initrd may have 30 MB.
     let boot = |init_size, initrd: usize| Boot {
-        kernel: bz_image(12 << 20, init_size),
+        kernel: kernel(12 << 20, init_size).bytes(),
         initrd: vec![1; initrd],
         ..Boot::default()
     };
@@ -221,31 +153,25 @@ fn an_emulated_platform_can_patch_stage0_and_nothing_else_changes() {
     assert!(error.to_string().contains("stage0's end"), "{error}");
 }
 
-/// A kernel whose decompressor compares with both halves of the unaccepted table's GUID.
-fn knowing(mut file: Vec<u8>) -> Vec<u8> {
-    // Behind the payload, which the header above puts at 0x400 to 0x410 of the protected-mode part.
-    let guid =
-        [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
-    file[1024 + 0x800..1024 + 0x808].copy_from_slice(&guid[..8]);
-    file[1024 + 0x900..1024 + 0x908].copy_from_slice(&guid[8..]);
-    file
+/// A kernel that accepts memory itself.
+fn knowing() -> Vec<u8> {
+    kernel(64 << 10, 1 << 20).accepting_memory().bytes()
 }
 
 #[test]
 fn acceptance_is_lazy_by_itself_only_for_a_large_guest_with_a_kernel_that_can() {
     let lazy = |boot: Boot| shim(&boot.image().unwrap()).inputs.accept.is_some();
-    let known = || knowing(bz_image(64 << 10, 1 << 20));
-    assert!(lazy(Boot { kernel: known(), memory: 4608 * MIB, ..Boot::default() }));
-    assert!(!lazy(Boot { kernel: known(), memory: 2048 * MIB, ..Boot::default() }));
+    assert!(lazy(Boot { kernel: knowing(), memory: 4608 * MIB, ..Boot::default() }));
+    assert!(!lazy(Boot { kernel: knowing(), memory: 2048 * MIB, ..Boot::default() }));
     assert!(!lazy(Boot { memory: 4608 * MIB, ..Boot::default() }));
-    assert!(lazy(Boot { kernel: known(), accept: Acceptance::Lazy, ..Boot::default() }));
+    assert!(lazy(Boot { kernel: knowing(), validation: LAZY, ..Boot::default() }));
     assert!(!lazy(Boot {
-        kernel: known(),
+        kernel: knowing(),
         memory: 4608 * MIB,
-        accept: Acceptance::Eager,
+        validation: Validation::Stage0(Acceptance::Eager),
         ..Boot::default()
     }));
-    let error = Boot { accept: Acceptance::Lazy, ..Boot::default() }.image().unwrap_err();
+    let error = Boot { validation: LAZY, ..Boot::default() }.image().unwrap_err();
     assert!(error.to_string().starts_with("--accept lazy: this kernel does not know"), "{error}");
 }
 
@@ -255,9 +181,9 @@ fn a_guest_that_is_too_large_for_the_table_of_unaccepted_memory_is_not_lazy() {
     // device gap.
     let most = 1_047_168;
     let boot = |mib, accept| Boot {
-        kernel: knowing(bz_image(64 << 10, 1 << 20)),
+        kernel: knowing(),
         memory: mib * MIB,
-        accept,
+        validation: Validation::Stage0(accept),
         ..Boot::default()
     };
     let lazy = |mib| shim(&boot(mib, Acceptance::Auto).image().unwrap()).inputs.accept.is_some();
@@ -281,7 +207,8 @@ fn an_elf_kernels_memory_is_what_its_segments_say_whatever_was_there_before() {
         // Nothing but zeros.
         Segment { mem_len: 0x2345, ..Segment::new(START + 0x2_0800, Vec::new()) },
     ];
-    let image = Boot { kernel: elf(START + 0x40, &segments, &[], &[]), ..Boot::default() }.image().unwrap();
+    let image =
+        Boot { kernel: executable(START + 0x40, &segments, &[], &[]), ..Boot::default() }.image().unwrap();
     let mut memory = vec![0xa5; 0x3_0000];
     let shim = shim(&image);
     for (item, (_, bytes)) in shim.inputs.items.iter().zip(&shim.staging) {
@@ -301,19 +228,16 @@ fn an_elf_kernels_memory_is_what_its_segments_say_whatever_was_there_before() {
 
 #[test]
 fn the_bytes_of_the_guid_inside_the_payload_prove_nothing() {
-    let mut kernel = bz_image(64 << 10, 1 << 20);
-    let guid =
-        [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
-    kernel[1024 + 0x400..1024 + 0x410].copy_from_slice(&guid);
-    assert!(Boot { kernel, accept: Acceptance::Lazy, ..Boot::default() }.image().is_err());
+    let mut kernel = kernel(64 << 10, 1 << 20).bytes();
+    kernel[1024 + 0x400..1024 + 0x410].copy_from_slice(&UNACCEPTED);
+    assert!(Boot { kernel, validation: LAZY, ..Boot::default() }.image().is_err());
 }
 
 #[test]
 fn what_a_lazy_boot_validates_beforehand_does_not_grow_with_memory() {
     let size = |memory| {
-        let kernel = knowing(bz_image(12 << 20, 50 << 20));
-        let boot =
-            Boot { kernel, initrd: vec![1; 30 << 20], memory, accept: Acceptance::Lazy, ..Boot::default() };
+        let kernel = kernel(12 << 20, 50 << 20).accepting_memory().bytes();
+        let boot = Boot { kernel, initrd: vec![1; 30 << 20], memory, validation: LAZY, ..Boot::default() };
         let image = boot.image().unwrap();
         shim(&image).inputs.accept.iter().flatten().map(|range| range.end - range.start).sum::<u64>()
     };

@@ -84,6 +84,7 @@ pub fn verified(report: &[u8], table: &[u8], root: Cert, measurement: &[u8], non
 }
 
 /// The certificates of a table (GHCB specification 2.04, section 4.1.8.1): entries of GUID, offset and length, the last one zero.
+/// An oracle: cvmm writes tables with `snp::attest::cert_table`, which has no part in this reading of them.
 fn certificates(table: &[u8]) -> Result<Vec<Cert>> {
     let mut found = Vec::new();
     for entry in table.chunks_exact(24) {

@@ -30,6 +30,8 @@ use snp::identity::Signature;
 use snp::policy::GuestPolicy;
 use snp::vmsa::Segment;
 use snp::vmsa::VmsaState;
+use test_support::code::VMGEXIT;
+use test_support::code::power_off;
 use zerocopy::FromBytes as _;
 
 /// The guest policy that the file asks for: SMT and debugging, so that it differs from cvmm's default.
@@ -113,10 +115,9 @@ fn code(end: End) -> Vec<u8> {
         End::Terminate => {
             // mov ecx, GHCB MSR; mov eax, 0x100; xor edx, edx; wrmsr; rep vmmcall (VMGEXIT)
             code.extend([0xb9, 0x30, 0x01, 0x01, 0xc0, 0xb8, 0, 1, 0, 0, 0x31, 0xd2, 0x0f, 0x30]);
-            code.extend([0xf3, 0x0f, 0x01, 0xd9]);
+            code.extend(VMGEXIT);
         }
-        // mov dx, 0x604; mov ax, SLP_EN and type 5; out dx, ax
-        End::PowerOff => code.extend([0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0, 0x34, 0x66, 0xef]),
+        End::PowerOff => code.extend(power_off()),
     }
     code.push(0xf4); // hlt
     code

@@ -5,20 +5,18 @@
 //! with the GUID of the table of unaccepted memory in it, so that stage0 leaves most of memory to it. It runs on stage0's page
 //! tables: 4 GiB private, the same memory shared at 512 GiB. It has no interrupt table: any exception is a triple fault.
 
+use test_support::code::PVALIDATE;
+use test_support::code::RMPADJUST;
+use test_support::code::VMGEXIT;
+use test_support::code::power_off;
+use test_support::elf::Segment;
+use test_support::elf::executable;
+use test_support::kernels::UNACCEPTED;
+
 /// Physical address of the code, in memory that stage0 validates.
 const LOAD: u64 = 16 << 20;
-/// Offset in the file of the code.
-const CODE_AT: usize = 0x1000;
 /// Where stage0's page tables show the shared view.
 const SHARED_VIEW: u64 = 1 << 39;
-/// The unaccepted-memory table's GUID, d5d1de3c-105c-44f9-9ea9-bcef98120031 (Linux, `include/linux/efi.h`).
-const GUID: [u8; 16] =
-    [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
-
-const VMGEXIT: [u8; 4] = [0xf3, 0x0f, 0x01, 0xd9];
-const PVALIDATE: [u8; 4] = [0xf2, 0x0f, 0x01, 0xff];
-const RMPADJUST: [u8; 4] = [0xf3, 0x0f, 0x01, 0xfe];
-
 /// Code under construction. Addresses are below 4 GiB.
 #[derive(Clone, Default)]
 pub struct Code(Vec<u8>);
@@ -102,49 +100,11 @@ impl Code {
 
     /// The kernel: this code, then a power-off by cvmm's ACPI register.
     pub fn kernel(self) -> Vec<u8> {
-        // mov dx, 0x604; mov ax, 0x3400; out dx, ax; then one of each instruction, never reached: no kernel lacks one.
-        let code = self
-            .then(&[0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef])
-            .then(&VMGEXIT)
-            .then(&PVALIDATE)
-            .then(&RMPADJUST)
-            .0;
-        let names = b"\0.text\0.shstrtab\0";
-        let names_at = CODE_AT + code.len();
-        let guid_at = names_at + names.len();
-        let headers_at = (guid_at + GUID.len()).next_multiple_of(8);
-
-        let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        let halves = |file: &mut Vec<u8>, values: &[u16]| {
-            values.iter().for_each(|value| file.extend_from_slice(&value.to_le_bytes()));
-        };
-        let words = |file: &mut Vec<u8>, values: &[u32]| {
-            values.iter().for_each(|value| file.extend_from_slice(&value.to_le_bytes()));
-        };
-        let longs = |file: &mut Vec<u8>, values: &[u64]| {
-            values.iter().for_each(|value| file.extend_from_slice(&value.to_le_bytes()));
-        };
-        halves(&mut file, &[2, 62]); // executable, x86-64
-        words(&mut file, &[1]);
-        longs(&mut file, &[LOAD, 64, headers_at as u64]);
-        words(&mut file, &[0]);
-        halves(&mut file, &[64, 56, 1, 64, 3, 2]);
-        words(&mut file, &[1, 5]); // PT_LOAD, R-X
+        // One of each instruction behind the power-off, never reached: no kernel lacks one.
+        let code = self.then(&power_off()).then(&VMGEXIT).then(&PVALIDATE).then(&RMPADJUST).0;
         let len = code.len() as u64;
-        longs(&mut file, &[CODE_AT as u64, LOAD, LOAD, len, len, 0x1000]);
-        file.resize(CODE_AT, 0);
-        file.extend_from_slice(&code);
-        file.extend_from_slice(names);
-        file.extend_from_slice(&GUID);
-        file.resize(headers_at + 64, 0); // the null section
-        words(&mut file, &[1, 1]); // .text, PROGBITS
-        longs(&mut file, &[6, LOAD, CODE_AT as u64, len]); // ALLOC, EXECINSTR
-        words(&mut file, &[0, 0]);
-        longs(&mut file, &[1, 0]);
-        words(&mut file, &[7, 3]); // .shstrtab, STRTAB
-        longs(&mut file, &[0, 0, names_at as u64, names.len() as u64]);
-        words(&mut file, &[0, 0]);
-        longs(&mut file, &[1, 0]);
+        let mut file = executable(LOAD, &[Segment::flat(LOAD, code)], &[(0, 0..len, true)], &[]);
+        file.extend_from_slice(&UNACCEPTED);
         file
     }
 }

@@ -7,12 +7,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-use std::io;
-use std::io::Write;
-use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::OnceLock;
-
 use cvmm_tests::igvm_guest;
 use cvmm_tests::igvm_guest::End;
 use cvmm_tests::igvm_guest::Twist;
@@ -21,9 +15,7 @@ use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
 use snp::board::Board;
 use snp::digest::LaunchDigest;
-use snp::digest::Measured;
 use snp::identity::IdAuth;
-use snp::identity::IdBlock;
 use snp::image::igvm::Facts;
 use snp::image::igvm::Igvm;
 use snp::image::igvm::ZeroPages;
@@ -36,8 +28,8 @@ use snp::image::vmm_type::VmmType;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
-use snp::policy::GuestPolicy;
-use snp_model::rmp::TwoMib;
+use test_support::identity::id_block;
+use test_support::monitor;
 use vmm::cpuid;
 use vmm::launch;
 use vmm::launch::LaunchError;
@@ -47,67 +39,23 @@ use vmm::launch::Staged;
 use vmm::machine::ram::GuestRam;
 use vmm::platform::Platform;
 use vmm::platform::VmKind;
-use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
-use vmm::platform::kvm::KvmPlatform;
 use vmm::run::guest::Guest;
-use vmm::run::guest::Host;
-use vmm::run::guest::Load;
-use vmm::run::guest::SnpLaunch;
-use vmm::run::monitor;
 use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 
 const MEMORY: u64 = 128 << 20;
 
-/// What the guest wrote to its console.
-#[derive(Clone, Default)]
-struct Capture(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Capture {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(buf);
-        Ok(buf.len())
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 struct Bench {
     platform: EmulatedPlatform,
     cpuid: CpuidTable,
-    _folder: tempfile::TempDir,
 }
 
 /// `None`, and a word about it, without KVM.
 fn bench(vcpus: u32) -> Option<Bench> {
-    static KEYS: OnceLock<String> = OnceLock::new();
-    if let Err(e) = KvmPlatform::open() {
-        println!("skipped: {e}");
-        return None;
-    }
-    let keys = KEYS.get_or_init(|| {
-        let chain = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
-        chain.to_pem().unwrap()
-    });
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("keys.pem");
-    std::fs::write(&file, keys).unwrap();
-    let options = EmulatedOptions {
-        backing: Backing::Single,
-        strict: false,
-        two_mib: TwoMib::Accept,
-        product: Some(Product::Genoa),
-        keys: file,
-        statistics: false,
-    };
-    let platform = EmulatedPlatform::open(options).unwrap();
-    let mut offered = cpuid::from_kvm(&platform.supported_cpuid().unwrap());
-    // RDRAND, which an SNP guest needs and no guest here uses; a KVM that is a software model may not have it.
-    offered.iter_mut().filter(|e| e.function == 1).for_each(|e| e.ecx |= 1 << 30);
-    let cpuid = CpuidTable::snp(&offered, vcpus, &platform.snp_cpuid()).unwrap();
-    Some(Bench { platform, cpuid, _folder: folder })
+    let platform = monitor::emulated(Backing::Single, Some(Product::Genoa))?;
+    let cpuid = monitor::snp_cpuid(&platform, vcpus);
+    Some(Bench { platform, cpuid })
 }
 
 impl Bench {
@@ -123,26 +71,18 @@ impl Bench {
         staged: Staged,
         digest: [u8; 48],
     ) -> Guest {
-        let block = IdBlock {
-            launch_digest: LaunchDigest(digest),
-            family_id: [0; 16],
-            image_id: [0; 16],
-            guest_svn: 0,
-            policy: GuestPolicy::DEFAULT,
-        };
+        let block = id_block(LaunchDigest(digest));
         let auth = IdAuth::sign(&block, &SigningKey::random(&mut rand_core::OsRng), None);
         let vcpus = plan.vcpus.len() as u32;
-        Guest {
+        let options = LaunchOptions { identity: Some((block, auth)), ..LaunchOptions::default() };
+        let mut guest = Guest {
+            board: Board::new(MEMORY, 1),
             ram: ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
             cpuid: (0..vcpus).map(|id| cpuid::to_kvm(&self.cpuid.for_vcpu(id))).collect(),
-            board: Board::new(MEMORY, 1),
-            load: Load::Snp(Box::new(SnpLaunch {
-                measured: Measured::of(plan).unwrap(),
-                options: LaunchOptions { identity: Some((block, auth)), ..LaunchOptions::default() },
-                staged,
-                code: Default::default(),
-            })),
-        }
+            load: monitor::snp(plan, options),
+        };
+        monitor::launch(&mut guest).staged = staged;
+        guest
     }
 
     /// Launches a guest and does not run it; returns what the emulated firmware measured.
@@ -188,10 +128,9 @@ fn an_igvm_guest_runs_with_the_digest_of_the_igvm_crate() {
     };
     let guest = bench.guest(loaded.plan, &ram, staged, digest);
     assert_eq!(bench.launch(&guest).unwrap(), Some(LaunchDigest(digest)));
-    let console = Capture::default();
-    let outcome = monitor::run(&bench.platform, guest, Host::new(Box::new(console.clone())));
+    let (outcome, console) = monitor::run(&bench.platform, guest);
     assert_eq!(outcome.unwrap(), Outcome::PoweredOff);
-    assert_eq!(String::from_utf8_lossy(&console.0.lock().unwrap()), igvm_guest::CONSOLE);
+    assert_eq!(String::from_utf8_lossy(&console), igvm_guest::CONSOLE);
 }
 
 #[test]

@@ -10,9 +10,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
-use std::error::Error;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -20,17 +17,17 @@ use std::time::Instant;
 
 use snp::plan::PageType;
 use snp::plan::Record;
-use tiny::Capture;
-use tiny::SNP_CODE;
-use tiny::alter;
-use tiny::emulated_guest_with;
-use tiny::held::Held;
-use tiny::held::held;
-use tiny::msrs_reach_the_monitor;
-use tiny::out;
-use vmm::machine::Machine;
-use vmm::machine::companion::Companion;
-use vmm::platform::Vm;
+use test_support::code::PATCHED_VMGEXIT;
+use test_support::code::WRITE_GHCB_MSR;
+use test_support::code::out;
+use test_support::held::Held;
+use test_support::held::held;
+use test_support::monitor::BeforeLife;
+use test_support::monitor::Capture;
+use test_support::monitor::alter;
+use test_support::tiny::SNP_CODE;
+use test_support::tiny::emulated_guest_with;
+use test_support::tiny::msrs_reach_the_monitor;
 use vmm::run::guest::Host;
 use vmm::run::guest::Restart;
 use vmm::run::monitor;
@@ -59,11 +56,6 @@ fn jump(code: &mut Vec<u8>, opcode: &[u8], target: usize) {
     code.extend((target as i32 - next).to_le_bytes());
 }
 
-/// `mov ecx, 0xc0010130; wrmsr`
-const WRITE_GHCB_MSR: [u8; 7] = [0xb9, 0x30, 0x01, 0x01, 0xc0, 0x0f, 0x30];
-/// VMGEXIT, patched.
-const VMGEXIT: [u8; 4] = [0xe6, 0xe4, 0x66, 0x90];
-
 /// `request` for the vCPU whose number is in ESI, with the GHCB at RBP. Fields by the GHCB specification, section 2.6, table 3.
 fn event(request: u8) -> Vec<u8> {
     let mut code = vec![0xb8]; // mov eax, AP_CREATION
@@ -83,7 +75,7 @@ fn event(request: u8) -> Vec<u8> {
     }
     code.extend([0x66, 0xc7, 0x85, 0xfa, 0x0f, 0, 0, 2, 0]); // protocol version 2
     code.extend([0xc7, 0x85, 0xfc, 0x0f, 0, 0, 0, 0, 0, 0]); // usage 0
-    code.extend(VMGEXIT);
+    code.extend(PATCHED_VMGEXIT);
     code
 }
 
@@ -97,7 +89,7 @@ fn guest_code(cpus: u32) -> (Vec<u8>, usize) {
     code.extend([0x89, 0xd8, 0x83, 0xc8, 0x14, 0xba]); // mov eax, ebx; or eax, 0x14 (page state change); mov edx, 2 << 20 (shared)
     code.extend((2u32 << 20).to_le_bytes());
     code.extend(WRITE_GHCB_MSR);
-    code.extend(VMGEXIT);
+    code.extend(PATCHED_VMGEXIT);
     code.extend([0x81, 0xc3, 0x00, 0x10, 0, 0, 0x81, 0xfb]); // add ebx, 4096; cmp ebx, behind the counter
     code.extend((counter + 4096).to_le_bytes());
     jump(&mut code, &[0x0f, 0x82], share); // jb
@@ -121,7 +113,7 @@ fn guest_code(cpus: u32) -> (Vec<u8>, usize) {
     code.extend(GHCB.to_le_bytes());
     code.extend([0x89, 0xe8, 0x83, 0xc8, 0x12, 0x31, 0xd2]); // mov eax, ebp; or eax, 0x12 (register the GHCB); xor edx, edx
     code.extend(WRITE_GHCB_MSR);
-    code.extend(VMGEXIT);
+    code.extend(PATCHED_VMGEXIT);
     code.extend([0x89, 0xe8, 0x31, 0xd2]); // mov eax, ebp; xor edx, edx
     code.extend(WRITE_GHCB_MSR);
     let again = code.len();
@@ -151,27 +143,6 @@ fn guest_code(cpus: u32) -> (Vec<u8>, usize) {
     (code, ring)
 }
 
-/// Counts before each life.
-struct Observer(Arc<Mutex<Vec<Held>>>);
-
-impl Companion for Observer {
-    fn name(&self) -> &'static str {
-        "observer"
-    }
-
-    fn before_life(
-        &mut self,
-        life: u32,
-        _: &dyn Vm,
-        _: &mut Machine,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let now = held();
-        assert_eq!(now.vcpus, 0, "a vCPU of an earlier life still runs in life {life}");
-        self.0.lock().unwrap().push(now);
-        Ok(())
-    }
-}
-
 fn many_resets(cpus: u32, resets: u32) {
     let (code, ring) = guest_code(cpus);
     let Some((platform, mut guest)) = emulated_guest_with(&code, Backing::Single, cpus) else { return };
@@ -186,10 +157,16 @@ fn many_resets(cpus: u32, resets: u32) {
         plan.records.sort_by_key(|record| record.gpa);
     });
     let seen = Arc::new(Mutex::new(Vec::new()));
-    let console = Capture::default();
+    let (console, notes) = (Capture::default(), Arc::clone(&seen));
+    let count = move |life| {
+        let now = held();
+        assert_eq!(now.vcpus, 0, "a vCPU of an earlier life still runs in life {life}");
+        notes.lock().unwrap().push(now);
+        Ok(())
+    };
     let host = Host {
         restart: Some(Restart { lives: Some(resets), pace: Duration::ZERO }),
-        companions: vec![Box::new(Observer(Arc::clone(&seen)))],
+        companions: vec![Box::new(BeforeLife(count))],
         ..Host::new(Box::new(console.clone()))
     };
     let (before, begun) = (held(), Instant::now());

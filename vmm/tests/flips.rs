@@ -7,8 +7,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
 use std::io;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -17,11 +15,13 @@ use std::sync::Mutex;
 
 use snp::plan::PageType;
 use snp::plan::Record;
-use tiny::alter;
-use tiny::emulated_guest;
-use tiny::msrs_reach_the_monitor;
-use tiny::out;
-use tiny::power_off;
+use test_support::code::PATCHED_VMGEXIT;
+use test_support::code::WRITE_GHCB_MSR;
+use test_support::code::out;
+use test_support::code::power_off;
+use test_support::monitor::alter;
+use test_support::tiny::emulated_guest;
+use test_support::tiny::msrs_reach_the_monitor;
 use vmm::platform::Platform;
 use vmm::run::guest::Host;
 use vmm::run::monitor;
@@ -94,8 +94,8 @@ fn convert_all(operation: u32, view: u64, letter: u8) -> Vec<u8> {
     let page = code.len();
     code.extend([0x89, 0xd8, 0x83, 0xc8, 0x14, 0xba]); // mov eax, ebx; or eax, 0x14; mov edx, operation << 20
     code.extend((operation << 20).to_le_bytes());
-    code.extend([0xb9, 0x30, 0x01, 0x01, 0xc0, 0x0f, 0x30]); // mov ecx, 0xc0010130; wrmsr
-    code.extend([0xe6, 0xe4, 0x66, 0x90]); // VMGEXIT, patched
+    code.extend(WRITE_GHCB_MSR);
+    code.extend(PATCHED_VMGEXIT);
     code.extend([0x42, 0xc6, 0x04, 0x33, 0x55]); // mov byte [rbx + r14], 0x55
     code.extend([0x81, 0xc3, 0x00, 0x10, 0x00, 0x00, 0x81, 0xfb]); // add ebx, 4096; cmp ebx, END
     code.extend(END.to_le_bytes());

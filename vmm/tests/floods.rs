@@ -8,8 +8,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod tiny;
-
 use std::fs;
 use std::fs::File;
 use std::io::PipeReader;
@@ -25,7 +23,9 @@ use std::time::Instant;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::kill_process;
-use tiny::out;
+use test_support::code::out;
+use test_support::monitor::kvm;
+use test_support::tiny;
 
 /// The TPM's registers, its buffer, and those of the presence interface.
 const CRB: u32 = 0xfed4_0000;
@@ -138,7 +138,7 @@ impl Site {
         let site = Site(tempfile::tempdir().unwrap());
         fs::write(site.path("key"), [0xa5; 32]).unwrap();
         fs::set_permissions(site.path("key"), fs::Permissions::from_mode(0o600)).unwrap();
-        fs::write(site.path("guest"), tiny::elf(&flood())).unwrap();
+        fs::write(site.path("guest"), tiny::kernel(&flood())).unwrap();
         let mut create = site.cvmm();
         site.with_key(create.args(["vmgs", "create"]).arg(site.path("vmgs")));
         assert!(create.output().unwrap().status.success());
@@ -256,7 +256,7 @@ fn withstand(stdout: Sink, stderr: Sink, time: Duration) {
 
 #[test]
 fn a_guest_that_floods_takes_no_more_than_its_bounds() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     if !Path::new(env!("CARGO_BIN_EXE_cvmm")).with_file_name("vtpm-svc").exists() {

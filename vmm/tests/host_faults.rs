@@ -6,8 +6,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -24,8 +22,10 @@ use std::time::Instant;
 
 use rustix::process::Pid;
 use rustix::process::Signal;
-use tiny::out;
-use tiny::power_off;
+use test_support::code::out;
+use test_support::code::power_off;
+use test_support::monitor::kvm;
+use test_support::tiny;
 
 /// Longest that anything here takes on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,7 +35,7 @@ const FOREVER: [u8; 2] = [0xeb, 0xfe];
 /// `cvmm` for a guest that executes `code`; the guest's file is in `folder`.
 fn cvmm(folder: &Path, code: &[u8]) -> Command {
     let kernel = folder.join("kernel");
-    std::fs::write(&kernel, tiny::elf(code)).unwrap();
+    std::fs::write(&kernel, tiny::kernel(code)).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_cvmm"));
     command.args(["--memory", "128M", "--kernel"]).arg(kernel);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -69,7 +69,7 @@ fn signal(child: &Child, signal: Signal) {
 
 #[test]
 fn a_log_that_cannot_be_written_does_not_end_the_guest() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -86,7 +86,7 @@ fn a_log_that_cannot_be_written_does_not_end_the_guest() {
 
 #[test]
 fn a_log_that_nobody_reads_does_not_keep_signals_from_being_heard() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -113,7 +113,7 @@ fn chatter() -> Vec<u8> {
 
 #[test]
 fn a_console_that_does_not_block_loses_nothing_while_its_reader_is_slow() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -129,7 +129,7 @@ fn a_console_that_does_not_block_loses_nothing_while_its_reader_is_slow() {
 
 #[test]
 fn a_limit_on_the_size_of_files_is_not_the_guests_end() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -144,7 +144,7 @@ fn a_limit_on_the_size_of_files_is_not_the_guests_end() {
 
 #[test]
 fn every_signal_that_ends_programs_ends_the_run_in_order() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -183,7 +183,7 @@ fn words(command: &mut Command, after: Duration, with: Signal) -> (String, ExitS
 
 #[test]
 fn a_signal_while_the_tpm_service_starts_leaves_no_folder_and_no_process() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -216,7 +216,7 @@ fn members(group: &str) -> Vec<String> {
 
 #[test]
 fn a_service_that_does_not_answer_is_waited_for_with_words_and_until_a_signal() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -238,7 +238,7 @@ fn children(parent: u32) -> Vec<u32> {
 #[test]
 fn a_tpm_service_that_dies_is_started_again_for_the_next_vm_a_few_times() {
     let cvmm_program = Path::new(env!("CARGO_BIN_EXE_cvmm"));
-    if tiny::kvm().is_none() || !cvmm_program.with_file_name("vtpm-svc").exists() {
+    if kvm().is_none() || !cvmm_program.with_file_name("vtpm-svc").exists() {
         println!("skipped: no /dev/kvm, or vtpm-svc is not built (cargo build -p vtpm-svc)");
         return;
     }

@@ -6,19 +6,16 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-#[path = "../../snp/tests/support/chain.rs"]
-#[allow(dead_code, reason = "made for other tests")]
-mod chain;
-mod tiny;
-
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
-use chain::Authority;
 use serde_json::Value;
 use snp::attest::report::ReportBuilder;
 use snp::attest::report::field;
+use test_support::chain::Authority;
+use test_support::code::power_off;
+use test_support::tiny;
 
 /// Objects whose names are data.
 const MAPS: [&str; 4] = ["inputs", "pcrs", "pcrs.*", "backends"];
@@ -71,7 +68,7 @@ fn fields_that_were_promised_are_there() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let kernel = at("kernel");
-    std::fs::write(&kernel, tiny::elf(&tiny::power_off())).unwrap();
+    std::fs::write(&kernel, tiny::kernel(&power_off())).unwrap();
     check("cvmm-measurement-1", &cvmm(&["measure", "--json", "--vtpm", "--kernel", &kernel]));
 
     let options = [

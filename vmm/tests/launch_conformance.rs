@@ -9,13 +9,11 @@
 use std::io;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::OnceLock;
 use std::sync::PoisonError;
 
 use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
 use snp::board::Board;
-use snp::digest::Measured;
 use snp::firmware_status::FwStatus;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
@@ -31,18 +29,19 @@ use snp_model::faults::Faults;
 use snp_model::faults::Injection;
 use snp_model::faults::Step;
 use snp_model::faults::Trigger;
-use snp_model::rmp::TwoMib;
+use test_support::held::held;
+use test_support::monitor::alter;
+use test_support::monitor::emulated;
+use test_support::monitor::launch;
+use test_support::monitor::snp;
+use test_support::monitor::snp_cpuid;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
 use vmm::platform::Platform;
-use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
-use vmm::platform::kvm::KvmPlatform;
 use vmm::run::error::MonitorError;
 use vmm::run::guest::Guest;
 use vmm::run::guest::Host;
-use vmm::run::guest::Load;
-use vmm::run::guest::SnpLaunch;
 use vmm::run::monitor;
 use vmm::spec::Backing;
 
@@ -56,40 +55,16 @@ const PAGES_BEFORE: u64 = 2;
 struct Bench {
     platform: EmulatedPlatform,
     cpuid: CpuidTable,
-    _folder: tempfile::TempDir,
     _alone: MutexGuard<'static, ()>,
 }
 
 /// One test at a time: they count what the process holds.
 fn bench() -> Option<Bench> {
     static ALONE: Mutex<()> = Mutex::new(());
-    static KEYS: OnceLock<String> = OnceLock::new();
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Err(e) = KvmPlatform::open() {
-        println!("skipped: {e}");
-        return None;
-    }
-    let keys = KEYS.get_or_init(|| {
-        let chain = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
-        chain.to_pem().unwrap()
-    });
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("keys.pem");
-    std::fs::write(&file, keys).unwrap();
-    let options = EmulatedOptions {
-        backing: Backing::Split,
-        strict: false,
-        two_mib: TwoMib::Accept,
-        product: Some(Product::Genoa),
-        statistics: false,
-        keys: file,
-    };
-    let platform = EmulatedPlatform::open(options).unwrap();
-    let mut offered = cpuid::from_kvm(&platform.supported_cpuid().unwrap());
-    // RDRAND, which an SNP guest needs and no guest here uses; a KVM that is a software model may not have it.
-    offered.iter_mut().filter(|e| e.function == 1).for_each(|e| e.ecx |= 1 << 30);
-    let cpuid = CpuidTable::snp(&offered, 1, &platform.snp_cpuid()).unwrap();
-    Some(Bench { platform, cpuid, _folder: folder, _alone: alone })
+    let platform = emulated(Backing::Split, Some(Product::Genoa))?;
+    let cpuid = snp_cpuid(&platform, 1);
+    Some(Bench { platform, cpuid, _alone: alone })
 }
 
 impl Bench {
@@ -122,41 +97,6 @@ impl Bench {
             Err(e) => Some(e.to_string()),
         }
     }
-}
-
-/// The launch of `plan`.
-fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
-    let measured = Measured::of(plan).unwrap();
-    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default(), code: Default::default() }))
-}
-
-/// Changes what is launched.
-fn alter(guest: &mut Guest, change: impl FnOnce(&mut LaunchPlan)) {
-    let Load::Snp(snp) = &mut guest.load else { panic!("a plain guest") };
-    snp.measured = snp.measured.clone().altered(change).unwrap();
-}
-
-/// How it is launched.
-fn options(guest: &mut Guest) -> &mut LaunchOptions {
-    let Load::Snp(snp) = &mut guest.load else { panic!("a plain guest") };
-    &mut snp.options
-}
-
-/// What a process can leak: descriptors, the monitor's threads, mappings.
-#[derive(Debug, PartialEq, Eq)]
-struct Held {
-    descriptors: usize,
-    threads: usize,
-}
-
-fn held() -> Held {
-    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
-    let name =
-        |task: io::Result<std::fs::DirEntry>| std::fs::read_to_string(task.unwrap().path().join("comm"));
-    let ours = |name: &String| name.starts_with("vcpu") || ["signals\n", "input\n"].contains(&name.as_str());
-    let threads =
-        std::fs::read_dir("/proc/self/task").unwrap().filter_map(|t| name(t).ok()).filter(ours).count();
-    Held { descriptors, threads }
 }
 
 /// A line of `/proc/self/status` in KiB.
@@ -196,7 +136,11 @@ fn named(step: Step) -> &'static [&'static str] {
 fn every_refusal_at_every_step_names_step_and_cause_and_leaves_nothing_behind() {
     let Some(bench) = bench() else { return };
     assert_eq!(bench.run(bench.guest()), None, "the launch works without faults");
-    let (before, memory) = (held(), (status("VmSize"), status("VmRSS")));
+    let counts = || {
+        let held = held();
+        (held.descriptors, held.threads)
+    };
+    let (before, memory) = (counts(), (status("VmSize"), status("VmRSS")));
     let mut cases = 0;
     for step in
         [Step::Init2, Step::CreateVcpu, Step::SetAttributes, Step::Start, Step::UpdatePage, Step::Finish]
@@ -216,7 +160,7 @@ fn every_refusal_at_every_step_names_step_and_cause_and_leaves_nothing_behind() 
             for part in named(step).iter().copied().chain([cause.as_str()]) {
                 assert!(error.contains(part), "{step:?} {injection:?}: '{part}' is not in: {error}");
             }
-            assert_eq!(held(), before, "{step:?} {injection:?}");
+            assert_eq!(counts(), before, "{step:?} {injection:?}");
             cases += 1;
         }
     }
@@ -280,7 +224,7 @@ fn a_refused_cpuid_page_is_shown_and_accepted_only_on_request_and_within_the_lis
         page[at] ^= flip;
         let mut guest = bench.guest();
         alter(&mut guest, |plan| plan.records[0] = Record::new(0x1000, PageType::Cpuid, page, "CPUID page"));
-        options(&mut guest).accept_cpuid = accept_cpuid;
+        launch(&mut guest).options.accept_cpuid = accept_cpuid;
         bench.run(guest)
     };
     assert_eq!(table[leaf1 + 35] & 1, 0, "ECX bit 24 is clear in our table");
@@ -305,7 +249,7 @@ fn a_refused_cpuid_page_is_shown_and_accepted_only_on_request_and_within_the_lis
         page[at] ^= 1;
         let mut guest = bench.guest();
         alter(&mut guest, |plan| plan.records[0] = Record::new(0x1000, PageType::Cpuid, page, "CPUID page"));
-        options(&mut guest).host_cpuid = host_cpuid.clone();
+        launch(&mut guest).options.host_cpuid = host_cpuid.clone();
         bench.run(guest)
     };
     assert_eq!(knowing(leaf1 + 35), None);
@@ -328,10 +272,10 @@ fn an_id_block_is_checked_before_the_launch_and_taken_by_the_firmware() {
         guest_svn: 3,
         policy: GuestPolicy::DEFAULT,
     };
-    let launch = |block: &[u8], auth: &[u8]| {
+    let refused = |block: &[u8], auth: &[u8]| {
         let identity = Some((IdBlock::decode(block).unwrap(), IdAuth::decode(auth).unwrap()));
         let mut guest = bench.guest();
-        options(&mut guest).identity = identity;
+        launch(&mut guest).options.identity = identity;
         // START would fail: what is reported before was found before.
         let error = bench.launch(guest, Step::Start, Trigger::always(), Injection::Errno(Errno::ENOTTY));
         error.unwrap()
@@ -340,17 +284,17 @@ fn an_id_block_is_checked_before_the_launch_and_taken_by_the_firmware() {
         let (block, auth) = (good.encode(), IdAuth::sign(&good, &id_key, author).encode());
         let mut guest = bench.guest();
         let identity = Some((IdBlock::decode(&block).unwrap(), IdAuth::decode(&auth).unwrap()));
-        options(&mut guest).identity = identity;
+        launch(&mut guest).options.identity = identity;
         assert_eq!(bench.run(guest), None);
     }
     let other = IdBlock { policy: GuestPolicy(0xb_0000), ..good.clone() };
-    let error = launch(&other.encode(), &IdAuth::sign(&other, &id_key, None).encode());
+    let error = refused(&other.encode(), &IdAuth::sign(&other, &id_key, None).encode());
     assert!(error.contains("policy 0xb0000") && error.contains("0x30000"), "{error}");
     let other = IdBlock { launch_digest: snp::digest::LaunchDigest([7; 48]), ..good.clone() };
-    let error = launch(&other.encode(), &IdAuth::sign(&other, &id_key, None).encode());
+    let error = refused(&other.encode(), &IdAuth::sign(&other, &id_key, None).encode());
     assert!(error.contains("BAD_MEASUREMENT") && error.contains(&good.launch_digest.to_string()), "{error}");
     let changed = IdBlock { guest_svn: 4, ..good.clone() };
-    let error = launch(&changed.encode(), &IdAuth::sign(&good, &id_key, None).encode());
+    let error = refused(&changed.encode(), &IdAuth::sign(&good, &id_key, None).encode());
     assert!(error.contains("BAD_SIGNATURE"), "{error}");
 }
 

@@ -11,45 +11,17 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-#[allow(dead_code, reason = "the builders serve more tests")]
-#[path = "../../snp/tests/support/firmware.rs"]
-mod firmware;
-#[allow(dead_code, reason = "the builders serve more tests")]
-#[path = "../../snp/tests/support/kernels.rs"]
-mod kernels;
-
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use snp::vmsa::VmsaState;
-
-use firmware::Firmware;
-
-/// d5d1de3c-105c-44f9-9ea9-bcef98120031 (Linux, `include/linux/efi.h`).
-const UNACCEPTED: [u8; 16] =
-    [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
-
-/// Bytes of a small generator: files with contents, but without a file in the repository.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut x = seed | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        bytes.extend_from_slice(&x.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
-
-/// CRC-32 of IEEE 802.3, bit by bit.
-fn crc32(bytes: impl IntoIterator<Item = u8>) -> u32 {
-    let step = |crc: u32, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
-    !bytes.into_iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(byte), step))
-}
+use test_support::firmware;
+use test_support::firmware::Firmware;
+use test_support::igvm::seal;
+use test_support::kernels;
+use test_support::noise;
 
 /// An IGVM file of version 1 with four pages of three types, a parameter area and `vcpus` save areas.
 fn igvm(vcpus: u16) -> Vec<u8> {
@@ -101,10 +73,10 @@ fn igvm(vcpus: u16) -> Vec<u8> {
     for word in [1, 24, variable.len() as u32, offset as u32] {
         file.extend_from_slice(&word.to_le_bytes());
     }
-    let crc = crc32(file.iter().copied().chain([0; 4]).chain(variable.iter().copied()));
-    file.extend_from_slice(&crc.to_le_bytes());
+    file.extend_from_slice(&[0; 4]);
     file.extend_from_slice(&variable);
     data.iter().for_each(|page| file.extend_from_slice(page));
+    seal(&mut file);
     file
 }
 
@@ -114,7 +86,7 @@ fn write_inputs(folder: &Path) {
     let mut image = kernels::small_bzimage(noise(1, 70_000));
     put("bzimage", &image.bytes());
     // LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID in the decompressor's code: this kernel accepts memory itself.
-    image.tail.extend_from_slice(&UNACCEPTED);
+    image.tail.extend_from_slice(&kernels::UNACCEPTED);
     put("bzimage-lazy", &image.bytes());
     put("vmlinux", &kernels::small_vmlinux());
     put("initrd", &noise(2, 50_001));

@@ -5,8 +5,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
 use std::error::Error;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -15,13 +13,14 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
-use tiny::CRASH;
-use tiny::Capture;
-use tiny::emulated_guest;
-use tiny::held::held;
-use tiny::out;
-use tiny::plain_guest;
-use tiny::power_off;
+use test_support::code::CRASH;
+use test_support::code::out;
+use test_support::code::power_off;
+use test_support::held::held;
+use test_support::monitor::BeforeLife;
+use test_support::monitor::Capture;
+use test_support::tiny::emulated_guest;
+use test_support::tiny::plain_guest;
 use vmm::machine::Machine;
 use vmm::machine::companion::Companion;
 use vmm::machine::companion::Work;
@@ -41,24 +40,6 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Calls a function with the number of each life.
-struct Observer<F>(F);
-
-impl<F: FnMut(u32) -> Result<(), Box<dyn Error + Send + Sync>>> Companion for Observer<F> {
-    fn name(&self) -> &'static str {
-        "observer"
-    }
-
-    fn before_life(
-        &mut self,
-        life: u32,
-        _: &dyn Vm,
-        _: &mut Machine,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        self.0(life)
-    }
-}
-
 fn host(
     console: &Capture,
     lives: Option<u32>,
@@ -66,7 +47,7 @@ fn host(
 ) -> Host {
     Host {
         restart: Some(Restart { lives, pace: Duration::ZERO }),
-        companions: vec![Box::new(Observer(observer))],
+        companions: vec![Box::new(BeforeLife(observer))],
         ..Host::new(Box::new(console.clone()))
     }
 }

@@ -7,8 +7,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod tiny;
-
 use std::fs;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -24,8 +22,10 @@ use std::time::Instant;
 use rustix::pty::OpenptFlags;
 use rustix::termios::Termios;
 use rustix::termios::tcgetattr;
-use tiny::out;
-use tiny::power_off;
+use test_support::code::out;
+use test_support::code::power_off;
+use test_support::monitor::kvm;
+use test_support::tiny;
 
 /// Numbers of Linux on x86-64, signal(7). Signals that end programs which do not expect them. Users, shells, terminals, service managers
 /// and their watchdogs send them.
@@ -141,7 +141,7 @@ impl Place {
     /// Starts a run in a session of its own, whose terminal is ours.
     fn start(&self, kind: &Kind, mark: &str) -> Child {
         let guest = self.path("guest");
-        fs::write(&guest, tiny::elf(&kind.code)).unwrap();
+        fs::write(&guest, tiny::kernel(&kind.code)).unwrap();
         Command::new("setsid")
             .args(["--ctty", env!("CARGO_BIN_EXE_cvmm"), "--memory", "128M", "--kernel"])
             .arg(&guest)
@@ -228,7 +228,7 @@ fn alike(a: &Termios, b: &Termios) -> bool {
 /// Each of them while the guest has the terminal; the harmless ones first, to one guest.
 #[test]
 fn every_signal_that_ends_programs_gives_the_terminal_back() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let place = Place::new();
@@ -257,7 +257,7 @@ fn every_signal_that_ends_programs_gives_the_terminal_back() {
 
 #[test]
 fn signals_at_any_moment_leave_nothing_behind() {
-    if tiny::kvm().is_none() {
+    if kvm().is_none() {
         return;
     }
     let has_service = Path::new(env!("CARGO_BIN_EXE_cvmm")).with_file_name("vtpm-svc").exists();

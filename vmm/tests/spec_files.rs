@@ -3,10 +3,11 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
 use std::path::Path;
 use std::process::Command;
+
+use test_support::code::power_off;
+use test_support::tiny;
 
 fn cvmm(args: &[&str]) -> (bool, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_cvmm")).args(args).output().unwrap();
@@ -18,7 +19,7 @@ fn cvmm(args: &[&str]) -> (bool, String) {
 fn a_file_and_options_have_one_plan() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    std::fs::write(at("kernel"), tiny::elf(&tiny::power_off())).unwrap();
+    std::fs::write(at("kernel"), tiny::kernel(&power_off())).unwrap();
     std::fs::write(at("initrd"), [0x5a; 5000]).unwrap();
     let (kernel, initrd, file) = (at("kernel"), at("initrd"), at("spec"));
     let mut digests = std::collections::BTreeSet::new();

@@ -5,16 +5,14 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
-mod tiny;
-
-use tiny::CRASH;
-use tiny::emulated_guest;
-use tiny::ghcb_msr;
-use tiny::msrs_reach_the_monitor;
-use tiny::out;
-use tiny::plain_guest;
-use tiny::power_off;
-use tiny::run;
+use test_support::code::CRASH;
+use test_support::code::ghcb_msr;
+use test_support::code::out;
+use test_support::code::power_off;
+use test_support::monitor::run;
+use test_support::tiny::emulated_guest;
+use test_support::tiny::msrs_reach_the_monitor;
+use test_support::tiny::plain_guest;
 use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 

@@ -17,6 +17,8 @@ use snp::attest::verify::Demands;
 use snp::attest::verify::Evidence;
 use snp::attest::verify::Verdict;
 use snp::attest::verify::verify;
+use test_support::chain::Authority;
+use test_support::chain::NOW;
 
 /// 1 November 2025: every real certificate here was valid then.
 pub const NOVEMBER_2025: u64 = 1_761_955_200;
@@ -118,4 +120,19 @@ pub fn builder() -> ReportBuilder {
         .set(field::HOST_DATA, &[0xdd; 32])
         .set(field::FAMILY_ID, &[1; 16])
         .set(field::IMAGE_ID, &[2; 16])
+}
+
+/// The rules that a report of `authority` fails under a policy, with the nonce of [`builder`].
+pub fn failures(
+    authority: &Authority,
+    report: &Report,
+    endorsement: Cert,
+    policy: &str,
+) -> Vec<&'static str> {
+    let certificates = [endorsement, authority.intermediate.clone()];
+    let trust = Trust { other_root: Some(authority.root.clone()) };
+    let evidence = Evidence { report, certificates: &certificates, crl: None, runtime_data: None };
+    let policy = Policy::parse(policy).unwrap();
+    let demands = Demands { policy: &policy, nonce: Some([0x11; 64]), trust: &trust, now: NOW };
+    verify(&evidence, &demands).failed()
 }

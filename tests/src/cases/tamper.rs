@@ -4,7 +4,7 @@
 //!
 //! Files that are not the owner's give another digest, which the owner's ID block refuses. A host that alters bytes after the
 //! digest was computed (`--tamper`, a hidden option of the monitor) meets stage0. That stage0 refuses hostile memory maps is
-//! shown by `tests/tests/stage0_native.rs`, because here the monitor would not make them.
+//! shown by `tests/tests/stage0_native/`, because here the monitor would not make them.
 
 use std::fs;
 use std::path::Path;

@@ -19,17 +19,17 @@ use snp::attest::verify::Demands;
 use snp::attest::verify::Evidence;
 use snp::attest::verify::Verdict;
 use snp::attest::verify::verify;
+use test_support::chain::Authority;
+use test_support::chain::NOW;
+use test_support::keys;
 
-use crate::build::chain::Authority;
-use crate::build::chain::NOW;
 use crate::driver::Seed;
 use crate::driver::Target;
 use crate::driver::no_repair;
-use crate::key;
 use crate::text;
 
 fn authority() -> Authority {
-    Authority::with_keys([key(1), key(2), key(3)])
+    Authority::with_keys([keys::p384(1), keys::p384(2), keys::p384(3)])
 }
 
 fn report(version: u32) -> Vec<u8> {

@@ -17,7 +17,6 @@ use snp::digest::LaunchDigest;
 use snp::digest::VMSA_GPA;
 use snp::digest::launch_digest;
 use snp::identity::IdAuth;
-use snp::identity::IdBlock;
 use snp::image::guid_table::GuidTable;
 use snp::image::igvm::Igvm;
 use snp::image::igvm::ZeroPages;
@@ -30,19 +29,22 @@ use snp::image::vmm_type::VmmType;
 use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
-use snp::policy::GuestPolicy;
 use snp::vmsa::VmsaState;
+use test_support::firmware::CPUID;
+use test_support::firmware::Firmware;
+use test_support::firmware::KERNEL_HASHES;
+use test_support::firmware::SEC_MEM;
+use test_support::firmware::SECRETS;
+use test_support::identity::id_block;
+use test_support::igvm::seal;
+use test_support::igvm::with_header;
+use test_support::igvm::word;
+use test_support::keys;
 use zerocopy::FromBytes as _;
 
-use crate::build::firmware::CPUID;
-use crate::build::firmware::Firmware;
-use crate::build::firmware::KERNEL_HASHES;
-use crate::build::firmware::SEC_MEM;
-use crate::build::firmware::SECRETS;
 use crate::driver::Seed;
 use crate::driver::Target;
 use crate::driver::no_repair;
-use crate::key;
 use crate::text;
 
 const SETUP: VcpuSetup = VcpuSetup { signature: 0xa0_0f11, sev_features: 1 };
@@ -197,61 +199,16 @@ fn igvm_files() -> Vec<Seed> {
     };
     let plain = write([pages.clone(), vec![vcpu(0)]].concat());
     let full = write([pages, area, vec![vcpu(0), vcpu(1)]].concat());
-    let block = IdBlock {
-        launch_digest: LaunchDigest([3; 48]),
-        family_id: [1; 16],
-        image_id: [2; 16],
-        guest_svn: 3,
-        policy: GuestPolicy(0x3_0000),
-    };
-    let auth = IdAuth::sign(&block, &key(1), Some(&key(2)));
-    let signed = append_header(&plain, 0x30b, &id_block_header(&block, &auth, MASK));
+    let block = id_block(LaunchDigest([3; 48]));
+    let auth = IdAuth::sign(&block, &keys::p384(1), Some(&keys::p384(2)));
+    let signed = with_header(&plain, 0x30b, &id_block_header(&block, &auth, MASK));
     [plain, full, signed]
         .into_iter()
         .map(|bytes| {
-            let (start, size) = (number(&bytes, 8), number(&bytes, 12));
+            let (start, size) = (word(&bytes, 8), word(&bytes, 12));
             Seed::with_fields(bytes, vec![0..24, start..start + size])
         })
         .collect()
-}
-
-fn number(file: &[u8], at: usize) -> usize {
-    u32::from_le_bytes(file[at..at + 4].try_into().unwrap()) as usize
-}
-
-/// The file with one more header; all headers then lie behind the data, so that no other offset changes.
-fn append_header(file: &[u8], kind: u32, body: &[u8]) -> Vec<u8> {
-    let (start, size) = (number(file, 8), number(file, 12));
-    let mut out = file.to_vec();
-    out.resize(out.len().next_multiple_of(8), 0);
-    let new_start = out.len();
-    out.extend_from_slice(&file[start..start + size]);
-    out.resize(out.len().next_multiple_of(8), 0);
-    out.extend_from_slice(&kind.to_le_bytes());
-    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
-    out.extend_from_slice(body);
-    out.resize(out.len().next_multiple_of(8), 0);
-    let size = (out.len() - new_start) as u32;
-    out[8..12].copy_from_slice(&(new_start as u32).to_le_bytes());
-    out[12..16].copy_from_slice(&size.to_le_bytes());
-    seal_igvm(&mut out);
-    out
-}
-
-/// Total size and checksum.
-fn seal_igvm(file: &mut [u8]) {
-    if file.len() < 24 {
-        return;
-    }
-    let len = file.len() as u32;
-    file[16..20].copy_from_slice(&len.to_le_bytes());
-    let start = number(file, 8).min(file.len());
-    let end = start.saturating_add(number(file, 12)).min(file.len());
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&file[..20]);
-    crc.update(&[0; 4]);
-    crc.update(&file[start..end]);
-    file[20..24].copy_from_slice(&crc.finalize().to_le_bytes());
 }
 
 #[test]
@@ -259,7 +216,7 @@ fn igvm() {
     Target {
         name: "igvm",
         seeds: igvm_files(),
-        repair: seal_igvm,
+        repair: seal,
         parse: &|file| {
             let bytes = Bytes::from(file.to_vec());
             let igvm = Igvm::parse(&bytes, ZeroPages::Normal).map_err(text)?;

@@ -10,22 +10,16 @@ use snp::identity::IdBlock;
 use snp::identity::PublicKey;
 use snp::identity::Signature;
 use snp::identity::keys::private_from_pem;
-use snp::policy::GuestPolicy;
+use test_support::identity;
+use test_support::keys;
 
 use crate::driver::Seed;
 use crate::driver::Target;
 use crate::driver::no_repair;
-use crate::key;
 use crate::text;
 
 fn block() -> IdBlock {
-    IdBlock {
-        launch_digest: LaunchDigest([0x5a; 48]),
-        family_id: *b"family id is 16b",
-        image_id: *b"image id: 16 byt",
-        guest_svn: 7,
-        policy: GuestPolicy(0x3_0000),
-    }
+    identity::id_block(LaunchDigest([0x5a; 48]))
 }
 
 #[test]
@@ -51,8 +45,8 @@ fn id_auth() {
     Target {
         name: "id-auth",
         seeds: vec![
-            seed(IdAuth::sign(&block, &key(1), Some(&key(2)))),
-            seed(IdAuth::sign(&block, &key(3), None)),
+            seed(IdAuth::sign(&block, &keys::p384(1), Some(&keys::p384(2)))),
+            seed(IdAuth::sign(&block, &keys::p384(3), None)),
         ],
         repair: no_repair,
         parse: &|page| {
@@ -67,16 +61,17 @@ fn id_auth() {
 
 #[test]
 fn keys_and_signatures() {
-    let private = key(1).to_pkcs8_pem(LineEnding::LF).unwrap();
-    let public = key(1).verifying_key().to_public_key_pem(LineEnding::LF).unwrap();
-    let signature: p384::ecdsa::DerSignature = p384::ecdsa::signature::Signer::sign(&key(1), b"message");
+    let private = keys::p384(1).to_pkcs8_pem(LineEnding::LF).unwrap();
+    let public = keys::p384(1).verifying_key().to_public_key_pem(LineEnding::LF).unwrap();
+    let signature: p384::ecdsa::DerSignature =
+        p384::ecdsa::signature::Signer::sign(&keys::p384(1), b"message");
     Target {
         name: "keys",
         seeds: vec![
             Seed::new(private.as_bytes()),
             Seed::new(public),
             Seed::new(signature.as_bytes()),
-            Seed::new(Signature::make(&key(1), b"message").encode()),
+            Seed::new(Signature::make(&keys::p384(1), b"message").encode()),
         ],
         repair: no_repair,
         parse: &|bytes| {

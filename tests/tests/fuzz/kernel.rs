@@ -4,13 +4,13 @@
 use snp::image::kernel::Kernel;
 use snp_model::patch::annotate;
 use snp_model::patch::decompress::extract_vmlinux;
+use test_support::elf::Segment;
+use test_support::elf::executable;
+use test_support::elf::pvh_note;
+use test_support::kernels::compress;
+use test_support::kernels::small_bzimage;
+use test_support::kernels::small_vmlinux;
 
-use crate::build::kernels::Segment;
-use crate::build::kernels::compress;
-use crate::build::kernels::elf;
-use crate::build::kernels::pvh_note;
-use crate::build::kernels::small_bzimage;
-use crate::build::kernels::small_vmlinux;
 use crate::driver::Seed;
 use crate::driver::Target;
 use crate::driver::no_repair;
@@ -64,7 +64,7 @@ fn bzimage() {
 
 #[test]
 fn elf_headers() {
-    let pvh = elf(0x20_0000, &[Segment::new(0x20_0000, vec![0; 8])], &[], &pvh_note(0x20_0000));
+    let pvh = executable(0x20_0000, &[Segment::new(0x20_0000, vec![0; 8])], &[], &pvh_note(0x20_0000));
     let vmlinux = small_vmlinux();
     let sections = vmlinux.len() - 3 * 64..vmlinux.len();
     Target {

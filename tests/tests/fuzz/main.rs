@@ -7,7 +7,6 @@
 #![allow(missing_docs, reason = "a test program")]
 
 mod attest;
-mod build;
 mod driver;
 mod firmware;
 mod guest;
@@ -15,11 +14,6 @@ mod identity;
 mod kernel;
 mod mutate;
 mod tpm;
-
-/// A P-384 key that is the same in every run.
-fn key(fill: u8) -> p384::ecdsa::SigningKey {
-    p384::ecdsa::SigningKey::from_slice(&[fill; 48]).expect("a number below the curve's order")
-}
 
 /// The text of a refusal.
 fn text(error: impl std::fmt::Display) -> String {

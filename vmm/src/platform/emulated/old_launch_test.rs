@@ -49,10 +49,8 @@ pub(super) fn launching() -> Option<EmulatedVm> {
         println!("skipped: no /dev/kvm");
         return None;
     };
-    let chain = snp_model::chain::Chain::generate_with_rsa_bits(&mut rand_core::OsRng, 2048).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let keys = folder.path().join("keys.pem");
-    std::fs::write(&keys, chain.to_pem().unwrap()).unwrap();
+    let keys = test_support::keys::written(folder.path());
     drop(kvm);
     let options = EmulatedOptions {
         backing: Backing::Single,

@@ -7,9 +7,13 @@ use std::time::Instant;
 /// What the process holds.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
+    /// File descriptors.
     pub descriptors: usize,
+    /// Threads of the monitor.
     pub threads: usize,
+    /// Those of them that run a vCPU.
     pub vcpus: usize,
+    /// Memory that is resident.
     pub rss_kib: u64,
 }
 

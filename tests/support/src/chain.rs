@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A made-up chain of trust in AMD's form, so that reports can be signed whose content a test chooses.
 
+use std::str::FromStr as _;
+use std::time::Duration;
+
 use p384::ecdsa::SigningKey;
 use p384::ecdsa::signature::Signer as _;
 use p384::pkcs8::EncodePublicKey as _;
@@ -8,8 +11,6 @@ use rand_core::OsRng;
 use snp::attest::cert::Cert;
 use snp::attest::report::Report;
 use snp::attest::report::ReportBuilder;
-use std::str::FromStr as _;
-use std::time::Duration;
 use x509_cert::Certificate;
 use x509_cert::TbsCertificate;
 use x509_cert::Version;
@@ -103,14 +104,26 @@ const CA: (&str, [u8; 5]) = ("2.5.29.19", [0x30, 3, 1, 1, 0xff]);
 /// Root, intermediate and a chip's key, with the parts that tests change.
 #[derive(Clone)]
 pub struct Authority {
+    /// Signs the intermediate certificate and revocation lists.
     pub root_key: SigningKey,
+    /// Signs endorsements.
     pub intermediate_key: SigningKey,
+    /// Signs reports.
     pub chip_key: SigningKey,
+    /// The root's certificate, by itself.
     pub root: Cert,
+    /// The intermediate's certificate, by the root.
     pub intermediate: Cert,
 }
 
+impl Default for Authority {
+    fn default() -> Self {
+        Authority::new()
+    }
+}
+
 impl Authority {
+    /// With random keys.
     pub fn new() -> Self {
         Authority::with_keys([(); 3].map(|()| SigningKey::random(&mut OsRng)))
     }

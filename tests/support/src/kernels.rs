@@ -1,117 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Made-up kernels: files that look like a bzImage or a vmlinux, with every field in view.
+//! Made-up kernels: files that look like a bzImage or a vmlinux, with every field in view; and real ones, where there are any.
 
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::process::Stdio;
 
-/// The three SNP instructions, AMD64 Architecture Programmer's Manual volume 3.
-pub const VMGEXIT: [u8; 4] = [0xf3, 0x0f, 0x01, 0xd9];
-pub const PVALIDATE: [u8; 4] = [0xf2, 0x0f, 0x01, 0xff];
-pub const RMPADJUST: [u8; 4] = [0xf3, 0x0f, 0x01, 0xfe];
+use crate::code::PVALIDATE;
+use crate::code::RMPADJUST;
+use crate::code::VMGEXIT;
+use crate::elf::Segment;
+use crate::elf::executable;
 
-/// A loadable segment of an [`elf`].
-#[derive(Clone, Debug)]
-pub struct Segment {
-    pub paddr: u64,
-    pub vaddr: u64,
-    pub contents: Vec<u8>,
-    pub mem_len: u64,
-}
-
-impl Segment {
-    pub fn new(paddr: u64, contents: Vec<u8>) -> Segment {
-        let mem_len = contents.len() as u64;
-        Segment { paddr, vaddr: 0xffff_ffff_8000_0000 + paddr, contents, mem_len }
-    }
-}
-
-/// An x86-64 ELF executable. `code` gives its sections: index of a segment, range of its contents, and whether they hold
-/// code. `notes` is the contents of a note segment.
-pub fn elf(
-    entry: u64,
-    segments: &[Segment],
-    sections: &[(usize, std::ops::Range<u64>, bool)],
-    notes: &[u8],
-) -> Vec<u8> {
-    let phnum = segments.len() + usize::from(!notes.is_empty());
-    let mut at = 64 + phnum as u64 * 56;
-    let mut headers = Vec::new();
-    let mut contents = Vec::new();
-    let mut offsets = Vec::new();
-    let note_segment = Segment { paddr: 0, vaddr: 0, contents: notes.to_vec(), mem_len: notes.len() as u64 };
-    let all = segments.iter().map(|s| (1u32, s)).chain((!notes.is_empty()).then_some((4u32, &note_segment)));
-    for (kind, s) in all {
-        offsets.push(at);
-        headers.extend_from_slice(&kind.to_le_bytes());
-        headers.extend_from_slice(&5u32.to_le_bytes());
-        for word in [at, s.vaddr, s.paddr, s.contents.len() as u64, s.mem_len, 4] {
-            headers.extend_from_slice(&word.to_le_bytes());
-        }
-        contents.extend_from_slice(&s.contents);
-        at += s.contents.len() as u64;
-    }
-    let mut file = Vec::new();
-    file.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
-    file.extend_from_slice(&2u16.to_le_bytes());
-    file.extend_from_slice(&62u16.to_le_bytes());
-    file.extend_from_slice(&1u32.to_le_bytes());
-    let shoff = if sections.is_empty() { 0 } else { at };
-    for word in [entry, 64, shoff] {
-        file.extend_from_slice(&word.to_le_bytes());
-    }
-    file.extend_from_slice(&0u32.to_le_bytes());
-    let shnum = if sections.is_empty() { 0 } else { sections.len() as u16 + 1 };
-    for half in [64, 56, phnum as u16, 64, shnum, 0] {
-        file.extend_from_slice(&half.to_le_bytes());
-    }
-    file.extend_from_slice(&headers);
-    file.extend_from_slice(&contents);
-    if !sections.is_empty() {
-        file.extend_from_slice(&[0; 64]);
-    }
-    for (segment, range, code) in sections {
-        let flags = 2u64 | if *code { 4 } else { 0 };
-        file.extend_from_slice(&0u32.to_le_bytes());
-        file.extend_from_slice(&1u32.to_le_bytes());
-        for word in [
-            flags,
-            segments[*segment].vaddr + range.start,
-            offsets[*segment] + range.start,
-            range.end - range.start,
-        ] {
-            file.extend_from_slice(&word.to_le_bytes());
-        }
-        file.extend_from_slice(&[0; 8]);
-        file.extend_from_slice(&1u64.to_le_bytes());
-        file.extend_from_slice(&[0; 8]);
-    }
-    file
-}
-
-/// Xen's note with the 32-bit entry point.
-pub fn pvh_note(entry: u32) -> Vec<u8> {
-    let mut note = Vec::new();
-    for word in [4u32, 4, 18] {
-        note.extend_from_slice(&word.to_le_bytes());
-    }
-    note.extend_from_slice(b"Xen\0");
-    note.extend_from_slice(&entry.to_le_bytes());
-    note
-}
+/// The GUID of the table of unaccepted memory, d5d1de3c-105c-44f9-9ea9-bcef98120031 (Linux, `include/linux/efi.h`): a kernel that
+/// accepts memory itself has it in its code.
+pub const UNACCEPTED: [u8; 16] =
+    [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
 
 /// A bzImage of boot protocol 2.15 with one setup sector: `head`, `payload` and `tail` make up the protected-mode part, which
 /// is padded with zeros to a multiple of 16 bytes.
 #[derive(Clone, Debug)]
 pub struct BzImage {
+    /// Up to the payload.
     pub head: Vec<u8>,
+    /// The compressed kernel.
     pub payload: Vec<u8>,
+    /// What comes behind it.
     pub tail: Vec<u8>,
+    /// Memory that the decompressor works in.
     pub init_size: u32,
 }
 
 impl BzImage {
+    /// One whose protected-mode part is `body`, of at least 1040 bytes, with a payload of 16 bytes in it that nobody looks at.
+    pub fn around(body: &[u8], init_size: u32) -> BzImage {
+        let (head, rest) = body.split_at(0x400);
+        let (payload, tail) = rest.split_at(16);
+        BzImage { head: head.to_vec(), payload: payload.to_vec(), tail: tail.to_vec(), init_size }
+    }
+
+    /// With both halves of [`UNACCEPTED`] in the tail, apart as a compiler leaves them in code that compares with it.
+    pub fn accepting_memory(mut self) -> BzImage {
+        let (first, second) = UNACCEPTED.split_at(8);
+        self.tail[0x3f0..0x3f8].copy_from_slice(first);
+        self.tail[0x4f0..0x4f8].copy_from_slice(second);
+        self
+    }
+
+    /// The file.
     pub fn bytes(&self) -> Vec<u8> {
         let mut body = [&self.head[..], &self.payload[..], &self.tail[..]].concat();
         body.resize(body.len().next_multiple_of(16), 0);
@@ -147,7 +83,7 @@ pub fn small_vmlinux() -> Vec<u8> {
     let data = [VMGEXIT, PVALIDATE, RMPADJUST].concat();
     let segments =
         [Segment::new(0x100_0000, text), Segment { mem_len: 0x1000, ..Segment::new(0x120_0000, data) }];
-    elf(0x100_0008, &segments, &[(0, 0..0x40, true), (1, 0..12, false)], &[])
+    executable(0x100_0008, &segments, &[(0, 0..0x40, true), (1, 0..12, false)], &[])
 }
 
 /// A decompressor with one instruction of each kind and the hook, around `payload`.
