@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::sync::RwLock;
 
 /// What the machine should do because a device was told so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,40 +42,53 @@ pub struct Overlap {
     pub end: u64,
 }
 
-/// Devices by address. Built once, then only read.
+/// Devices by address. A device may be moved while vCPUs use the bus, by another device of the same bus as well: no lock of the bus is
+/// held while a device answers.
 #[derive(Default)]
 pub struct Bus {
-    ranges: Vec<Range>,
+    ranges: RwLock<Vec<Range>>,
 }
 
 impl Bus {
     /// Puts a device at `base..base + len`.
-    pub fn insert(&mut self, base: u64, len: u64, device: Shared) -> Result<(), Overlap> {
-        let end = base.saturating_add(len);
-        let at = self.ranges.partition_point(|r| r.base < base);
-        let after_next = self.ranges.get(at).is_some_and(|next| next.base < end);
-        let in_previous =
-            at.checked_sub(1).and_then(|i| self.ranges.get(i)).is_some_and(|p| p.base + p.len > base);
-        if after_next || in_previous {
-            return Err(Overlap { base, end });
-        }
-        self.ranges.insert(at, Range { base, len, device });
-        Ok(())
+    pub fn insert(&self, base: u64, len: u64, device: Shared) -> Result<(), Overlap> {
+        place(&mut self.ranges.write().unwrap_or_else(PoisonError::into_inner), Range { base, len, device })
     }
 
-    fn find(&self, addr: u64) -> Option<(&Range, u64)> {
-        let at = self.ranges.partition_point(|r| r.base <= addr).checked_sub(1)?;
-        let range = self.ranges.get(at)?;
+    /// Takes the device away that begins at `base`. An access that has begun still ends in it.
+    pub fn remove(&self, base: u64) -> Option<Shared> {
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        let at = ranges.iter().position(|range| range.base == base)?;
+        Some(ranges.remove(at).device)
+    }
+
+    /// Moves the device that begins at `from` to `to`. Where it cannot be, it stays where it is. False: there is none.
+    pub fn relocate(&self, from: u64, to: u64) -> Result<bool, Overlap> {
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(at) = ranges.iter().position(|range| range.base == from) else { return Ok(false) };
+        let old = ranges.remove(at);
+        let (len, device) = (old.len, Arc::clone(&old.device));
+        let placed = place(&mut ranges, Range { base: to, len, device });
+        if placed.is_err() {
+            ranges.insert(at, old);
+        }
+        placed.map(|()| true)
+    }
+
+    fn find(&self, addr: u64) -> Option<(Shared, u64)> {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let at = ranges.partition_point(|r| r.base <= addr).checked_sub(1)?;
+        let range = ranges.get(at)?;
         let offset = addr - range.base;
-        (offset < range.len).then_some((range, offset))
+        (offset < range.len).then(|| (Arc::clone(&range.device), offset))
     }
 
     /// A guest's read. Where there is no device, all bits read as one. Returns whether a device answered.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
         data.fill(0xff);
         match self.find(addr) {
-            Some((range, offset)) => {
-                range.device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+            Some((device, offset)) => {
+                device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
                 true
             }
             None => false,
@@ -83,9 +97,23 @@ impl Bus {
 
     /// A guest's write. Where there is no device, it has no effect.
     pub fn write(&self, addr: u64, data: &[u8]) -> Option<Action> {
-        let (range, offset) = self.find(addr)?;
-        range.device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data)
+        let (device, offset) = self.find(addr)?;
+        device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data)
     }
+}
+
+/// Adds a range in its place.
+fn place(ranges: &mut Vec<Range>, new: Range) -> Result<(), Overlap> {
+    let end = new.base.saturating_add(new.len);
+    let at = ranges.partition_point(|r| r.base < new.base);
+    let after_next = ranges.get(at).is_some_and(|next| next.base < end);
+    let in_previous =
+        at.checked_sub(1).and_then(|i| ranges.get(i)).is_some_and(|p| p.base + p.len > new.base);
+    if after_next || in_previous {
+        return Err(Overlap { base: new.base, end });
+    }
+    ranges.insert(at, new);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -108,7 +136,7 @@ mod tests {
 
     #[test]
     fn an_access_reaches_the_device_of_its_address_only() {
-        let mut bus = Bus::default();
+        let bus = Bus::default();
         bus.insert(0x10, 4, echo(1)).unwrap();
         bus.insert(0x14, 2, echo(100)).unwrap();
         let mut byte = [0];
@@ -124,10 +152,48 @@ mod tests {
 
     #[test]
     fn overlapping_devices_are_refused() {
-        let mut bus = Bus::default();
+        let bus = Bus::default();
         bus.insert(0x10, 4, echo(1)).unwrap();
         assert!(bus.insert(0x13, 1, echo(1)).is_err());
         assert!(bus.insert(0xf, 2, echo(1)).is_err());
         assert!(bus.insert(0xf, 1, echo(1)).is_ok());
+    }
+
+    #[test]
+    fn a_device_moves_unless_another_one_is_there() {
+        let bus = Bus::default();
+        bus.insert(0x10, 4, echo(1)).unwrap();
+        bus.insert(0x20, 4, echo(100)).unwrap();
+        let mut byte = [0];
+        assert!(bus.relocate(0x10, 0x1d).is_err());
+        assert!(bus.read(0x11, &mut byte), "it has stayed");
+        // Its own place is no obstacle.
+        assert!(bus.relocate(0x10, 0x12).unwrap());
+        assert!(!bus.read(0x11, &mut byte));
+        assert!(bus.read(0x15, &mut byte));
+        assert_eq!(byte, [4]);
+        assert!(!bus.relocate(0x10, 0x40).unwrap(), "nothing begins there any more");
+        assert!(bus.remove(0x12).is_some());
+        assert!(!bus.read(0x12, &mut byte));
+        assert!(bus.insert(0x10, 4, echo(1)).is_ok());
+    }
+
+    /// What a configuration space does when the guest writes a base address register.
+    struct Mover(Arc<Bus>);
+    impl Device for Mover {
+        fn read(&mut self, _: u64, _: &mut [u8]) {}
+        fn write(&mut self, _: u64, data: &[u8]) -> Option<Action> {
+            self.0.relocate(0x10, data[0].into()).unwrap();
+            None
+        }
+    }
+
+    #[test]
+    fn a_device_may_move_others_of_its_bus_while_it_answers() {
+        let bus = Arc::new(Bus::default());
+        bus.insert(0x10, 4, echo(1)).unwrap();
+        bus.insert(0, 1, Arc::new(Mutex::new(Mover(Arc::clone(&bus))))).unwrap();
+        bus.write(0, &[0x30]);
+        assert!(bus.read(0x31, &mut [0]));
     }
 }

@@ -6,9 +6,10 @@ pub mod companion;
 pub mod conversion;
 pub mod dma;
 pub mod implicit;
+pub mod interrupts;
 pub mod ram;
+pub mod slots;
 
-use std::io;
 use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,13 +24,14 @@ use devices::serial::Serial;
 use snp::board::Board;
 use snp::board::Power;
 use snp::board::Reset;
-use vmm_sys_util::eventfd::EFD_NONBLOCK;
-use vmm_sys_util::eventfd::EventFd;
 
+use self::dma::Dma;
+use self::interrupts::InterruptError;
+use self::interrupts::Interrupts;
+use self::slots::Slots;
 use crate::platform::Vm;
-use crate::platform::error::CallError;
 
-/// Buses, and the handles that the host side needs.
+/// What stands around a VM's vCPUs. Everything that devices need of the VM is given out here.
 pub struct Machine {
     /// Ports.
     pub pio: Bus,
@@ -39,6 +41,14 @@ pub struct Machine {
     pub serial: Arc<Mutex<Serial>>,
     /// The clock.
     pub rtc: Arc<Mutex<Rtc>>,
+    /// The guest's memory, for devices.
+    pub dma: Dma,
+    /// Memory of devices in the guest.
+    pub slots: Slots,
+    /// Interrupts of devices.
+    pub interrupts: Arc<Interrupts>,
+    /// The VM, for doorbells ([`Vm::register_ioevent`]).
+    pub vm: Arc<dyn Vm>,
 }
 
 /// Why the machine could not be put together.
@@ -50,27 +60,29 @@ pub enum MachineError {
         /// Which device.
         device: &'static str,
         /// What failed.
-        source: CallError,
+        source: InterruptError,
     },
-    /// No event descriptor.
-    #[error("cannot make an event descriptor: {0}")]
-    EventFd(io::Error),
     /// A mistake in the table of addresses.
     #[error(transparent)]
     Overlap(#[from] Overlap),
 }
 
 impl Machine {
-    /// Puts the devices of `board` around `vm`; what the guest writes to its serial console goes to `console`.
-    pub fn new(vm: &dyn Vm, board: &Board, console: Box<dyn Write + Send>) -> Result<Self, MachineError> {
-        let interrupt = EventFd::new(EFD_NONBLOCK).map_err(MachineError::EventFd)?;
-        vm.register_irqfd(&interrupt, board.serial.irq.into())
+    /// Puts the devices of `board` around `vm`, whose memory is `dma`'s; what the guest writes to its serial console goes to `console`.
+    pub fn new(
+        vm: &Arc<dyn Vm>,
+        board: &Board,
+        dma: Dma,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Self, MachineError> {
+        let interrupts = Interrupts::new(vm);
+        let interrupt = interrupts
+            .pin(board.serial.irq.into())
             .map_err(|source| MachineError::Interrupt { device: "the serial port", source })?;
         let serial = Arc::new(Mutex::new(Serial::new(interrupt, console)));
 
-        let mut pio = Bus::default();
-        let mut insert =
-            |ports: Range<u16>, device| pio.insert(ports.start.into(), ports.len() as u64, device);
+        let pio = Bus::default();
+        let insert = |ports: Range<u16>, device| pio.insert(ports.start.into(), ports.len() as u64, device);
         insert(board.serial.ports.clone(), Arc::clone(&serial) as _)?;
         let rtc = Arc::new(Mutex::new(Rtc::default()));
         insert(board.rtc.ports.clone(), Arc::clone(&rtc) as _)?;
@@ -79,6 +91,7 @@ impl Machine {
         let Reset { keyboard, southbridge, .. } = board.reset;
         insert(keyboard..keyboard + 1, Arc::new(Mutex::new(i8042::ResetLine)))?;
         insert(southbridge..southbridge + 1, Arc::new(Mutex::new(power::ResetControl::default())))?;
-        Ok(Machine { pio, mmio: Bus::default(), serial, rtc })
+        let slots = Slots::new(vm, dma.regions());
+        Ok(Machine { pio, mmio: Bus::default(), serial, rtc, dma, slots, interrupts, vm: Arc::clone(vm) })
     }
 }

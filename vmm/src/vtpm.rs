@@ -2,7 +2,7 @@
 //! The guest's TPM: a service outside of this process runs it, this module connects it to the guest.
 //!
 //! With direct boot nobody in the guest measures what starts it, so the monitor plays the firmware's part: [`measured`] makes
-//! the event log before the launch (it enters the digest), and [`Vtpm::before_life`] brings the PCRs to the same values before
+//! the event log before the launch (it enters the digest), and [`Companion::attach`] brings the PCRs to the same values before
 //! the first vCPU of each VM runs. Commands go through the CRB device; its buffer is one page of memory that guest and monitor share, also
 //! in SNP guests.
 //!
@@ -36,7 +36,6 @@ use std::time::Duration;
 use std::time::Instant;
 
 use clock::Clock;
-use devices::bus::Bus;
 use devices::tpm_crb;
 use devices::tpm_crb::Backend;
 use devices::tpm_crb::BackendError;
@@ -58,9 +57,7 @@ use crate::machine::Machine;
 use crate::machine::companion::Companion;
 use crate::machine::companion::Work;
 use crate::note::warn;
-use crate::platform::Vm;
 use crate::platform::mapping::Mapping;
-use crate::platform::memory::MemorySlot;
 use crate::run::inbox::Inbox;
 use crate::vtpm::error::COMMAND_PATIENCE;
 use crate::vtpm::error::POWER_ON_PATIENCE;
@@ -74,8 +71,6 @@ const COMMAND_PAUSE: Duration = Duration::from_millis(5);
 const DEATH_PATIENCE: Duration = Duration::from_secs(1);
 /// How often in a run the service is started again after it has died.
 const STARTS_AGAIN: u32 = 3;
-/// Memory slot of the buffer page: RAM has the lowest ones.
-const SLOT: u32 = 64;
 
 /// A TPM that is ready for a VM, and again for the VM that follows a reset.
 pub struct Vtpm {
@@ -155,20 +150,19 @@ impl Vtpm {
         Ok(Some((connection, name)))
     }
 
-    /// Gives the TPM to a VM: registers on `mmio`, the buffer page as a memory slot.
-    fn attach(&self, vm: &dyn Vm, mmio: &mut Bus) -> Result<(), VtpmError> {
+    /// Gives the TPM to a machine: registers on its bus, the buffer page as memory.
+    fn connect_devices(&self, machine: &Machine) -> Result<(), VtpmError> {
         let host = |what| move |source| VtpmError::Host { what, source };
         let page = Mapping::anonymous(tpm_crb::BUFFER_LEN as u64).map_err(host("the buffer page"))?;
         let page = Arc::new(page);
-        let shared = Arc::clone(&page);
-        vm.set_memory(MemorySlot { slot: SLOT, gpa: layout::TPM_BUFFER.into(), shared, private: None })?;
+        machine.slots.add(layout::TPM_BUFFER.into(), &page)?;
         let backend = Box::new(Way(Arc::clone(&self.link)));
         let cancel = self.canceller().map_err(host("a thread"))?;
         let crb = Crb::new(Arc::new(Page(page)), layout::TPM_BUFFER.into(), backend, cancel);
         let crb = crb.map_err(host("a thread"))?;
-        mmio.insert(layout::TPM_REGISTERS.into(), tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
+        machine.mmio.insert(layout::TPM_REGISTERS.into(), tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
         let ppi = Ppi::new(lock(&self.found).mail, self.submitter().map_err(host("a thread"))?);
-        mmio.insert(layout::TPM_PRESENCE.into(), tpm_ppi::LEN, Arc::new(Mutex::new(ppi)))?;
+        machine.mmio.insert(layout::TPM_PRESENCE.into(), tpm_ppi::LEN, Arc::new(Mutex::new(ppi)))?;
         Ok(())
     }
 
@@ -243,16 +237,11 @@ impl Companion for Vtpm {
     }
 
     /// Gives the TPM to the VM.
-    fn before_life(
-        &mut self,
-        _life: u32,
-        vm: &dyn Vm,
-        machine: &mut Machine,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn attach(&mut self, _life: u32, machine: &Machine) -> Result<(), Box<dyn Error + Send + Sync>> {
         if let Some(clock) = &lock(&self.found).clock {
             lock(&machine.rtc).keep(clock.ahead(), Some(clock.store()));
         }
-        Ok(self.attach(vm, &mut machine.mmio)?)
+        Ok(self.connect_devices(machine)?)
     }
 }
 

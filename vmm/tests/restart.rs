@@ -25,7 +25,6 @@ use vmm::machine::Machine;
 use vmm::machine::companion::Companion;
 use vmm::machine::companion::Work;
 use vmm::platform::Platform;
-use vmm::platform::Vm;
 use vmm::run::error::MonitorError;
 use vmm::run::guest::Guest;
 use vmm::run::guest::Host;
@@ -182,12 +181,7 @@ impl Companion for Hung {
         Some((self.0, Box::new(forever)))
     }
 
-    fn before_life(
-        &mut self,
-        _: u32,
-        _: &dyn Vm,
-        _: &mut Machine,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn attach(&mut self, _: u32, _: &Machine) -> Result<(), Box<dyn Error + Send + Sync>> {
         Ok(())
     }
 }

@@ -17,7 +17,6 @@ use vmm::launch::LaunchOptions;
 use vmm::machine::Machine;
 use vmm::machine::companion::Companion;
 use vmm::platform::Platform;
-use vmm::platform::Vm;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
@@ -60,12 +59,7 @@ impl<F: FnMut(u32) -> Result<(), Box<dyn Error + Send + Sync>>> Companion for Be
         "observer"
     }
 
-    fn before_life(
-        &mut self,
-        life: u32,
-        _: &dyn Vm,
-        _: &mut Machine,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+    fn attach(&mut self, life: u32, _: &Machine) -> Result<(), Box<dyn Error + Send + Sync>> {
         self.0(life)
     }
 }

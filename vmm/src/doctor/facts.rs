@@ -134,7 +134,7 @@ impl Facts {
         let kvm_facts = kvm.as_ref().map_err(ToString::to_string).and_then(ask_kvm);
         let snp_trial = match (&kvm, &kvm_facts) {
             (Ok(kvm), Ok(facts)) if facts.capabilities.vm_types & 1 << kvm_bindings::KVM_X86_SNP_VM != 0 => {
-                trial::try_launch(&kvm)
+                trial::try_launch(kvm)
             }
             (Ok(_), Ok(_)) => Trial::NotTried("KVM has no SNP guests".into()),
             _ => Trial::NotTried("KVM cannot be asked".into()),

@@ -25,9 +25,11 @@ use std::sync::Mutex;
 use rustix::fs::FlockOperation;
 use snp::attest::cert_table;
 use snp::attest::cert_table::TableError;
+use vm_memory::Bytes as _;
+use vm_memory::GuestAddress;
 
 use crate::lock::lock;
-use crate::machine::ram::GuestRam;
+use crate::machine::dma::Dma;
 use crate::note::warn;
 use crate::platform::mapping::PAGE;
 
@@ -169,7 +171,7 @@ pub enum Source {
 /// Answers a guest's requests.
 pub struct Certificates {
     source: Source,
-    ram: GuestRam,
+    dma: Dma,
 }
 
 /// Answer to the exit: what goes into `ret`, the pages that are needed if it is ENOSPC, and the lock.
@@ -184,42 +186,32 @@ pub struct Answer {
 }
 
 impl Certificates {
-    /// Offers the tables of `source` to a guest with this RAM.
-    pub fn new(source: Source, ram: GuestRam) -> Self {
-        Certificates { source, ram }
+    /// Offers the tables of `source` to a guest with this memory.
+    pub fn new(source: Source, dma: Dma) -> Self {
+        Certificates { source, dma }
     }
 
-    /// Writes the table to the guest's buffer at `gpa`. `hold` keeps a range shared while it is written to; `None`: it is not.
-    pub fn answer<H>(&self, gpa: u64, npages: u64, hold: impl Fn(u64, u64) -> Option<H>) -> Answer {
+    /// Writes the table to the guest's buffer at `gpa`.
+    pub fn answer(&self, gpa: u64, npages: u64) -> Answer {
         match &self.source {
-            Source::Table(table) => self.deliver(table, None, gpa, npages, hold),
+            Source::Table(table) => self.deliver(table, None, gpa, npages),
             Source::File(file) => {
                 let read = file.read();
                 file.complain(read.as_ref().err());
                 match read {
-                    Ok((table, held)) => self.deliver(&table, Some(held), gpa, npages, hold),
+                    Ok((table, held)) => self.deliver(&table, Some(held), gpa, npages),
                     Err(e) => Answer { ret: e.errno(), npages, held: None },
                 }
             }
         }
     }
 
-    fn deliver<H>(
-        &self,
-        table: &[u8],
-        held: Option<Held>,
-        gpa: u64,
-        npages: u64,
-        hold: impl Fn(u64, u64) -> Option<H>,
-    ) -> Answer {
+    fn deliver(&self, table: &[u8], held: Option<Held>, gpa: u64, npages: u64) -> Answer {
         let needed = (table.len() as u64).div_ceil(PAGE);
         if npages < needed {
             return Answer { ret: libc::ENOSPC, npages: needed, held: None };
         }
-        // By way of the kernel, so that a page which is hidden is an error and no crash.
-        let written = gpa.is_multiple_of(PAGE)
-            && hold(gpa, needed * PAGE).is_some_and(|_held| self.ram.try_write(gpa, table).is_ok());
-        match written {
+        match gpa.is_multiple_of(PAGE) && self.dma.write_slice(table, GuestAddress(gpa)).is_ok() {
             true => Answer { ret: 0, npages, held },
             false => Answer { ret: libc::EIO, npages, held: None },
         }

@@ -2,11 +2,15 @@
 //! Requests for certificates: what is written where, what the guest is told, and who may change the file meanwhile.
 
 use std::fs;
+use std::ops::Range;
 use std::process::Command;
 
 use snp::attest::cert_table::Kind;
 
 use super::*;
+use crate::machine::conversion::Conversions;
+use crate::machine::ram::GuestRam;
+use crate::platform::scripted::ScriptedVm;
 
 const TABLE_LEN: usize = 0x1800;
 
@@ -16,12 +20,16 @@ fn table(byte: u8) -> Vec<u8> {
     table
 }
 
-fn ram() -> GuestRam {
-    GuestRam::new([(0, 0x10000)]).unwrap()
+/// All of it shared, but for the pages in `private`.
+fn memory(private: Range<u64>) -> Dma {
+    let ram = GuestRam::new([(0, 0x10000)]).unwrap();
+    let shared = [0..private.start, private.end..0x10000];
+    let vm = Arc::new(ScriptedVm::default());
+    Dma::new(ram.clone(), Some(Arc::new(Conversions::new(vm, ram, Vec::new(), &shared))))
 }
 
 fn certificates() -> Certificates {
-    Certificates::new(Source::Table(Arc::new(table(7))), ram())
+    Certificates::new(Source::Table(Arc::new(table(7))), memory(0..0))
 }
 
 fn told(answer: &Answer) -> (i32, u64) {
@@ -39,17 +47,21 @@ fn filed() -> Filed {
     let path = folder.path().join("certs");
     fs::write(&path, table(7)).unwrap();
     let file = CertFile::open(&path).unwrap();
-    Filed { path, certificates: Certificates::new(Source::File(Arc::new(file)), ram()), _folder: folder }
+    Filed {
+        path,
+        certificates: Certificates::new(Source::File(Arc::new(file)), memory(0..0)),
+        _folder: folder,
+    }
 }
 
 impl Filed {
     fn ask(&self) -> Answer {
-        self.certificates.answer(0x1000, 4, |_, _| Some(()))
+        self.certificates.answer(0x1000, 4)
     }
 
     fn byte(&self) -> u8 {
         let mut byte = [0];
-        self.certificates.ram.read(0x1000 + 0x100, &mut byte).unwrap();
+        self.certificates.dma.read_slice(&mut byte, GuestAddress(0x1000 + 0x100)).unwrap();
         byte[0]
     }
 }
@@ -57,25 +69,23 @@ impl Filed {
 #[test]
 fn a_short_buffer_is_told_the_size_and_nothing_is_written() {
     let c = certificates();
-    assert_eq!(told(&c.answer(0x1000, 1, |_, _| Some(()))), (libc::ENOSPC, 2));
+    assert_eq!(told(&c.answer(0x1000, 1)), (libc::ENOSPC, 2));
     let mut byte = [1];
-    c.ram.read(0x1000, &mut byte).unwrap();
+    c.dma.read_slice(&mut byte, GuestAddress(0x1000)).unwrap();
     assert_eq!(byte, [0]);
 }
 
 #[test]
 fn only_shared_ram_is_written() {
     let c = certificates();
-    assert_eq!(
-        c.answer(0x1000, 2, |gpa, len| (!(gpa..gpa + len).contains(&0x2000)).then_some(())).ret,
-        libc::EIO
-    );
-    assert_eq!(c.answer(0xf000, 2, |_, _| Some(())).ret, libc::EIO);
-    assert_eq!(c.answer(0x1001, 4, |_, _| Some(())).ret, libc::EIO);
-    assert_eq!(c.answer(u64::MAX - 0xfff, 2, |_, _| Some(())).ret, libc::EIO);
-    assert_eq!(c.answer(0x1000, u64::MAX, |_, _| Some(())).ret, 0);
+    let partly = Certificates::new(c.source.clone(), memory(0x2000..0x3000));
+    assert_eq!(partly.answer(0x1000, 2).ret, libc::EIO);
+    assert_eq!(c.answer(0xf000, 2).ret, libc::EIO);
+    assert_eq!(c.answer(0x1001, 4).ret, libc::EIO);
+    assert_eq!(c.answer(u64::MAX - 0xfff, 2).ret, libc::EIO);
+    assert_eq!(c.answer(0x1000, u64::MAX).ret, 0);
     let mut bytes = [0; 2];
-    c.ram.read(0x27ff, &mut bytes).unwrap();
+    c.dma.read_slice(&mut bytes, GuestAddress(0x27ff)).unwrap();
     assert_eq!(bytes, [7, 0]);
 }
 
@@ -134,7 +144,7 @@ fn the_file_is_locked_shared_until_the_answer_is_dropped() {
     drop(second);
     assert!(flock(&f.path, "--exclusive"));
     // Nothing was delivered, so nothing is held.
-    let refused = f.certificates.answer(0x1000, 1, |_, _| Some(()));
+    let refused = f.certificates.answer(0x1000, 1);
     assert_eq!(refused.ret, libc::ENOSPC);
     assert!(refused.held.is_none());
 }

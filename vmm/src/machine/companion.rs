@@ -5,7 +5,6 @@ use std::error::Error;
 use std::time::Duration;
 
 use super::Machine;
-use crate::platform::Vm;
 
 /// What a companion does before a life, in a thread of its own.
 pub type Work = Box<dyn FnOnce() -> Result<(), Box<dyn Error + Send + Sync>> + Send>;
@@ -24,12 +23,7 @@ pub trait Companion {
     fn recovers(&mut self) -> bool {
         false
     }
-    /// Called for each VM before its launch, the first (`life` 1) included: resets itself, and puts its devices on the new
-    /// machine's buses, its memory into the VM.
-    fn before_life(
-        &mut self,
-        life: u32,
-        vm: &dyn Vm,
-        machine: &mut Machine,
-    ) -> Result<(), Box<dyn Error + Send + Sync>>;
+    /// Called for each VM before its launch, the first (`life` 1) included: resets itself, and puts its devices on the new machine's
+    /// buses, its memory into the VM.
+    fn attach(&mut self, life: u32, machine: &Machine) -> Result<(), Box<dyn Error + Send + Sync>>;
 }

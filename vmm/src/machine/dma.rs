@@ -70,6 +70,11 @@ impl Dma {
         Dma(Arc::new(Inside { ram, conversions, refused: AtomicU64::new(0) }))
     }
 
+    /// How many regions RAM has; each is a memory slot.
+    pub fn regions(&self) -> usize {
+        self.0.ram.regions().len()
+    }
+
     /// How often a device was told to access memory that is not shared RAM.
     pub fn refused(&self) -> u64 {
         self.0.refused.load(Ordering::Relaxed)

@@ -28,6 +28,7 @@ use crate::machine::Machine;
 use crate::machine::certs::Certificates;
 use crate::machine::certs::Source;
 use crate::machine::conversion::Conversions;
+use crate::machine::dma::Dma;
 use crate::machine::implicit::ImplicitSharing;
 use crate::machine::ram::GuestRam;
 use crate::note::note;
@@ -115,17 +116,17 @@ pub(crate) fn boot(
         }
         vcpus.push(vcpu);
     }
-    let mut machine = Machine::new(vm.as_ref(), &guest.board, console)?;
+    let conversions =
+        snp.map(|snp| Arc::new(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &snp.staged.shared)));
+    let dma = Dma::new(ram.clone(), conversions.clone());
+    let machine = Machine::new(&vm, &guest.board, dma.clone(), console)?;
     for companion in &mut host.companions {
         companion
-            .before_life(life, vm.as_ref(), &mut machine)
+            .attach(life, &machine)
             .map_err(|problem| MonitorError::Companion { name: companion.name(), problem })?;
     }
-    let conversions = match &guest.load {
-        Load::Plain(plan) => {
-            launch::load_plain(plan, &ram, &mut vcpus)?;
-            None
-        }
+    match &guest.load {
+        Load::Plain(plan) => launch::load_plain(plan, &ram, &mut vcpus)?,
         Load::Snp(snp) => {
             let prepared = Prepared {
                 vm: vm.as_ref(),
@@ -138,12 +139,11 @@ pub(crate) fn boot(
             if let Some(diff) = launch::launch_snp(prepared, &snp.options)? {
                 note(diff.accepted_note(snp.options.host_cpuid.as_ref()));
             }
-            Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &snp.staged.shared))
         }
-    };
+    }
     let racer = snp.and_then(|snp| snp.staged.raced).map(|gpa| Racer::start(ram.clone(), gpa));
     let racer = racer.transpose().map_err(ThreadError)?;
-    let certificates = certificates.map(|source| Certificates::new(source, ram));
+    let certificates = certificates.map(|source| Certificates::new(source, dma));
     let implicit = snp.filter(|snp| snp.options.firmware).map(|_| ImplicitSharing::default());
     let pre_fault = snp.map(|snp| {
         PreFault::new(prefault::private_part(&snp.options.validated_at_start, &snp.staged.shared))

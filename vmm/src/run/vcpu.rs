@@ -48,7 +48,7 @@ pub struct Shared {
     /// Buses and devices.
     pub machine: Machine,
     /// Page-state changes; `None` in plain guests.
-    pub conversions: Option<Conversions>,
+    pub conversions: Option<Arc<Conversions>>,
     /// What firmware may do without asking; `None` for kernels.
     pub implicit: Option<ImplicitSharing>,
     /// Private memory that is assigned before the guest touches it; `None` in plain guests.
@@ -244,10 +244,8 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
         Exit::ReqCerts { gpa, npages, ret } => {
             // As for page-state changes, the answer is always written.
             *ret = libc::EIO as u64;
-            let (Some(certificates), Some(conversions)) = (&shared.certificates, &shared.conversions) else {
-                return Ok(Step::Continue);
-            };
-            let answer = certificates.answer(gpa, *npages, |gpa, len| conversions.hold_shared(gpa, len));
+            let Some(certificates) = &shared.certificates else { return Ok(Step::Continue) };
+            let answer = certificates.answer(gpa, *npages);
             (*ret, *npages) = (answer.ret as u64, answer.npages);
             answer.held.map_or(Step::Continue, Step::Complete)
         }

@@ -11,6 +11,7 @@ use snp::board::Board;
 use super::*;
 use crate::machine::certs::CertFile;
 use crate::machine::certs::Source;
+use crate::machine::dma::Dma;
 use crate::machine::ram::GuestRam;
 use crate::platform::Vm;
 use crate::platform::scripted::Answered;
@@ -37,12 +38,15 @@ fn bench(source: Option<Source>) -> Bench {
     let staged = SHARED..SHARED + 4 * PAGE;
     let conversions =
         Conversions::new(Arc::clone(&vm) as Arc<dyn Vm>, ram.clone(), memfds, std::slice::from_ref(&staged));
+    let conversions = Arc::new(conversions);
+    let dma = Dma::new(ram, Some(Arc::clone(&conversions)));
+    let seam: Arc<dyn Vm> = Arc::clone(&vm) as _;
     let shared = Shared {
-        machine: Machine::new(vm.as_ref(), &Board::new(1 << 30, 1), Box::new(io::sink())).unwrap(),
+        machine: Machine::new(&seam, &Board::new(1 << 30, 1), dma.clone(), Box::new(io::sink())).unwrap(),
         conversions: Some(conversions),
         implicit: None,
         pre_fault: Some(PreFault::new(Vec::new())),
-        certificates: source.map(|source| Certificates::new(source, ram)),
+        certificates: source.map(|source| Certificates::new(source, dma)),
         stop: AtomicBool::new(false),
     };
     Bench { vm, shared: Arc::new(shared) }

@@ -26,6 +26,8 @@ use snp_model::vm::ApCreation;
 
 use super::vm::EmulatedVm;
 use super::*;
+use crate::machine::dma::Dma;
+use crate::machine::ram::GuestRam;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::Vcpu;
 use crate::platform::error::SevError;
@@ -135,8 +137,9 @@ fn an_ap_that_waits_for_an_init_is_not_started_by_ap_creation_and_ends_the_run()
     }
     let shared = vcpu::Shared {
         machine: crate::machine::Machine::new(
-            &vm,
+            &(Arc::new(vm) as Arc<dyn Vm>),
             &snp::board::Board::new(1 << 30, 1),
+            Dma::new(GuestRam::new([(0, MEMORY)]).unwrap(), None),
             Box::new(std::io::sink()),
         )
         .unwrap(),
