@@ -54,7 +54,7 @@ const KNOWN: &[&[&str]] = &[
     ],
     &["vmm/src/vtpm.rs", "vmm/src/vtpm/clock.rs", "vmm/src/vtpm/service.rs"],
     &["vtpm-svc/src/control/power.rs", "vtpm-svc/src/control/server.rs"],
-    &["vtpm-svc/src/engine/ffi.rs", "vtpm-svc/src/engine/mod.rs"],
+    &["vtpm-svc/src/engine/ffi.rs", "vtpm-svc/src/engine.rs"],
     &["vtpm-svc/src/manufacture.rs", "vtpm-svc/src/manufacture/authority.rs"],
     &["vtpm-svc/src/service.rs", "vtpm-svc/src/service/channels.rs"],
     &[
