@@ -53,7 +53,7 @@ use vtpm_svc::control::client::Client;
 use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
 use vtpm_svc::measured::Event;
-use vtpm_svc::tpm2::CommandError;
+use vtpm_svc::tpm::commands::CommandError;
 
 use crate::events::Inbox;
 use crate::events::Unattended;

@@ -27,20 +27,20 @@ use crate::control::server::Policy;
 use crate::control::server::Service;
 use crate::control::server::Startup;
 use crate::control::socket::Stream;
-use crate::engine::Engine;
-use crate::engine::EngineError;
-use crate::engine::Library;
-use crate::engine::state::VmgsState;
-use crate::engine::state::is_virgin;
-use crate::engine::upkeep::Upkeep;
 use crate::keys::KeyError;
 use crate::keys::Purpose;
 use crate::keys::open::OpenError;
 use crate::keys::open::key_of;
 use crate::log;
-use crate::manufacture::ManufactureError;
 use crate::process;
 use crate::sandbox;
+use crate::tpm::engine::Engine;
+use crate::tpm::engine::EngineError;
+use crate::tpm::engine::Library;
+use crate::tpm::engine::state::VmgsState;
+use crate::tpm::engine::state::is_virgin;
+use crate::tpm::engine::upkeep::Upkeep;
+use crate::tpm::manufacture::ManufactureError;
 use crate::vmgs::Demand;
 use crate::vmgs::FileId;
 use crate::vmgs::FsFile;
@@ -109,7 +109,7 @@ pub enum ServiceError {
     Engine(#[from] EngineError),
     /// Certificates.
     #[error(transparent)]
-    Manufacture(#[from] crate::manufacture::ManufactureError),
+    Manufacture(#[from] crate::tpm::manufacture::ManufactureError),
     /// The cage.
     #[error(transparent)]
     Sandbox(#[from] sandbox::SandboxError),
@@ -278,8 +278,12 @@ impl Opened {
 
         // The authority's key is in this process only if there is a TPM to make, and only until it is made.
         let folder = args.ek_ca.as_deref().filter(|_| is_virgin(&state.vmgs()));
-        let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
-        let platform = args.platform_cert.as_deref().map(crate::manufacture::platform::read).transpose();
+        let authority = folder.map(crate::tpm::manufacture::Authority::open).transpose()?;
+        let platform = args
+            .platform_cert
+            .as_deref()
+            .map(crate::tpm::manufacture::platform_certificate::read)
+            .transpose();
         let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
         let engine = Engine::take(library, Box::new(state.clone()))?;
         let (ended, end) = mpsc::channel();

@@ -19,12 +19,12 @@ use vtpm_svc::control::server::Policy;
 use vtpm_svc::control::server::Service;
 use vtpm_svc::control::server::Startup;
 use vtpm_svc::control::socket::Stream;
-use vtpm_svc::engine::Engine;
-use vtpm_svc::engine::Library;
-use vtpm_svc::engine::state::VmgsState;
-use vtpm_svc::manufacture::Authority;
-use vtpm_svc::manufacture::place;
-use vtpm_svc::tpm2;
+use vtpm_svc::tpm::commands;
+use vtpm_svc::tpm::engine::Engine;
+use vtpm_svc::tpm::engine::Library;
+use vtpm_svc::tpm::engine::state::VmgsState;
+use vtpm_svc::tpm::manufacture::Authority;
+use vtpm_svc::tpm::manufacture::place;
 use vtpm_svc::vmgs::Change;
 use vtpm_svc::vmgs::FileId;
 use vtpm_svc::vmgs::Identity;
@@ -82,6 +82,6 @@ fn a_power_on_that_failed_leaves_nothing_out_of_the_next() {
     assert_eq!(code(&tpm(&mut s, STARTUP_CLEAR).expect("startup")), 0);
     let mut transmit = |command: &[u8]| tpm(&mut s, command).map_err(|e| e.to_string());
     for index in [place::EK_RSA_CERTIFICATE, place::EK_ECC_CERTIFICATE, place::AK_CERTIFICATE] {
-        assert!(tpm2::nv_exists(&mut transmit, index).expect("read public"), "{index:#x}");
+        assert!(commands::nv_exists(&mut transmit, index).expect("read public"), "{index:#x}");
     }
 }

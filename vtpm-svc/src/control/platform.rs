@@ -7,10 +7,10 @@
 use super::server::Service;
 use super::wire::Response;
 use super::wire::code;
-use crate::engine::Blob;
-use crate::engine::StateStore;
-use crate::engine::state::WriteError;
 use crate::log;
+use crate::tpm::engine::Blob;
+use crate::tpm::engine::StateStore;
+use crate::tpm::engine::state::WriteError;
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
 use crate::vmgs::VmgsError;

@@ -9,16 +9,16 @@ use std::sync::atomic::Ordering;
 
 use super::server::Service;
 use super::server::Startup;
-use crate::engine::Blob;
-use crate::engine::Engine;
-use crate::engine::EngineError;
-use crate::engine::StateStore;
-use crate::engine::state::is_virgin;
 use crate::log;
-use crate::manufacture;
-use crate::manufacture::Subject;
-use crate::presence;
-use crate::tpm2;
+use crate::tpm::commands;
+use crate::tpm::engine::Blob;
+use crate::tpm::engine::Engine;
+use crate::tpm::engine::EngineError;
+use crate::tpm::engine::StateStore;
+use crate::tpm::engine::state::is_virgin;
+use crate::tpm::manufacture;
+use crate::tpm::manufacture::Subject;
+use crate::tpm::presence;
 use crate::vmgs::block::BlockFile;
 use crate::vmgs::records;
 use crate::vmgs::records::Operation;
@@ -162,9 +162,9 @@ impl<F: BlockFile + 'static> Service<F> {
             .map_err(|_| "it is not an operation of this platform".to_owned())?;
         engine.start(false).map_err(|e| e.to_string())?;
         let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
-        tpm2::startup_clear(&mut transport)
+        commands::startup_clear(&mut transport)
             .and_then(|()| presence::apply(&mut transport, operation))
-            .and_then(|()| tpm2::shutdown_clear(&mut transport))
+            .and_then(|()| commands::shutdown_clear(&mut transport))
             .map_err(|e| e.to_string())
     }
 

@@ -21,7 +21,7 @@ use super::store::Change;
 use super::store::Demand;
 use super::store::Identity;
 use super::store::Vmgs;
-use crate::engine::state::is_virgin;
+use crate::tpm::engine::state::is_virgin;
 
 const MIB: usize = 1 << 20;
 const VM: [u8; 16] = [9; 16];

@@ -600,7 +600,7 @@ fn a_lost_root_needs_both_words_names_every_loss_and_keeps_who_the_image_is() {
         assert!(anchored(&old, rollback, foreign).is_err());
     }
     let mut v = anchored(&robbed, true, true).expect("both words");
-    assert!(!crate::engine::state::is_virgin(&v));
+    assert!(!crate::tpm::engine::state::is_virgin(&v));
     assert_eq!((v.root().image, v.root().vm), (WHO.image, WHO.vm));
     assert_eq!(v.root().flags, 7, "made, exported, disclosed");
     assert!(v.commit(&[]).expect("commit").generation > 4, "above all that the anchor knows");

@@ -17,17 +17,17 @@ use p384::pkcs8::EncodePublicKey;
 use sha2::Digest;
 use sha2::Sha256;
 
-use crate::tpm2;
-use crate::tpm2::Bytes;
-use crate::tpm2::CommandError;
-use crate::tpm2::Transport;
-use crate::tpm2::alg;
-use crate::tpm2::handle;
+use crate::tpm::commands;
+use crate::tpm::commands::Bytes;
+use crate::tpm::commands::CommandError;
+use crate::tpm::commands::Transport;
+use crate::tpm::commands::alg;
+use crate::tpm::commands::handle;
 use crate::vmgs::root::uuid_text;
 
 mod authority;
 mod der;
-pub mod platform;
+pub mod platform_certificate;
 
 pub use authority::Authority;
 
@@ -64,7 +64,7 @@ pub enum ManufactureError {
     PublicKey,
     /// The platform certificate.
     #[error(transparent)]
-    Platform(#[from] platform::PlatformError),
+    Platform(#[from] platform_certificate::PlatformError),
     /// No random bytes.
     #[error("no random bytes from the operating system")]
     NoEntropy,
@@ -223,22 +223,22 @@ fn extensions(subject: Subject, usage: (u8, u8), purpose: &[u32]) -> [Vec<u8>; 4
 
 /// Finishes a TPM that has just been manufactured and started. It must be powered off and on afterwards.
 ///
-/// A platform certificate comes from [`platform::read`].
+/// A platform certificate comes from [`platform_certificate::read`].
 pub fn finish(
     tpm: &mut dyn Transport,
     authority: Option<&Authority>,
     platform_certificate: Option<&[u8]>,
     subject: Subject,
 ) -> Result<(), ManufactureError> {
-    tpm2::startup_clear(tpm)?;
+    commands::startup_clear(tpm)?;
     if let Some(authority) = authority {
         certify_keys(tpm, authority, subject)?;
     }
     if let Some(certificate) = platform_certificate {
-        tpm2::nv_store(tpm, platform::INDEX, certificate)?;
+        commands::nv_store(tpm, platform_certificate::INDEX, certificate)?;
     }
-    tpm2::pcr_allocate(tpm, &crate::measured::BANKS.map(|(bank, _)| bank))?;
-    tpm2::shutdown_clear(tpm)?;
+    commands::pcr_allocate(tpm, &crate::measured::BANKS.map(|(bank, _)| bank))?;
+    commands::shutdown_clear(tpm)?;
     Ok(())
 }
 
@@ -247,10 +247,10 @@ pub fn restore_keys(tpm: &mut dyn Transport) -> Result<(), CommandError> {
     for (template, certificate, at) in
         [(ek_rsa(), place::EK_RSA_CERTIFICATE, place::EK_RSA), (ak(), place::AK_CERTIFICATE, place::AK)]
     {
-        if tpm2::nv_exists(tpm, certificate)? {
-            let (object, _) = tpm2::create_primary(tpm, handle::ENDORSEMENT, &template)?;
-            tpm2::persist(tpm, object, at)?;
-            tpm2::flush(tpm, object)?;
+        if commands::nv_exists(tpm, certificate)? {
+            let (object, _) = commands::create_primary(tpm, handle::ENDORSEMENT, &template)?;
+            commands::persist(tpm, object, at)?;
+            commands::flush(tpm, object)?;
         }
     }
     Ok(())
@@ -270,14 +270,14 @@ fn certify_keys(
         (ak(), (7, 0x80), AK_PURPOSE, place::AK_CERTIFICATE, Some(place::AK)),
     ];
     for (template, usage, purpose, index, persistent) in keys {
-        let (object, public) = tpm2::create_primary(tpm, handle::ENDORSEMENT, &template)?;
+        let (object, public) = commands::create_primary(tpm, handle::ENDORSEMENT, &template)?;
         let spki = spki_of(&template, &public)?;
         let certificate = authority.issue(&der::name(&[]), &spki, &extensions(subject, usage, purpose))?;
-        tpm2::nv_store(tpm, index, &certificate)?;
+        commands::nv_store(tpm, index, &certificate)?;
         if let Some(at) = persistent {
-            tpm2::persist(tpm, object, at)?;
+            commands::persist(tpm, object, at)?;
         }
-        tpm2::flush(tpm, object)?;
+        commands::flush(tpm, object)?;
     }
     Ok(())
 }
