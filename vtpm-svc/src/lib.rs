@@ -3,11 +3,12 @@
 //!
 //! One process per guest: [`tpm`] is the TPM (libtpms and what the platform does to it), [`vmgs`] the encrypted file that its state lives in, [`keys`]
 //! where that file's key comes from, [`control`] the sockets. [`service`] puts them together and [`sandbox`] locks the
-//! door behind it. [`measured`] plays the firmware's part of a measured boot. [`cli_vmgs`] is what an operator does to a guest-state file.
+//! door behind it. [`measured`] plays the firmware's part of a measured boot. [`cli`] is the command line of both
+//! the service and the commands on a guest-state file.
 //!
 //! What this protects against, and what it does not, is said in [`service::TRUST`] and in `docs/vtpm.md`.
 
-pub mod cli_vmgs;
+pub mod cli;
 pub mod control;
 pub mod keys;
 pub mod log;

@@ -17,10 +17,10 @@ use std::sync::Mutex;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use crate::control::options;
-use crate::control::options::Channel;
-use crate::control::options::OptionError;
-use crate::control::options::SocketArgs;
+use crate::cli::socket as options;
+use crate::cli::socket::Channel;
+use crate::cli::socket::OptionError;
+use crate::cli::socket::SocketArgs;
 use crate::control::server::End;
 use crate::control::server::Making;
 use crate::control::server::Policy;

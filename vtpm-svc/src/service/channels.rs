@@ -13,7 +13,7 @@ use std::path::Path;
 
 use super::ServiceError;
 use super::names::Names;
-use crate::control::options::Channel;
+use crate::cli::socket::Channel;
 use crate::control::socket::Listener;
 use crate::control::socket::Stream;
 use crate::process;
