@@ -53,7 +53,6 @@ const KNOWN: &[&[&str]] = &[
         "vmm/src/platform/kvm/vm.rs",
     ],
     &["vmm/src/vtpm.rs", "vmm/src/vtpm/clock.rs", "vmm/src/vtpm/service.rs"],
-    &["vtpm-svc/src/control/power.rs", "vtpm-svc/src/control/server.rs"],
     &["vtpm-svc/src/tpm/engine/ffi.rs", "vtpm-svc/src/tpm/engine.rs"],
     &["vtpm-svc/src/tpm/manufacture.rs", "vtpm-svc/src/tpm/manufacture/authority.rs"],
     &["vtpm-svc/src/service.rs", "vtpm-svc/src/service/channels.rs"],

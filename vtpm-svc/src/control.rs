@@ -8,12 +8,11 @@
 //! The locality that a control client sets is the TPM's, as with swtpm, not that of one data client: who needs another one for
 //! one command puts the prefix of [`data`] in front of it.
 
+mod answers;
 pub mod client;
 mod clients;
 mod conversation;
 pub mod data;
-mod platform;
-mod power;
 pub mod server;
 pub mod socket;
 pub mod wire;

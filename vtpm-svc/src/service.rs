@@ -22,10 +22,7 @@ use crate::cli::socket::Channel;
 use crate::cli::socket::OptionError;
 use crate::cli::socket::SocketArgs;
 use crate::control::server::End;
-use crate::control::server::Making;
-use crate::control::server::Policy;
-use crate::control::server::Service;
-use crate::control::server::Startup;
+use crate::control::server::Server;
 use crate::control::socket::Stream;
 use crate::keys::KeyError;
 use crate::keys::Purpose;
@@ -34,6 +31,8 @@ use crate::keys::open::key_of;
 use crate::log;
 use crate::process;
 use crate::sandbox;
+use crate::tpm::Policy;
+use crate::tpm::Tpm;
 use crate::tpm::engine::Engine;
 use crate::tpm::engine::EngineError;
 use crate::tpm::engine::Library;
@@ -41,6 +40,8 @@ use crate::tpm::engine::state::VmgsState;
 use crate::tpm::engine::state::is_virgin;
 use crate::tpm::engine::upkeep::Upkeep;
 use crate::tpm::manufacture::ManufactureError;
+use crate::tpm::power::Making;
+use crate::tpm::power::Startup;
 use crate::vmgs::Demand;
 use crate::vmgs::FileId;
 use crate::vmgs::FsFile;
@@ -182,11 +183,11 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
             .and_then(|()| out.flush())
             .map_err(io_error("writing the capabilities"));
     }
-    let (mut policy, running) = args.policy()?;
-    let mut control = None;
+    let (policy, running) = args.policy()?;
+    let (mut control, mut terminate) = (None, args.terminate);
     if let Some(text) = &args.ctrl {
-        let (channel, terminate) = options::channel("ctrl", text)?;
-        policy.terminate |= terminate;
+        let (channel, asked) = options::channel("ctrl", text)?;
+        terminate |= asked;
         control = Some(channel);
     }
     let data = args.server.as_deref().map(|t| options::channel("server", t)).transpose()?.map(|(c, _)| c);
@@ -225,7 +226,7 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     for missing in process::hide_memory() {
         log::warn(&missing);
     }
-    let client = lone_client(policy, control.as_ref());
+    let client = lone_client(terminate, control.as_ref());
     let starting = Starting::watch(&wanted(args, path), args.key.key_hook.is_some(), client)
         .map_err(io_error("starting a thread"))?;
     // Before the image is opened, so that one which is replaced while a key hook is asked is noticed.
@@ -239,7 +240,8 @@ pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
     }
     let vmgs = Arc::new(Mutex::new(vmgs));
     let state = VmgsState::new(vmgs, library.version()).with_upkeep(upkeep);
-    let opened = Opened { state, library, policy, running, control, data, pid, names, background, trim };
+    let opened =
+        Opened { state, library, policy, terminate, running, control, data, pid, names, background, trim };
     let state = opened.state.clone();
     opened.serve(args, path).inspect_err(|_| {
         // Nothing was served, so the lease ends in good order; the error that is there already is the one to tell.
@@ -252,6 +254,7 @@ struct Opened {
     state: VmgsState<FsFile>,
     library: Library,
     policy: Policy,
+    terminate: bool,
     running: Option<Startup>,
     control: Option<Open>,
     data: Option<Open>,
@@ -264,7 +267,19 @@ struct Opened {
 impl Opened {
     /// Makes the sockets, closes the cage and serves.
     fn serve(self, args: &SocketArgs, path: &Path) -> Result<(), ServiceError> {
-        let Self { state, library, policy, running, control, data, pid, mut names, background, trim } = self;
+        let Self {
+            state,
+            library,
+            policy,
+            terminate,
+            running,
+            control,
+            data,
+            pid,
+            mut names,
+            background,
+            trim,
+        } = self;
         // From here on an end is an orderly one.
         process::block_signals().map_err(io_error("blocking signals"))?;
         // The image is locked: this is the process that serves it, and may replace what an earlier one left.
@@ -287,17 +302,18 @@ impl Opened {
         let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
         let engine = Engine::take(library, Box::new(state.clone()))?;
         let (ended, end) = mpsc::channel();
-        let service = Arc::new(Service::new(engine, state, making, policy, ended.clone()));
+        let tpm = Tpm::new(engine, state, making, policy);
         for missing in sandbox::close(args.seccomp != "action=none")? {
             log::warn(&missing);
         }
         log::info(TRUST);
         if let Some(startup) = running {
-            service.power_on(false, startup)?;
+            tpm.power_on(false, startup)?;
         }
+        let server = Arc::new(Server::new(tpm, terminate, ended.clone()));
         match control {
-            Some(Open::Listening(l)) => service.serve_control(l),
-            Some(Open::Connected(s)) => service.serve_control_stream(s),
+            Some(Open::Listening(l)) => server.serve_control(l),
+            Some(Open::Connected(s)) => server.serve_control_stream(s),
             Some(Open::Wanted(_)) | None => {}
         }
         thread("signals", move || {
@@ -306,7 +322,7 @@ impl Opened {
                 let _ = ended.send(End::Signal);
             }
         })?;
-        let (last, image) = (service.clone(), path.to_path_buf());
+        let (last, image) = (server.clone(), path.to_path_buf());
         let ending = thread("end", move || wait_for_the_end(&end, trim, names, &last, &image))?;
         log::info("ready");
         if let Some(mut started) = background {
@@ -315,11 +331,11 @@ impl Opened {
         }
         // A client may be waiting already, so the thread that runs serves it.
         match data {
-            Some(Open::Listening(l)) => service.serve_data_here(l),
-            Some(Open::Connected(s)) => service.serve_data_stream(s),
+            Some(Open::Listening(l)) => server.serve_data_here(l),
+            Some(Open::Connected(s)) => server.serve_data_stream(s),
             Some(Open::Wanted(_)) | None => {}
         }
-        drop(service);
+        drop(server);
         // It ends the process, and with it this wait.
         let _ = ending.join();
         Ok(())
@@ -333,9 +349,9 @@ fn wanted(args: &SocketArgs, path: &Path) -> String {
 }
 
 /// The connection of the client whose end is the service's.
-fn lone_client(policy: Policy, control: Option<&Open>) -> Option<OwnedFd> {
+fn lone_client(terminate: bool, control: Option<&Open>) -> Option<OwnedFd> {
     match control {
-        Some(Open::Connected(Stream::Unix(s))) if policy.terminate => s.try_clone().ok().map(OwnedFd::from),
+        Some(Open::Connected(Stream::Unix(s))) if terminate => s.try_clone().ok().map(OwnedFd::from),
         _ => None,
     }
 }
@@ -369,7 +385,7 @@ fn wait_for_the_end(
     end: &mpsc::Receiver<End>,
     mut trim: Option<process::Trim>,
     mut names: Names,
-    service: &Service<FsFile>,
+    server: &Server<FsFile>,
     path: &Path,
 ) {
     let why = end.recv_timeout(SETTLED).or_else(|_| {
@@ -380,7 +396,7 @@ fn wait_for_the_end(
     });
     // A closed channel cannot be: a sender lives in the service.
     log::info(&format!("ending ({:?})", why.unwrap_or(End::Signal)));
-    let retired = service.retire();
+    let retired = server.tpm().retire();
     names.remove();
     match retired {
         Ok(()) => std::process::exit(0),

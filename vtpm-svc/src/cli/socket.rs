@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use super::anchor::AnchorArgs;
 use super::keys::KeyArgs;
-use crate::control::server::Policy;
-use crate::control::server::Startup;
+use crate::tpm::Policy;
+use crate::tpm::power::Startup;
 
 /// Options of `vtpm-svc socket`.
 #[derive(Debug, Clone, clap::Args)]
@@ -272,11 +272,7 @@ impl SocketArgs {
         if !self.tpm2 {
             return refuse("tpm2", "is required: this service has no TPM 1.2");
         }
-        let mut policy = Policy {
-            state_export: self.state_export == "allow",
-            terminate: self.terminate,
-            ..Policy::default()
-        };
+        let mut policy = Policy { state_export: self.state_export == "allow", ..Policy::default() };
         let mut running = None;
         for flag in &self.flags {
             match flag.as_str() {
