@@ -13,6 +13,7 @@ pub mod client;
 mod clients;
 mod conversation;
 pub mod data;
+pub mod listen;
 pub mod server;
 pub mod socket;
 pub mod wire;

@@ -152,6 +152,10 @@ pub enum KeyError {
 pub trait KeyProvider {
     /// For messages.
     fn describe(&self) -> String;
+    /// Whether it says by itself that it waits for somebody.
+    fn tells_of_its_wait(&self) -> bool {
+        false
+    }
     /// Gives the key, or says why not.
     fn obtain(&self, request: &KeyRequest<'_>) -> Result<Key, KeyError>;
 }

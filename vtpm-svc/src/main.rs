@@ -27,7 +27,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Socket(args) => vtpm_svc::service::run(&args).map_err(|e| (e.to_string(), 1)),
+        Command::Socket(args) => vtpm_svc::cli::socket::run(&args).map_err(|e| (e.to_string(), 1)),
         Command::Vmgs(args) => vtpm_svc::cli::vmgs::run(&args, &mut std::io::stdout().lock())
             .map_err(|e| (e.to_string(), e.exit_code())),
     };

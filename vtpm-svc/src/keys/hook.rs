@@ -147,6 +147,10 @@ impl KeyProvider for Hook {
         format!("key hook {}", self.program.display())
     }
 
+    fn tells_of_its_wait(&self) -> bool {
+        true
+    }
+
     fn obtain(&self, request: &KeyRequest<'_>) -> Result<Key, KeyError> {
         let io = |source| KeyError::Io { path: self.program.clone(), source };
         super::file::check_program(&self.program)?;
