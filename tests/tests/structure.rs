@@ -53,8 +53,6 @@ const KNOWN: &[&[&str]] = &[
         "vmm/src/platform/kvm/vm.rs",
     ],
     &["vmm/src/vtpm.rs", "vmm/src/vtpm/clock.rs", "vmm/src/vtpm/service.rs"],
-    &["vtpm-svc/src/tpm/engine/ffi.rs", "vtpm-svc/src/tpm/engine.rs"],
-    &["vtpm-svc/src/tpm/manufacture.rs", "vtpm-svc/src/tpm/manufacture/authority.rs"],
     &[
         "vtpm-svc/src/vmgs/anchor.rs",
         "vtpm-svc/src/vmgs/crypto.rs",

@@ -8,15 +8,6 @@
 //!
 //! TCG EK Credential Profile 2.5 (templates L-1 and L-2, NV indices, certificate fields).
 
-use std::path::PathBuf;
-
-use p384::ecdsa::DerSignature;
-use p384::ecdsa::SigningKey;
-use p384::ecdsa::signature::Signer;
-use p384::pkcs8::EncodePublicKey;
-use sha2::Digest;
-use sha2::Sha256;
-
 use crate::tpm::commands;
 use crate::tpm::commands::Bytes;
 use crate::tpm::commands::CommandError;
@@ -26,10 +17,13 @@ use crate::tpm::commands::handle;
 use crate::vmgs::root::uuid_text;
 
 mod authority;
+mod certificate;
 mod der;
+mod error;
 pub mod platform_certificate;
 
 pub use authority::Authority;
+pub use error::ManufactureError;
 
 /// Where clients look for certificates and keys.
 pub mod place {
@@ -43,76 +37,6 @@ pub mod place {
     pub const EK_RSA: u32 = 0x8101_0001;
     /// Persistent handle of the AK, as on Azure.
     pub const AK: u32 = 0x8100_0003;
-}
-
-/// Why a TPM was not made.
-#[derive(Debug, thiserror::Error)]
-pub enum ManufactureError {
-    /// A command.
-    #[error(transparent)]
-    Command(#[from] CommandError),
-    /// A file of the authority.
-    #[error("certificate authority {path}: {problem}")]
-    Authority {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A public area that is not what the template asked for.
-    #[error("the TPM returned a public key that does not fit its template")]
-    PublicKey,
-    /// The platform certificate.
-    #[error(transparent)]
-    Platform(#[from] platform_certificate::PlatformError),
-    /// No random bytes.
-    #[error("no random bytes from the operating system")]
-    NoEntropy,
-}
-
-fn random<const N: usize>() -> Result<[u8; N], ManufactureError> {
-    let mut bytes = [0; N];
-    crate::vmgs::crypto::fill_random(&mut bytes).map_err(|_| ManufactureError::NoEntropy)?;
-    Ok(bytes)
-}
-
-fn public_key(key: &SigningKey) -> Result<Vec<u8>, ManufactureError> {
-    let document = key.verifying_key().to_public_key_der().map_err(|_| ManufactureError::PublicKey)?;
-    Ok(document.as_bytes().to_vec())
-}
-
-/// RFC 7093, method 1: the first 20 bytes of SHA-256, here over the whole key information.
-fn key_id(spki: &[u8]) -> Vec<u8> {
-    Sha256::digest(spki)[..20].to_vec()
-}
-
-fn certify(
-    signer: &SigningKey,
-    issuer: &[u8],
-    subject: &[u8],
-    spki: &[u8],
-    extensions: &[Vec<u8>],
-) -> Result<Vec<u8>, ManufactureError> {
-    let algorithm = der::sequence(&[&der::oid(&[1, 2, 840, 10045, 4, 3, 3])]);
-    // Positive, and never longer than the standard's 20 bytes.
-    let mut serial = random::<16>()?;
-    serial[0] = serial[0] & 0x7f | 0x40;
-    // From a fixed day on and, as the profile has it for keys of hardware, without an end.
-    let validity =
-        der::sequence(&[&der::tagged(0x17, b"240101000000Z"), &der::tagged(0x18, b"99991231235959Z")]);
-    let list: Vec<&[u8]> = extensions.iter().map(Vec::as_slice).collect();
-    let tbs = der::sequence(&[
-        &der::tagged(0xa0, &der::tagged(0x02, &[2])),
-        &der::tagged(0x02, &serial),
-        &algorithm,
-        issuer,
-        &validity,
-        subject,
-        spki,
-        &der::tagged(0xa3, &der::sequence(&list)),
-    ]);
-    let signature: DerSignature = signer.sign(&tbs);
-    Ok(der::sequence(&[&tbs, &algorithm, &der::bits(0, signature.as_bytes())]))
 }
 
 /// Policy of the EK templates: `PolicySecret(TPM_RH_ENDORSEMENT)`, from the profile.
