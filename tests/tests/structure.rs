@@ -53,23 +53,6 @@ const KNOWN: &[&[&str]] = &[
         "vmm/src/platform/kvm/vm.rs",
     ],
     &["vmm/src/vtpm.rs", "vmm/src/vtpm/clock.rs", "vmm/src/vtpm/service.rs"],
-    &[
-        "vtpm-svc/src/vmgs/anchor.rs",
-        "vtpm-svc/src/vmgs/crypto.rs",
-        "vtpm-svc/src/vmgs/error.rs",
-        "vtpm-svc/src/vmgs/findings.rs",
-        "vtpm-svc/src/vmgs/format.rs",
-        "vtpm-svc/src/vmgs/image.rs",
-        "vtpm-svc/src/vmgs/judge.rs",
-        "vtpm-svc/src/vmgs/place.rs",
-        "vtpm-svc/src/vmgs/records.rs",
-        "vtpm-svc/src/vmgs/root.rs",
-        "vtpm-svc/src/vmgs/spans.rs",
-        "vtpm-svc/src/vmgs/store.rs",
-        "vtpm-svc/src/vmgs/vhd.rs",
-        "vtpm-svc/src/vmgs/view.rs",
-        "vtpm-svc/src/vmgs/zero_key.rs",
-    ],
 ];
 
 fn root() -> PathBuf {

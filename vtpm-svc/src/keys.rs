@@ -13,7 +13,7 @@ pub mod passphrase;
 use std::path::PathBuf;
 
 use crate::vmgs::Key;
-use crate::vmgs::root::uuid_text;
+use crate::vmgs::mark::uuid_text;
 
 /// What the key is wanted for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

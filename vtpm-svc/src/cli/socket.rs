@@ -20,7 +20,7 @@ use crate::service::options::LogFile;
 use crate::service::options::ServiceOptions;
 use crate::tpm::Policy;
 use crate::tpm::power::Startup;
-use crate::vmgs::root::parse_uuid;
+use crate::vmgs::mark::parse_uuid;
 
 /// Options of `vtpm-svc socket`.
 #[derive(Debug, Clone, clap::Args)]

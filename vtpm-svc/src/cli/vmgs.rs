@@ -37,7 +37,7 @@ use crate::vmgs::VmgsError;
 use crate::vmgs::anchor::AnchorError;
 use crate::vmgs::findings::sentences;
 use crate::vmgs::history;
-use crate::vmgs::root::parse_uuid;
+use crate::vmgs::mark::parse_uuid;
 use crate::vmgs::view::RootState;
 use crate::whole_file as place;
 use crate::whole_file::PlaceError;

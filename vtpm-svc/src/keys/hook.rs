@@ -31,7 +31,7 @@ use super::KeyRequest;
 use crate::process;
 use crate::process::Dependent;
 use crate::vmgs::Key;
-use crate::vmgs::root::uuid_text;
+use crate::vmgs::mark::uuid_text;
 
 /// What is kept of each output.
 const MOST: usize = 4096;

@@ -14,7 +14,7 @@ use crate::tpm::commands::CommandError;
 use crate::tpm::commands::Transport;
 use crate::tpm::commands::alg;
 use crate::tpm::commands::handle;
-use crate::vmgs::root::uuid_text;
+use crate::vmgs::mark::uuid_text;
 
 mod authority;
 mod certificate;

@@ -9,8 +9,9 @@ use super::anchor::Durability;
 use super::block::MemFile;
 use super::crash_test::Rng;
 use super::error::VmgsError;
+use super::file_id::FileId;
 use super::findings::Accept;
-use super::format::FileId;
+use super::identity::Identity;
 use super::layouts_test::key;
 use super::layouts_test::layouts;
 use super::layouts_test::newest;
@@ -19,7 +20,6 @@ use super::layouts_test::seal_header;
 use super::layouts_test::u32_at;
 use super::store::Change;
 use super::store::Demand;
-use super::store::Identity;
 use super::store::Vmgs;
 use crate::tpm::engine::state::is_virgin;
 

@@ -33,12 +33,12 @@ use crate::vmgs::anchor::AnchorSource;
 use crate::vmgs::anchor::Known;
 use crate::vmgs::block::BlockFile;
 use crate::vmgs::findings::sentences;
+use crate::vmgs::format::MAX_SIZE;
+use crate::vmgs::format::MIN_SIZE;
 use crate::vmgs::image;
+use crate::vmgs::mark::uuid_text;
 use crate::vmgs::root::FLAG_DISCLOSED;
 use crate::vmgs::root::FLAG_EXPORTED;
-use crate::vmgs::root::uuid_text;
-use crate::vmgs::store::MAX_SIZE;
-use crate::vmgs::store::MIN_SIZE;
 use crate::vmgs::view::RootState;
 use crate::whole_file as place;
 use crate::whole_file::Waiting;
@@ -341,7 +341,7 @@ mod tests {
     use crate::vmgs::anchor::Anchor;
     use crate::vmgs::anchor::AnchorError;
     use crate::vmgs::anchor::Facts;
-    use crate::vmgs::root::Mark;
+    use crate::vmgs::mark::Mark;
     use clap::Parser;
 
     #[derive(Parser)]
