@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The structure that docs/architecture.md promises: no circle of files within a package, dependencies between packages as
-//! listed here, and a measurement library that links neither the model nor KVM nor a command line.
+//! listed here, a measurement library that links neither the model nor KVM nor a command line, and options that are parsed in
+//! one folder of the service.
 //!
 //! Imports are read as text: every path that begins with `crate`, `super` or `self`, and `use` of a module's own children.
 //! Tests inside of files are left out, and macros are not expanded.
@@ -229,6 +230,17 @@ fn circles_are_found() {
     assert_eq!(paths("pub use child::Name;", &own, &children), [path("x::y::child::Name")]);
     assert!(paths("use std::fmt;", &own, &children).is_empty());
     assert_eq!(product_lines("a // b\n#[cfg(test)]\nmod tests {\nuse crate::c;"), ["a ", "#[cfg(test)]"]);
+}
+
+#[test]
+fn the_service_parses_options_in_its_command_line_alone() {
+    let folder = root().join("vtpm-svc/src");
+    let mut all = Vec::new();
+    files(&folder, &mut all);
+    let parses = |file: &&PathBuf| std::fs::read_to_string(file).unwrap().contains("clap::");
+    let (own, other): (Vec<&PathBuf>, Vec<&PathBuf>) =
+        all.iter().filter(parses).partition(|file| file.starts_with(folder.join("cli")));
+    assert!(!own.is_empty() && other.is_empty(), "{other:?}");
 }
 
 #[test]

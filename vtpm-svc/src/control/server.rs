@@ -80,11 +80,6 @@ impl<F: BlockFile + 'static> Server<F> {
         let _ = self.end.send(why);
     }
 
-    /// Serves data clients until the process ends, from a thread of its own.
-    pub fn serve_data(self: &Arc<Self>, listener: Listener) {
-        self.spawn("data", move |server| server.serve_data_here(listener));
-    }
-
     /// Serves data clients, the first of them on this thread: a client that is waiting already is answered without a
     /// change of threads. Returns when that client is gone; others are then served by other threads.
     pub fn serve_data_here(self: &Arc<Self>, listener: Listener) {
