@@ -50,8 +50,9 @@ pub struct Policy {
 
 /// A TPM and the state that it keeps; any thread may use it.
 ///
-/// Locks are taken in one order: the engine, then what is [being made](Making) or powered on, then the image
-/// ([`VmgsState::vmgs`]). The engine stores while it runs a command, so whoever holds the image must not wait for the engine.
+/// Locks are taken in this order, where several are held: the engine, `making`, the image ([`VmgsState::vmgs`]). The engine
+/// stores while it runs a command, so whoever holds the image must not wait for the engine. `powering` is held for a moment,
+/// and nothing is waited for meanwhile.
 pub struct Tpm<F> {
     engine: Mutex<Engine>,
     cancel: Canceller,
