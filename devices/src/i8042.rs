@@ -7,11 +7,9 @@
 use crate::bus::Action;
 use crate::bus::Device;
 
-/// Command and status port.
-pub const PORT: u64 = 0x64;
 const PULSE_RESET: u8 = 0xfe;
 
-/// The controller.
+/// The controller's command and status port.
 pub struct ResetLine;
 
 impl Device for ResetLine {

@@ -7,7 +7,7 @@ use crate::bus::Action;
 use crate::bus::Device;
 
 /// Bytes of the PM1 event block followed by the PM1 control block.
-pub const PM1_LEN: u64 = 6;
+const PM1_LEN: usize = 6;
 /// PM1_CNT.SCI_EN: the machine is in ACPI mode. There is no other.
 const SCI_EN: u16 = 1;
 /// PM1_CNT.SLP_EN: enter the sleep state that SLP_TYP (bits 12:10) names.
@@ -16,13 +16,13 @@ const SLP_EN: u16 = 1 << 13;
 /// PM1a: status at offset 0, enable at 2, control at 4, two bytes each.
 pub struct Pm1 {
     s5: u16,
-    registers: [u8; PM1_LEN as usize],
+    registers: [u8; PM1_LEN],
 }
 
 impl Pm1 {
     /// `s5` is the value of SLP_TYP for soft off, as the DSDT's `_S5` says.
     pub fn new(s5: u8) -> Self {
-        Pm1 { s5: u16::from(s5), registers: [0; PM1_LEN as usize] }
+        Pm1 { s5: u16::from(s5), registers: [0; PM1_LEN] }
     }
 
     fn control(&self) -> u16 {
@@ -57,12 +57,10 @@ impl Device for Pm1 {
     }
 }
 
-/// Port of the reset control register, one byte wide.
-pub const RESET_PORT: u64 = 0xcf9;
 /// RST_CPU: the transition to 1 resets the machine.
 const RST_CPU: u8 = 1 << 2;
 
-/// The reset control register of a PC's southbridge.
+/// The reset control register of a PC's southbridge, one byte wide.
 #[derive(Default)]
 pub struct ResetControl(u8);
 

@@ -11,10 +11,6 @@ use std::time::UNIX_EPOCH;
 use crate::bus::Action;
 use crate::bus::Device;
 
-/// Index port; data is the port after it.
-pub const PORT: u64 = 0x70;
-/// Ports that it takes.
-pub const LEN: u64 = 2;
 /// Register that holds the century.
 pub const CENTURY_REGISTER: u8 = 0x32;
 
@@ -37,7 +33,7 @@ pub const PER_SECOND: i64 = 10_000_000;
 /// What is told when the guest has set its clock: how far it is ahead of the host's now, in units of 100 ns.
 pub type Store = Box<dyn FnMut(i64) + Send>;
 
-/// The clock.
+/// The clock: its index port, and the data port after it.
 pub struct Rtc {
     index: u8,
     now: fn() -> SystemTime,

@@ -10,13 +10,6 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::Action;
 use crate::bus::Device;
 
-/// Port of the first serial port of a PC, and its interrupt.
-pub const COM1_PORT: u64 = 0x3f8;
-/// Its interrupt line.
-pub const COM1_IRQ: u32 = 4;
-/// Ports that it takes.
-pub const COM1_LEN: u64 = 8;
-
 struct Interrupt(EventFd);
 
 impl Trigger for Interrupt {

@@ -17,19 +17,10 @@ use std::sync::mpsc;
 use crate::bus::Action;
 use crate::bus::Device;
 
-/// Where every driver expects locality 0.
-pub const BASE: u64 = 0xfed4_0000;
 /// Bytes of the register page.
 pub const LEN: u64 = 0x1000;
-/// Offset of the control area, which the ACPI table points to.
-pub const CONTROL_AREA: u64 = 0x40;
-/// Page of the buffer: beyond the pages of localities 1 to 4, which guests take for themselves, and of the
-/// physical-presence interface.
-pub const BUFFER: u64 = 0xfed4_6000;
 /// Bytes of the buffer, for commands and for responses.
 pub const BUFFER_LEN: usize = 4096;
-/// ACPI start method of this device.
-pub const START_METHOD_CRB: u32 = 7;
 
 const LOC_STATE: u64 = 0x00;
 const LOC_CTRL: u64 = 0x08;
@@ -281,6 +272,8 @@ mod tests {
     use std::sync::atomic::Ordering;
     use std::time::Duration;
     use std::time::Instant;
+
+    const BUFFER: u64 = 0xfed4_6000;
 
     struct Page(Mutex<Vec<u8>>);
 

@@ -9,8 +9,6 @@
 use crate::bus::Action;
 use crate::bus::Device;
 
-/// Page of the registers, between those of the TPM and its buffer.
-pub const BASE: u64 = 0xfed4_5000;
 /// Bytes of the page.
 pub const LEN: u64 = 0x1000;
 /// Reads as the operation that waits (0: none); a write asks for one, with the argument in [`ARGUMENT`].

@@ -7,6 +7,7 @@
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 
 pub mod attest;
+pub mod board;
 pub mod digest;
 pub mod explain;
 pub mod firmware_status;

@@ -208,7 +208,7 @@ fn lists_that_do_not_fit_the_page_are_named() {
 
 #[test]
 fn the_layout_is_the_one_of_the_image_builder_and_of_the_linker_script() {
-    use crate::image::layout as image;
+    use crate::board::layout as image;
     assert_eq!((layout::CPUID, layout::SECRETS), (image::CPUID, image::SECRETS));
     const {
         assert!(image::RESERVED <= layout::BLOCK && layout::BLOCK_END <= image::ACPI);

@@ -18,8 +18,9 @@ use linux_loader::loader::elf::start_info::hvm_memmap_table_entry;
 use linux_loader::loader::elf::start_info::hvm_modlist_entry;
 use linux_loader::loader::elf::start_info::hvm_start_info;
 use proptest::prelude::*;
+use snp::board::Board;
+use snp::board::acpi;
 use snp::digest::launch_digest;
-use snp::image::acpi;
 use snp::image::direct::DirectBoot;
 use snp::image::direct::DirectImage;
 use snp::image::direct::Guest;
@@ -463,7 +464,7 @@ fn memory_that_stage0_cannot_describe_is_refused_with_the_largest_size() {
 /// ACPI 6.5, section 5.2: lengths, checksums, and the way from the root pointer to each table.
 #[test]
 fn acpi_tables_are_linked_and_sum_to_zero() {
-    let area = acpi::tables(255, None);
+    let area = acpi::tables(&Board::new(512 * MIB, 255));
     assert!(area.len() <= 0x1_0000, "they fit below 640 KiB");
     let word =
         |at: usize, len: usize| area[at..at + len].iter().rev().fold(0u64, |v, b| v << 8 | u64::from(*b));
@@ -512,16 +513,6 @@ fn acpi_tables_are_linked_and_sum_to_zero() {
     assert_eq!(overrides, [(9, 9, 0xd)], "the SCI alone, active high, level-triggered; IRQ 0 stays on pin 0");
 }
 
-#[test]
-fn power_off_is_the_sleep_type_that_the_tables_name() {
-    // Linux writes SLP_TYP first and SLP_EN with it afterwards (ACPI 6.5, section 7.4.2 and table 4.17).
-    let s5 = 5 << 10;
-    assert!(!acpi::is_power_off(s5));
-    assert!(acpi::is_power_off(s5 | 1 << 13));
-    assert!(acpi::is_power_off(s5 | 1 << 13 | 1), "SCI_EN may stay set");
-    assert!(!acpi::is_power_off(1 << 13), "S0");
-}
-
 /// The reference compiler of ACPI reads what we wrote. Skipped with a note where it is not installed (acpica-tools).
 #[test]
 fn iasl_disassembles_the_tables_without_a_complaint() {
@@ -532,7 +523,7 @@ fn iasl_disassembles_the_tables_without_a_complaint() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let area = acpi::tables(3, None);
+    let area = acpi::tables(&Board::new(512 * MIB, 3));
     for signature in [b"DSDT", b"FACP", b"APIC", b"XSDT", b"FACS"] {
         let at = area.windows(4).position(|w| w == signature).unwrap();
         let len = u32::from_le_bytes(area[at + 4..at + 8].try_into().unwrap()) as usize;

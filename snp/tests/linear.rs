@@ -12,6 +12,7 @@ use std::time::Duration;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use rustix::time::ClockId;
+use snp::board::Board;
 use snp::digest::VMSA_GPA;
 use snp::image::direct::DirectBoot;
 use snp::image::direct::Guest;
@@ -267,9 +268,8 @@ fn four_mib_of_igvm() {
                 Ok(igvm) => igvm,
                 Err(e) => return e.to_string(),
             };
-            let ram = vec![0..256 << 20, 256 << 20..1 << 30];
-            let facts =
-                Facts { vcpus: 1, ram: &ram, devices: 0..0, cmdline: "", cpuid: Bytes::from(Vec::new()) };
+            let board = Board::new(1 << 30, 1);
+            let facts = Facts { board: &board, cmdline: "", cpuid: Bytes::from(Vec::new()) };
             said(igvm.launch(&facts))
         });
     };

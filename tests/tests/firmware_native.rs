@@ -19,6 +19,7 @@ use cvmm_tests::igvm_guest::Twist;
 use cvmm_tests::workspace::Workspace;
 use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
+use snp::board::Board;
 use snp::digest::LaunchDigest;
 use snp::digest::Measured;
 use snp::identity::IdAuth;
@@ -26,7 +27,6 @@ use snp::identity::IdBlock;
 use snp::image::igvm::Facts;
 use snp::image::igvm::Igvm;
 use snp::image::igvm::ZeroPages;
-use snp::image::layout;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::regions::regions;
@@ -44,18 +44,18 @@ use vmm::launch::LaunchError;
 use vmm::launch::LaunchOptions;
 use vmm::launch::Prepared;
 use vmm::launch::Staged;
-use vmm::memory::GuestRam;
-use vmm::monitor;
-use vmm::monitor::Guest;
-use vmm::monitor::Host;
-use vmm::monitor::Load;
-use vmm::monitor::SnpLaunch;
-use vmm::outcome::Outcome;
+use vmm::machine::ram::GuestRam;
 use vmm::platform::Platform;
 use vmm::platform::VmKind;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::run::guest::Guest;
+use vmm::run::guest::Host;
+use vmm::run::guest::Load;
+use vmm::run::guest::SnpLaunch;
+use vmm::run::monitor;
+use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 
 const MEMORY: u64 = 128 << 20;
@@ -135,20 +135,22 @@ impl Bench {
         Guest {
             ram: ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
             cpuid: (0..vcpus).map(|id| cpuid::to_kvm(&self.cpuid.for_vcpu(id))).collect(),
+            board: Board::new(MEMORY, 1),
             load: Load::Snp(Box::new(SnpLaunch {
                 measured: Measured::of(plan).unwrap(),
                 options: LaunchOptions { identity: Some((block, auth)), ..LaunchOptions::default() },
                 staged,
+                code: Default::default(),
             })),
         }
     }
 
     /// Launches a guest and does not run it; returns what the emulated firmware measured.
     fn launch(&self, guest: &Guest) -> Result<Option<LaunchDigest>, LaunchError> {
-        let vm = self.platform.create_vm(VmKind::Snp).unwrap();
+        let vm = self.platform.create_vm(VmKind::Snp, &guest.snp().unwrap().code).unwrap();
         vm.create_irqchip().unwrap();
         let snp = guest.snp().unwrap();
-        launch::init_snp(vm.as_ref(), snp.measured.plan())?;
+        launch::init_snp(vm.snp().expect("an SNP VM"), snp.measured.plan())?;
         let ram = GuestRam::new(guest.ram.clone()).unwrap();
         launch::add_memory(vm.as_ref(), &ram, true)?;
         let mut vcpus = Vec::new();
@@ -166,7 +168,7 @@ impl Bench {
             cpuid: &guest.cpuid,
         };
         launch::launch_snp(prepared, &snp.options)?;
-        Ok(vm.measured())
+        Ok(vm.snp().and_then(|commands| commands.measured()))
     }
 }
 
@@ -175,14 +177,9 @@ fn an_igvm_guest_runs_with_the_digest_of_the_igvm_crate() {
     let Some(bench) = bench(1) else { return };
     let (bytes, digest) = igvm_guest::file(End::PowerOff, Twist::None).unwrap();
     let igvm = Igvm::parse(&bytes.into(), ZeroPages::Normal).unwrap();
-    let ram = layout::ram_ranges(MEMORY);
-    let facts = Facts {
-        vcpus: 1,
-        ram: &ram,
-        devices: layout::HOLE_START..layout::HOLE_END,
-        cmdline: "hello",
-        cpuid: bench.page().into(),
-    };
+    let board = Board::new(MEMORY, 1);
+    let ram = board.ram();
+    let facts = Facts { board: &board, cmdline: "hello", cpuid: bench.page().into() };
     let loaded = igvm.launch(&facts).unwrap();
     let staged = Staged {
         shared: loaded.shared.iter().map(|r| r.gpa..r.end()).collect(),
@@ -225,7 +222,7 @@ fn debians_ovmf_launches_with_the_published_digests() {
         for record in plan.records.iter_mut().filter(|r| r.page_type == PageType::Cpuid) {
             record.contents = bench.page().into();
         }
-        let ram = regions(MEMORY, plan.records.iter(), 1 << 35).unwrap();
+        let ram = regions(&Board::new(MEMORY, 1), plan.records.iter(), 1 << 35).unwrap();
         assert_eq!(ram.last(), Some(&(ovmf.gpa()..4 << 30)), "the firmware has a region of its own");
         let digest = cvmm_tests::digest::unhex(hex).unwrap().try_into().unwrap();
         let guest = bench.guest(plan.clone(), &ram, Staged::default(), digest);

@@ -27,34 +27,7 @@ const DEPENDENCIES: [(&str, &[&str]); 5] = [
 ];
 
 /// Circles that are still there. This list may only become shorter.
-const KNOWN: &[&[&str]] = &[
-    &["snp/src/image/igvm.rs", "snp/src/image/igvm/launch.rs"],
-    &[
-        "vmm/src/doctor.rs",
-        "vmm/src/doctor/emulation.rs",
-        "vmm/src/doctor/facts.rs",
-        "vmm/src/doctor/log.rs",
-        "vmm/src/doctor/snp.rs",
-    ],
-    &["vmm/src/events.rs", "vmm/src/life.rs", "vmm/src/monitor.rs"],
-    &["vmm/src/launch.rs", "vmm/src/launch/error.rs"],
-    &[
-        "vmm/src/platform/emulated.rs",
-        "vmm/src/platform/emulated/strict.rs",
-        "vmm/src/platform/emulated/trial.rs",
-        "vmm/src/platform/emulated/vcpu.rs",
-        "vmm/src/platform/emulated/views.rs",
-        "vmm/src/platform/emulated/vm.rs",
-    ],
-    &[
-        "vmm/src/platform/kvm.rs",
-        "vmm/src/platform/kvm/check.rs",
-        "vmm/src/platform/kvm/sev.rs",
-        "vmm/src/platform/kvm/vcpu.rs",
-        "vmm/src/platform/kvm/vm.rs",
-    ],
-    &["vmm/src/vtpm.rs", "vmm/src/vtpm/clock.rs", "vmm/src/vtpm/service.rs"],
-];
+const KNOWN: &[&[&str]] = &[&["snp/src/image/igvm.rs", "snp/src/image/igvm/launch.rs"]];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()

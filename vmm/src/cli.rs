@@ -29,9 +29,9 @@ use clap::Parser;
 use clap::Subcommand;
 
 use crate::note;
-use crate::outcome::EXIT_MONITOR_ERROR;
-use crate::outcome::EXIT_USAGE;
-use crate::outcome::Outcome;
+use crate::run::outcome::EXIT_MONITOR_ERROR;
+use crate::run::outcome::EXIT_USAGE;
+use crate::run::outcome::Outcome;
 
 /// A virtual machine monitor for confidential guests: boots Linux directly as an AMD SEV-SNP guest on KVM.
 #[derive(Parser)]

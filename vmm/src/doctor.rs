@@ -4,7 +4,7 @@
 //! Facts are gathered into plain data ([`facts`]) and judged by pure functions ([`snp`], [`emulation`]), so the judgement is
 //! tested on facts of machines that are not here. Two things decide, and nothing else does: whether the launch's own check
 //! passes ([`LaunchFacts::findings`](crate::platform::kvm::LaunchFacts::findings)), and whether a launch can be begun
-//! ([`Trial`](crate::platform::kvm::Trial)). Every other line looks for the cause when one of the two fails; where both
+//! ([`Trial`](trial::Trial)). Every other line looks for the cause when one of the two fails; where both
 //! pass, such a line is a warning at most. So this page is never stricter than the launch.
 //!
 //! Sources: Linux `arch/x86/kvm/svm/sev.c` (`sev_hardware_setup`), `arch/x86/virt/svm/sev.c` (the RMP),
@@ -13,8 +13,10 @@
 
 pub mod emulation;
 pub mod facts;
+pub mod line;
 mod log;
 pub mod snp;
+pub mod trial;
 
 #[cfg(test)]
 mod recorded_test;
@@ -24,7 +26,9 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::doctor::facts::Facts;
-use crate::platform::kvm::Finding;
+use crate::doctor::line::Area;
+use crate::doctor::line::Check;
+use crate::doctor::line::Status;
 
 /// Exit code: SNP guests can be launched.
 pub const EXIT_SNP: u8 = 0;
@@ -85,90 +89,6 @@ pub const IDS: [(&str, &str); 39] = [
     ("emulation-trial", "a guest of a few bytes runs"),
     ("speed", "instructions each second in a guest"),
 ];
-
-/// What a line is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Area {
-    /// SNP guests of this host.
-    Snp,
-    /// The emulated platform.
-    Emulation,
-}
-
-/// How a line came out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Status {
-    /// As needed.
-    Ok,
-    /// Guests can be launched, but something is unusual.
-    Warning,
-    /// Guests cannot be launched, and this is why or may be.
-    Missing,
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Status::Ok => "ok",
-            Status::Warning => "warning",
-            Status::Missing => "missing",
-        })
-    }
-}
-
-/// One line of the report.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// Name for programs, one of [`IDS`]; an id may have several lines, one for each cgroup.
-    pub id: &'static str,
-    /// What it is about.
-    pub area: Area,
-    /// What was checked.
-    pub what: String,
-    /// How it came out.
-    pub status: Status,
-    /// What was found.
-    pub found: String,
-    /// What is needed.
-    pub needed: String,
-    /// What can be done; empty if nothing need be.
-    pub fix: String,
-    /// Guests of this area can be launched only if this line is `ok`.
-    pub decides: bool,
-}
-
-impl Check {
-    /// A line that decides.
-    fn deciding(area: Area, finding: Finding) -> Check {
-        let status = if finding.ok { Status::Ok } else { Status::Missing };
-        Check {
-            decides: true,
-            ..Check::new(area, (finding.id, finding.what), status, finding.found, finding.needed, finding.fix)
-        }
-    }
-
-    fn new(
-        area: Area,
-        (id, what): (&'static str, &str),
-        status: Status,
-        found: impl Into<String>,
-        needed: &str,
-        fix: impl Into<String>,
-    ) -> Check {
-        Check {
-            id,
-            area,
-            what: what.to_owned(),
-            status,
-            found: found.into(),
-            needed: needed.to_owned(),
-            fix: if status == Status::Ok { String::new() } else { fix.into() },
-            decides: false,
-        }
-    }
-}
 
 /// What can be launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

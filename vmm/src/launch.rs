@@ -6,6 +6,7 @@
 
 mod error;
 mod signals;
+pub mod tamper;
 mod update;
 
 use std::ops::Range;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 
 pub use error::LaunchError;
 use error::call;
-use error::sev;
+use error::command;
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_bindings::kvm_memory_attributes;
 use kvm_bindings::kvm_sev_init;
@@ -33,15 +34,14 @@ use snp::policy::GuestPolicy;
 use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
 pub(crate) use update::Updater;
 
-use crate::memory::GuestRam;
+use crate::machine::ram::GuestRam;
 use crate::platform::ATTRIBUTE_PRIVATE;
-use crate::platform::MemorySlot;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
-use crate::registers;
+use crate::platform::memory::MemorySlot;
+use crate::platform::registers;
+use crate::platform::sev::Snp;
 
-/// How often an update that answers EAGAIN is tried again.
-const MAX_RETRIES: u32 = 16;
 /// The GHCB protocol version that is asked for.
 const GHCB_VERSION: u16 = 2;
 
@@ -58,7 +58,7 @@ pub struct LaunchOptions {
     pub accept_cpuid: bool,
     /// What CPUID gives on the platform's processors, if known: bits that KVM made up beyond it may be lost without being asked.
     pub host_cpuid: Option<RawCpuid>,
-    /// What starts is firmware. It uses some pages as shared without asking ([`crate::implicit`]), and starts the other vCPUs by
+    /// What starts is firmware. It uses some pages as shared without asking ([`crate::machine::implicit`]), and starts the other vCPUs by
     /// INIT and SIPI. A kernel announces every change, and starts them by AP creation.
     pub firmware: bool,
     /// Memory that the guest validates before anything else, where that is known; ascending.
@@ -72,7 +72,7 @@ pub struct Staged {
     pub bytes: Vec<(u64, Bytes)>,
     /// RAM that is shared when the guest starts, ascending; all other RAM is private.
     pub shared: Vec<Range<u64>>,
-    /// A staged byte that the host keeps changing, for tests ([`crate::tamper`]).
+    /// A staged byte that the host keeps changing, for tests ([`crate::launch::tamper`]).
     pub raced: Option<u64>,
 }
 
@@ -123,7 +123,7 @@ pub fn load_plain(plan: &LaunchPlan, ram: &GuestRam, vcpus: &mut [Box<dyn Vcpu>]
 }
 
 /// Prepares an SNP VM for the vCPUs of `plan`: `KVM_SEV_INIT2`, page-state exits. Before any vCPU.
-pub fn init_snp(vm: &dyn Vm, plan: &LaunchPlan) -> Result<(), LaunchError> {
+pub fn init_snp(vm: &dyn Snp, plan: &LaunchPlan) -> Result<(), LaunchError> {
     vm.enable_map_gpa_range_exit().map_err(call("enabling page-state changes"))?;
     // The features are measured with each vCPU, so they are what the plan says; KVM adds SNP_ACTIVE itself, and refuses it.
     let expected = plan.vcpus.first().map_or(SEV_FEATURE_SNP_ACTIVE, |state| state.sev_features);
@@ -135,13 +135,14 @@ pub fn init_snp(vm: &dyn Vm, plan: &LaunchPlan) -> Result<(), LaunchError> {
         ghcb_version: GHCB_VERSION,
         ..Default::default()
     };
-    vm.sev_init2(&mut init).map_err(sev("creating an SNP guest"))
+    vm.sev_init2(&mut init).map_err(command("creating an SNP guest"))
 }
 
 /// Launches `guest`. Returns what the firmware changed in the CPUID page, if that was accepted.
 pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option<CpuidDiff>, LaunchError> {
     let Prepared { vm, measured, staged, ram, vcpus, cpuid } = guest;
     let plan = measured.plan();
+    let commands = vm.snp_commands().map_err(call("launching an SNP guest"))?;
     let _no_signals = signals::Blocked::all();
     if vcpus.len() != plan.vcpus.len() {
         return Err(LaunchError::VcpuCount { planned: plan.vcpus.len(), found: vcpus.len() });
@@ -152,9 +153,10 @@ pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option
     }
     share_memory(vm, ram, staged)?;
     let mut start = kvm_sev_snp_launch_start { policy: options.policy.0, ..Default::default() };
-    vm.snp_launch_start(&mut start)
-        .map_err(sev(format!("starting the launch with policy {}", options.policy)))?;
-    let mut updater = Updater::new(vm, options.accept_cpuid, options.host_cpuid.as_ref());
+    commands
+        .snp_launch_start(&mut start)
+        .map_err(command(format!("starting the launch with policy {}", options.policy)))?;
+    let mut updater = Updater::new(commands, options.accept_cpuid, options.host_cpuid.as_ref());
     for record in &plan.records {
         updater.add(record)?;
     }
@@ -174,10 +176,11 @@ pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option
     let identity = options.identity.as_ref().map(|(block, auth)| (block.encode(), auth.encode()));
     // The block always needs its auth page; this flag is about the author's part of that page alone.
     finish.auth_key_en = u8::from(options.identity.as_ref().is_some_and(|(_, auth)| auth.author.is_some()));
-    vm.snp_launch_finish(&mut finish, identity.as_ref().map(|(block, auth)| (block, auth)))
-        .map_err(sev("finishing the launch"))?;
+    commands
+        .snp_launch_finish(&mut finish, identity.as_ref().map(|(block, auth)| (block, auth)))
+        .map_err(command("finishing the launch"))?;
     // Where the platform knows what its firmware measured.
-    match vm.measured() {
+    match commands.measured() {
         Some(found) if found != measured.digest() => {
             Err(LaunchError::Digest { measured: found, predicted: measured.digest() })
         }

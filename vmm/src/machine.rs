@@ -1,8 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The machine around the vCPUs: its buses and the devices on them.
 
+pub mod certs;
+pub mod companion;
+pub mod conversion;
+pub mod implicit;
+pub mod ram;
+
 use std::io;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::Mutex;
 
@@ -10,16 +17,16 @@ use devices::bus::Bus;
 use devices::bus::Overlap;
 use devices::i8042;
 use devices::power;
-use devices::rtc;
 use devices::rtc::Rtc;
-use devices::serial;
 use devices::serial::Serial;
-use snp::image::acpi;
+use snp::board::Board;
+use snp::board::Power;
+use snp::board::Reset;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::platform::CallError;
 use crate::platform::Vm;
+use crate::platform::error::CallError;
 
 /// Buses, and the handles that the host side needs.
 pub struct Machine {
@@ -53,21 +60,24 @@ pub enum MachineError {
 }
 
 impl Machine {
-    /// Builds the machine of `vm`; what the guest writes to its serial console goes to `console`.
-    pub fn new(vm: &dyn Vm, console: Box<dyn Write + Send>) -> Result<Self, MachineError> {
+    /// Puts the devices of `board` around `vm`; what the guest writes to its serial console goes to `console`.
+    pub fn new(vm: &dyn Vm, board: &Board, console: Box<dyn Write + Send>) -> Result<Self, MachineError> {
         let interrupt = EventFd::new(EFD_NONBLOCK).map_err(MachineError::EventFd)?;
-        vm.register_irqfd(&interrupt, serial::COM1_IRQ)
+        vm.register_irqfd(&interrupt, board.serial.irq.into())
             .map_err(|source| MachineError::Interrupt { device: "the serial port", source })?;
         let serial = Arc::new(Mutex::new(Serial::new(interrupt, console)));
 
         let mut pio = Bus::default();
-        pio.insert(serial::COM1_PORT, serial::COM1_LEN, Arc::clone(&serial) as _)?;
+        let mut insert =
+            |ports: Range<u16>, device| pio.insert(ports.start.into(), ports.len() as u64, device);
+        insert(board.serial.ports.clone(), Arc::clone(&serial) as _)?;
         let rtc = Arc::new(Mutex::new(Rtc::default()));
-        pio.insert(rtc::PORT, rtc::LEN, Arc::clone(&rtc) as _)?;
-        pio.insert(i8042::PORT, 1, Arc::new(Mutex::new(i8042::ResetLine)))?;
-        let pm1 = power::Pm1::new(acpi::SLP_TYP_S5);
-        pio.insert(u64::from(acpi::PM1A_EVENT_PORT), power::PM1_LEN, Arc::new(Mutex::new(pm1)))?;
-        pio.insert(power::RESET_PORT, 1, Arc::new(Mutex::new(power::ResetControl::default())))?;
+        insert(board.rtc.ports.clone(), Arc::clone(&rtc) as _)?;
+        let Power { events, control, soft_off, .. } = &board.power;
+        insert(events.start..control.end, Arc::new(Mutex::new(power::Pm1::new(*soft_off))))?;
+        let Reset { keyboard, southbridge, .. } = board.reset;
+        insert(keyboard..keyboard + 1, Arc::new(Mutex::new(i8042::ResetLine)))?;
+        insert(southbridge..southbridge + 1, Arc::new(Mutex::new(power::ResetControl::default())))?;
         Ok(Machine { pio, mmio: Bus::default(), serial, rtc })
     }
 }

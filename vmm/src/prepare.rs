@@ -19,9 +19,12 @@ use snp::digest::Measured;
 use snp::image::igvm::Igvm;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
+use snp::plan::PageType;
 use snp::stage0::InputsPage;
 use snp::vmsa::SEV_FEATURE_SECURE_TSC;
 use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
+use snp_model::patch;
+use snp_model::patch::CodeHints;
 use snp_model::rmp::TwoMib;
 use vtpm_svc::measured::Event;
 
@@ -40,14 +43,14 @@ pub use image::sha256;
 
 use crate::cpuid;
 use crate::launch::LaunchOptions;
-use crate::monitor::Guest;
-use crate::monitor::Load;
-use crate::monitor::SnpLaunch;
 use crate::platform::Platform;
 use crate::platform::emulated::EmulatedOptions;
 use crate::platform::emulated::EmulatedPlatform;
 use crate::platform::emulated::default_keys_path;
 use crate::platform::kvm::KvmPlatform;
+use crate::run::guest::Guest;
+use crate::run::guest::Load;
+use crate::run::guest::SnpLaunch;
 use crate::spec::BootSpec;
 use crate::spec::FirmwareSpec;
 use crate::spec::IgvmSpec;
@@ -150,8 +153,12 @@ fn plain_guest(
     let offered = cpuid::from_kvm(&platform.supported_cpuid().map_err(PrepareError::host)?);
     let image = direct(spec, kernel, files, &Target::default())?;
     let table = CpuidTable::plain(&offered, spec.cpus, platform.raw_cpuid().as_ref());
-    let guest =
-        Guest { cpuid: cpuids(&table, &image.plan), ram: lengths(&image.ram), load: Load::Plain(image.plan) };
+    let guest = Guest {
+        cpuid: cpuids(&table, &image.plan),
+        board: image.board,
+        ram: lengths(&image.ram),
+        load: Load::Plain(image.plan),
+    };
     Ok(Ready { guest, events: image.events, notes: image.notes })
 }
 
@@ -175,14 +182,10 @@ fn snp_guest(
         BootFiles::Firmware(firmware, files) => firmware::firmware(spec, firmware, files, &table, &target)?,
         BootFiles::Igvm(file, igvm) => firmware::igvm(spec, file, igvm, &table, &target)?,
     };
-    if matches!(snp.platform, PlatformSpec::Emulated(_))
-        && let Some(code) = image.code.take()
-    {
-        if !matches!(files, BootFiles::Direct(..)) {
-            image.notes.push(firmware::replaced(&code));
-        }
-        platform.annotate(code, image.stage0.take());
-    }
+    let code = match &snp.platform {
+        PlatformSpec::Kvm => CodeHints::default(),
+        PlatformSpec::Emulated(_) => code_hints(files, &mut image)?,
+    };
     let policy = match (snp.policy, image.policy) {
         (Some(asked), Some(file)) if asked != file => {
             let problem =
@@ -219,10 +222,27 @@ fn snp_guest(
     }
     let guest = Guest {
         cpuid: cpuids(&table, measured.plan()),
+        board: image.board,
         ram: lengths(&image.ram),
-        load: Load::Snp(Box::new(SnpLaunch { measured, options, staged })),
+        load: Load::Snp(Box::new(SnpLaunch { measured, options, staged, code })),
     };
     Ok(Ready { guest, events: image.events, notes: image.notes })
+}
+
+/// Where the guest's code executes SNP instructions, as far as that is known before it runs.
+fn code_hints(files: &BootFiles<'_>, image: &mut LaunchImage) -> Result<CodeHints, PrepareError> {
+    let kernel = match files {
+        BootFiles::Direct(_, files) => files.annotate()?,
+        BootFiles::Firmware(_, files) => patch::annotate_code([files.ovmf.boot_code()]),
+        BootFiles::Igvm(..) => {
+            let code = image.plan.records.iter().filter(|r| r.page_type == PageType::Normal);
+            patch::annotate_code(code.map(|r| (r.gpa, r.contents.as_slice())))
+        }
+    };
+    if !matches!(files, BootFiles::Direct(..)) {
+        image.notes.push(firmware::replaced(&kernel));
+    }
+    Ok(CodeHints { kernel: Some(kernel), stage0: image.inputs_page.is_some() })
 }
 
 /// CPUID of each vCPU.

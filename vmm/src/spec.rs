@@ -19,7 +19,7 @@ use serde::Serialize;
 use snp::attest::tcb::Product;
 use snp::policy::GuestPolicy;
 
-use crate::tamper::Tamper;
+use crate::launch::tamper::Tamper;
 
 /// Most vCPUs of a guest that is run.
 pub const VCPUS_MAX: u32 = 16;

@@ -12,10 +12,11 @@
 //! and the guest goes on. A service of ours that has died is started again for the VM that follows a reset, a few times: PCRs start
 //! anew there in any case. Before that the guest must do without: a TPM that came back with new PCRs under a running guest would let
 //! the guest write its own measurements. What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
-//! [`POWER_ON_PATIENCE`], so that signals are heard meanwhile ([`crate::events::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
+//! three minutes, so that signals are heard meanwhile ([`crate::run::inbox::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
 
 pub mod backend;
 mod clock;
+pub mod error;
 pub mod measured;
 mod presence;
 pub mod service;
@@ -24,12 +25,8 @@ use std::error::Error;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::path::PathBuf;
-use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::TryLockError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
@@ -38,8 +35,8 @@ use std::thread;
 use std::time::Duration;
 use std::time::Instant;
 
+use clock::Clock;
 use devices::bus::Bus;
-use devices::bus::Overlap;
 use devices::tpm_crb;
 use devices::tpm_crb::Backend;
 use devices::tpm_crb::BackendError;
@@ -49,106 +46,28 @@ use devices::tpm_ppi;
 use devices::tpm_ppi::Mail;
 use devices::tpm_ppi::Ppi;
 use devices::tpm_ppi::Submit;
+use service::Service;
+use snp::board::layout;
 use vtpm_svc::control::client::Client;
 use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
 use vtpm_svc::measured::Event;
-use vtpm_svc::tpm::commands::CommandError;
 
-use crate::events::Inbox;
-use crate::events::Unattended;
+use crate::lock::lock;
 use crate::machine::Machine;
-use crate::memory::Mapping;
-use crate::monitor::Companion;
-use crate::monitor::Work;
+use crate::machine::companion::Companion;
+use crate::machine::companion::Work;
 use crate::note::warn;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
 use crate::platform::Vm;
-use clock::Clock;
-use service::Service;
-
-/// Why the guest has no TPM.
-#[derive(Debug, thiserror::Error)]
-pub enum VtpmError {
-    /// The service's program.
-    #[error("cannot start the vTPM service {program}: {source}{hint}")]
-    Start {
-        /// What was started.
-        program: String,
-        /// The operating system's answer.
-        source: io::Error,
-        /// What to do.
-        hint: &'static str,
-    },
-    /// It ended before it served anything.
-    #[error(
-        "the vTPM service {program} ended ({status}) instead of serving; the reason is in its message above"
-    )]
-    Ended {
-        /// What was started.
-        program: String,
-        /// How it ended.
-        status: ExitStatus,
-    },
-    /// A socket that somebody else serves.
-    #[error("--vtpm-socket {path}: {source}")]
-    Socket {
-        /// The socket.
-        path: PathBuf,
-        /// What happened.
-        source: ClientError,
-    },
-    /// The service.
-    #[error(transparent)]
-    Client(#[from] ClientError),
-    /// It hangs, or the run was ended while it started.
-    #[error("the vTPM service {program}: {source}")]
-    Unattended {
-        /// What was started, or the socket.
-        program: String,
-        /// Why there is no answer.
-        source: Unattended,
-    },
-    /// A guest's command that does not end.
-    #[error(
-        "the guest's last command still runs in the vTPM service, {} seconds after it was cancelled: the service hangs",
-        COMMAND_PATIENCE.as_secs()
-    )]
-    Busy,
-    /// The TPM.
-    #[error("measuring the boot: {0}")]
-    Command(#[from] CommandError),
-    /// A TPM that forgets cannot be made.
-    #[error("--vtpm without a file: {what}: {reason}")]
-    Fresh {
-        /// What was being done.
-        what: &'static str,
-        /// What happened.
-        reason: String,
-    },
-    /// The buffer page or a thread.
-    #[error("its device: {what}: {source}")]
-    Host {
-        /// What was being done.
-        what: &'static str,
-        /// The operating system's answer.
-        source: io::Error,
-    },
-    /// The buffer page in the guest.
-    #[error("its device: {0}")]
-    Kvm(#[from] CallError),
-    /// A mistake in the table of addresses.
-    #[error(transparent)]
-    Overlap(#[from] Overlap),
-}
+use crate::platform::mapping::Mapping;
+use crate::platform::memory::MemorySlot;
+use crate::run::inbox::Inbox;
+use crate::vtpm::error::COMMAND_PATIENCE;
+use crate::vtpm::error::POWER_ON_PATIENCE;
+use crate::vtpm::error::VtpmError;
 
 /// How long a guest's physical-presence request may take to be stored.
 const SUBMIT_PATIENCE: Duration = Duration::from_secs(2);
-/// How long the service may take to power the TPM on, or to start. A new TPM makes its keys then.
-const POWER_ON_PATIENCE: Duration = Duration::from_secs(180);
-/// How long a command of the guest may go on when it has been cancelled.
-const COMMAND_PATIENCE: Duration = Duration::from_secs(30);
 /// How often the end of such a command is looked for.
 const COMMAND_PAUSE: Duration = Duration::from_millis(5);
 /// A service whose connection has ended is about to end itself.
@@ -184,10 +103,6 @@ struct Link {
     control: Mutex<Control>,
     /// Set when the user has been told that the service is gone.
     told: AtomicBool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Vtpm {
@@ -246,14 +161,14 @@ impl Vtpm {
         let page = Mapping::anonymous(tpm_crb::BUFFER_LEN as u64).map_err(host("the buffer page"))?;
         let page = Arc::new(page);
         let shared = Arc::clone(&page);
-        vm.set_memory(MemorySlot { slot: SLOT, gpa: tpm_crb::BUFFER, shared, private: None })?;
+        vm.set_memory(MemorySlot { slot: SLOT, gpa: layout::TPM_BUFFER.into(), shared, private: None })?;
         let backend = Box::new(Way(Arc::clone(&self.link)));
         let cancel = self.canceller().map_err(host("a thread"))?;
-        let crb = Crb::new(Arc::new(Page(page)), tpm_crb::BUFFER, backend, cancel);
+        let crb = Crb::new(Arc::new(Page(page)), layout::TPM_BUFFER.into(), backend, cancel);
         let crb = crb.map_err(host("a thread"))?;
-        mmio.insert(tpm_crb::BASE, tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
+        mmio.insert(layout::TPM_REGISTERS.into(), tpm_crb::LEN, Arc::new(Mutex::new(crb)))?;
         let ppi = Ppi::new(lock(&self.found).mail, self.submitter().map_err(host("a thread"))?);
-        mmio.insert(tpm_ppi::BASE, tpm_ppi::LEN, Arc::new(Mutex::new(ppi)))?;
+        mmio.insert(layout::TPM_PRESENCE.into(), tpm_ppi::LEN, Arc::new(Mutex::new(ppi)))?;
         Ok(())
     }
 

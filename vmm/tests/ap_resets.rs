@@ -29,12 +29,12 @@ use tiny::held::held;
 use tiny::msrs_reach_the_monitor;
 use tiny::out;
 use vmm::machine::Machine;
-use vmm::monitor;
-use vmm::monitor::Companion;
-use vmm::monitor::Host;
-use vmm::monitor::Restart;
-use vmm::outcome::Outcome;
+use vmm::machine::companion::Companion;
 use vmm::platform::Vm;
+use vmm::run::guest::Host;
+use vmm::run::guest::Restart;
+use vmm::run::monitor;
+use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 
 /// Save areas of the vCPUs, private; one after the other.

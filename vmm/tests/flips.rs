@@ -22,10 +22,10 @@ use tiny::emulated_guest;
 use tiny::msrs_reach_the_monitor;
 use tiny::out;
 use tiny::power_off;
-use vmm::monitor;
-use vmm::monitor::Host;
-use vmm::outcome::Outcome;
 use vmm::platform::Platform;
+use vmm::run::guest::Host;
+use vmm::run::monitor;
+use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 
 /// The pages that are converted.

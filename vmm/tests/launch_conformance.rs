@@ -14,6 +14,7 @@ use std::sync::PoisonError;
 
 use p384::ecdsa::SigningKey;
 use snp::attest::tcb::Product;
+use snp::board::Board;
 use snp::digest::Measured;
 use snp::firmware_status::FwStatus;
 use snp::identity::IdAuth;
@@ -33,16 +34,16 @@ use snp_model::faults::Trigger;
 use snp_model::rmp::TwoMib;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
-use vmm::monitor;
-use vmm::monitor::Guest;
-use vmm::monitor::Host;
-use vmm::monitor::Load;
-use vmm::monitor::MonitorError;
-use vmm::monitor::SnpLaunch;
 use vmm::platform::Platform;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::run::error::MonitorError;
+use vmm::run::guest::Guest;
+use vmm::run::guest::Host;
+use vmm::run::guest::Load;
+use vmm::run::guest::SnpLaunch;
+use vmm::run::monitor;
 use vmm::spec::Backing;
 
 const MEMORY: u64 = 16 << 20;
@@ -102,6 +103,7 @@ impl Bench {
         ];
         Guest {
             load: snp(LaunchPlan { records, vcpus: vec![VmsaState::reset()] }, LaunchOptions::default()),
+            board: Board::new(MEMORY, 1),
             ram: vec![(0, MEMORY)],
             cpuid: vec![cpuid::to_kvm(&self.cpuid.for_vcpu(0))],
         }
@@ -125,7 +127,7 @@ impl Bench {
 /// The launch of `plan`.
 fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
     let measured = Measured::of(plan).unwrap();
-    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default() }))
+    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default(), code: Default::default() }))
 }
 
 /// Changes what is launched.

@@ -23,16 +23,16 @@ use tiny::out;
 use tiny::plain_guest;
 use tiny::power_off;
 use vmm::machine::Machine;
-use vmm::monitor;
-use vmm::monitor::Companion;
-use vmm::monitor::Guest;
-use vmm::monitor::Host;
-use vmm::monitor::MonitorError;
-use vmm::monitor::Restart;
-use vmm::monitor::Work;
-use vmm::outcome::Outcome;
+use vmm::machine::companion::Companion;
+use vmm::machine::companion::Work;
 use vmm::platform::Platform;
 use vmm::platform::Vm;
+use vmm::run::error::MonitorError;
+use vmm::run::guest::Guest;
+use vmm::run::guest::Host;
+use vmm::run::guest::Restart;
+use vmm::run::monitor;
+use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 
 /// One test at a time: they count what the process holds, and send it signals.

@@ -15,7 +15,7 @@ use tiny::out;
 use tiny::plain_guest;
 use tiny::power_off;
 use tiny::run;
-use vmm::outcome::Outcome;
+use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 
 type Ended = (Result<Outcome, String>, Vec<u8>);

@@ -21,8 +21,13 @@ use std::sync::atomic::Ordering::Relaxed;
 pub const PAGE: u64 = 4096;
 /// 4 KiB pages of a 2 MiB page.
 pub const PAGES_2M: u64 = 512;
-/// Memory slots that the model takes.
-pub const MAX_SLOTS: usize = 32;
+/// Memory slots that KVM takes on x86: `KVM_USER_MEM_SLOTS`, that is `SHRT_MAX` without the three that KVM keeps for itself
+/// (Linux 6.1, `include/linux/kvm_host.h`, `arch/x86/include/asm/kvm_host.h`).
+pub const MAX_SLOTS: usize = 32_764;
+/// Slots for which there is room from the start; each further part has room for twice as many as the one before.
+const FIRST_PART: usize = 32;
+/// Parts that hold [`MAX_SLOTS`].
+const PARTS: usize = part_of(MAX_SLOTS - 1).0 + 1;
 /// Findings kept with their details; further ones are only counted.
 const FINDINGS_KEPT: usize = 1000;
 
@@ -270,11 +275,19 @@ struct Region {
     pages: Box<[AtomicU8]>,
 }
 
+/// The part in which region `index` is, and its place there.
+const fn part_of(index: usize) -> (usize, usize) {
+    let part = (index / FIRST_PART + 1).ilog2() as usize;
+    (part, index - FIRST_PART * ((1 << part) - 1))
+}
+
 /// Page states of all guest RAM. Shared by all vCPUs.
 #[derive(Debug)]
 pub struct PageStates {
-    // Filled from the front, and never emptied: vCPUs read it without a lock.
-    regions: [OnceLock<Region>; MAX_SLOTS],
+    // Filled from the front, and never emptied or moved: vCPUs read it without a lock.
+    parts: [OnceLock<Box<[OnceLock<Region>]>>; PARTS],
+    /// Number of regions.
+    count: Mutex<usize>,
     two_mib: TwoMib,
     counters: Counters,
     findings: Mutex<Vec<Finding>>,
@@ -284,7 +297,8 @@ impl PageStates {
     /// States for `ram`, given as one range of guest-physical addresses for each memory slot: all pages shared.
     pub fn new(ram: &[Range<u64>], two_mib: TwoMib) -> Self {
         let states = PageStates {
-            regions: std::array::from_fn(|_| OnceLock::new()),
+            parts: std::array::from_fn(|_| OnceLock::new()),
+            count: Mutex::default(),
             two_mib,
             counters: Counters::default(),
             findings: Mutex::default(),
@@ -303,18 +317,18 @@ impl PageStates {
         let (first, end) = (range.start.div_ceil(PAGE), range.end / PAGE);
         let mut pages = Vec::new();
         pages.resize_with(usize::try_from(end.saturating_sub(first)).unwrap_or(0), AtomicU8::default);
-        let mut region = Region { first, pages: pages.into() };
-        for slot in &self.regions {
-            match slot.set(region) {
-                Ok(()) => return true,
-                Err(back) => region = back,
-            }
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        if *count == MAX_SLOTS {
+            return false;
         }
-        false
+        let (part, at) = part_of(*count);
+        let room = || (0..FIRST_PART << part).map(|_| OnceLock::new()).collect();
+        *count += 1;
+        self.parts[part].get_or_init(room)[at].set(Region { first, pages: pages.into() }).is_ok()
     }
 
     fn regions(&self) -> impl Iterator<Item = &Region> {
-        self.regions.iter().map_while(OnceLock::get)
+        self.parts.iter().map_while(OnceLock::get).flat_map(|part| part.iter()).map_while(OnceLock::get)
     }
 
     /// Pages from `gpa` to the end of its memory slot; 0 outside of RAM.

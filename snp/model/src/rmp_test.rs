@@ -216,8 +216,12 @@ fn slots_can_be_added_up_to_a_limit() {
     for i in 0..MAX_SLOTS as u64 {
         assert!(pages.add_ram(i * 0x10_0000..i * 0x10_0000 + PAGE));
     }
-    assert!(!pages.add_ram(0x8000_0000..0x8000_1000));
-    assert!(pages.state(0x10_0000).is_some() && pages.state(0x10_1000).is_none());
+    let after = MAX_SLOTS as u64 * 0x10_0000;
+    assert!(!pages.add_ram(after..after + PAGE));
+    for i in [0, 1, 31, 32, 95, 96, MAX_SLOTS as u64 - 1] {
+        assert!(pages.state(i * 0x10_0000).is_some() && pages.state(i * 0x10_0000 + PAGE).is_none(), "{i}");
+    }
+    assert!(pages.state(after).is_none());
 }
 
 proptest! {

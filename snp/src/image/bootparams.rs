@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use super::kernel::Kernel;
 use super::kernel::SETUP_HEADER;
-use super::layout;
+use crate::board::Board;
+use crate::board::layout;
 use crate::plan::PAGE_SIZE;
 
 /// What the kernel has to find.
@@ -20,8 +21,8 @@ pub struct BootInfo<'a> {
     pub kernel: &'a Kernel,
     /// Where the initrd lies; empty if there is none.
     pub initrd: Range<u64>,
-    /// Guest memory in bytes.
-    pub memory: u64,
+    /// The board, for the memory map.
+    pub board: &'a Board,
     /// Pass the confidential-computing blob.
     pub cc_blob: bool,
 }
@@ -97,7 +98,7 @@ pub fn boot_params(info: &BootInfo<'_>) -> Vec<u8> {
     let setup_data = if info.cc_blob { layout::SETUP_DATA } else { 0 };
     page.put(offset::SETUP_DATA, &setup_data.to_le_bytes());
 
-    let map = layout::e820(info.memory);
+    let map = info.board.e820();
     page.put(offset::E820_ENTRIES, &[map.len() as u8]);
     for (i, (range, kind)) in map.iter().enumerate() {
         let at = offset::E820_TABLE + i * 20;
@@ -137,7 +138,7 @@ pub fn pvh_start_info(info: &BootInfo<'_>) -> Vec<u8> {
     const MEMORY_MAP: usize = 0x80;
     let mut page = Page::new();
     let at = |offset: usize| (layout::BOOT_PARAMS + offset as u64).to_le_bytes();
-    let map = layout::e820(info.memory);
+    let map = info.board.e820();
     page.put(0, &PVH_MAGIC.to_le_bytes());
     page.put(4, &1u32.to_le_bytes()); // version with a memory map
     if !info.initrd.is_empty() {

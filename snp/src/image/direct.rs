@@ -8,8 +8,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::acpi;
-use super::acpi::tpm::Tpm;
 use super::bootparams;
 use super::bootparams::BootInfo;
 use super::entry;
@@ -19,11 +17,14 @@ use super::error::ImageError;
 use super::error::VCPUS_MAX;
 use super::kernel::ENTRY_64;
 use super::kernel::Kernel;
-use super::layout;
 use super::lazy;
 use super::lazy::Acceptance;
 use super::shim;
 use super::shim::Shim;
+use crate::board::Board;
+use crate::board::Tpm;
+use crate::board::acpi;
+use crate::board::layout;
 use crate::pages::cpuid::C_BITS;
 use crate::pages::cpuid::CpuidTable;
 use crate::plan::Bytes;
@@ -92,6 +93,8 @@ pub struct DirectBoot<'a> {
 pub struct DirectImage {
     /// What enters the guest.
     pub plan: LaunchPlan,
+    /// The machine that the guest is told of.
+    pub board: Board,
     /// Guest memory, ascending: one range, or two with the device gap in between.
     pub ram: Vec<Range<u64>>,
     /// How the kernel is entered.
@@ -113,7 +116,8 @@ impl DirectBoot<'_> {
     fn lay_out(&self) -> Result<DirectImage, ImageError> {
         let mode = self.check()?;
         let lazy = self.lazy()?;
-        let ram = layout::ram_ranges(self.memory);
+        let board = Board { tpm: self.tpm.clone(), ..Board::new(self.memory, self.vcpus) };
+        let ram = board.ram();
         let initrd = self.place_initrd()?;
         let entry = self.entry();
         let snp = match &self.guest {
@@ -121,12 +125,8 @@ impl DirectBoot<'_> {
             Guest::Snp(snp) => Some(snp),
         };
 
-        let info = BootInfo {
-            kernel: self.kernel,
-            initrd: initrd.clone(),
-            memory: self.memory,
-            cc_blob: snp.is_some(),
-        };
+        let info =
+            BootInfo { kernel: self.kernel, initrd: initrd.clone(), board: &board, cc_blob: snp.is_some() };
         let normal = |gpa: u64, contents: Vec<u8>, name: &'static str| {
             Record::new(gpa, PageType::Normal, contents, name)
         };
@@ -150,7 +150,7 @@ impl DirectBoot<'_> {
             records.push(Record::empty(layout::SECRETS, PAGE_SIZE, PageType::Secrets, "secrets page"));
             records.push(normal(layout::SETUP_DATA, bootparams::setup_data(), "setup_data"));
         }
-        records.push(normal(layout::ACPI, acpi::tables(self.vcpus, self.tpm.as_ref()), "ACPI tables"));
+        records.push(normal(layout::ACPI, acpi::tables(&board), "ACPI tables"));
         for (gpa, bytes) in self.kernel.runs() {
             records.push(Record::new(gpa, PageType::Normal, bytes, "kernel"));
         }
@@ -160,7 +160,7 @@ impl DirectBoot<'_> {
             records.push(Record::new(initrd.start, PageType::Normal, window, "initrd"));
         }
         match snp.map(|s| s.validation) {
-            Some(Validation::Stage0(_)) => return self.with_stage0(records, ram, entry, &initrd, lazy),
+            Some(Validation::Stage0(_)) => return self.with_stage0(records, board, entry, &initrd, lazy),
             Some(Validation::AllByLaunch) => {
                 let gaps = gaps(&ram, &records);
                 records
@@ -173,18 +173,19 @@ impl DirectBoot<'_> {
 
         let plan = LaunchPlan { records, vcpus: entry::vcpus(self.vcpus, entry, mode) };
         plan.check()?;
-        Ok(DirectImage { plan, ram, entry, shim: None })
+        Ok(DirectImage { plan, board, ram, entry, shim: None })
     }
 
     /// The same contents, but handed over by stage0: it brings its own tables, and launch pages stay launch pages.
     fn with_stage0(
         &self,
         mut records: Vec<Record>,
-        ram: Vec<Range<u64>>,
+        board: Board,
         entry: Entry,
         initrd: &Range<u64>,
         lazy: bool,
     ) -> Result<DirectImage, ImageError> {
+        let ram = board.ram();
         let cpuid = records.iter().find(|r| r.page_type == PageType::Cpuid);
         let cpuid = cpuid.map_or_else(Vec::new, |r| r.contents.as_slice().to_vec());
         records.retain(|r| {
@@ -205,7 +206,7 @@ impl DirectBoot<'_> {
         };
         let (plan, shim) = layout.build()?;
         plan.check()?;
-        Ok(DirectImage { plan, ram, entry, shim: Some(shim) })
+        Ok(DirectImage { plan, board, ram, entry, shim: Some(shim) })
     }
 
     /// Whether the kernel is to accept most of its memory by itself.

@@ -6,7 +6,7 @@
 //! kernel and page tables are fetched as private memory. Register values are those that end up in the measured VMSA: KVM
 //! itself adds EFER.SVME and CR4.MCE there.
 
-use super::layout;
+use crate::board::layout;
 use crate::plan::PAGE_SIZE;
 use crate::vmsa::CR4_MCE;
 use crate::vmsa::EFER_SVME;

@@ -2,8 +2,8 @@
 //! Why there is no image of a direct boot.
 
 use super::kernel::KernelError;
-use super::layout;
 use super::lazy;
+use crate::board::layout;
 use crate::pages::cpuid::CpuidError;
 use crate::plan::PlanError;
 use crate::stage0::TooMany;

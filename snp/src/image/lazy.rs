@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::kernel::Kernel;
-use super::layout;
+use crate::board::layout;
 use crate::stage0::efi::BITMAP;
 use crate::stage0::efi::UNACCEPTED_GUID;
 use crate::stage0::layout as stage0;

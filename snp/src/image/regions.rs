@@ -7,7 +7,8 @@
 
 use std::ops::Range;
 
-use super::layout;
+use crate::board::Board;
+use crate::board::layout;
 use crate::plan::Record;
 
 /// Where no page may lie: IOAPIC and local APICs, whose registers are in the kernel.
@@ -50,13 +51,13 @@ pub enum RegionError {
     },
 }
 
-/// RAM of `memory` bytes, and what `pages` need beside it, ascending and disjoint. `limit` is the end of the guest's addresses.
+/// RAM of `board`, and what `pages` need beside it, ascending and disjoint. `limit` is the end of the guest's addresses.
 pub fn regions<'a>(
-    memory: u64,
+    board: &Board,
     pages: impl Iterator<Item = &'a Record>,
     limit: u64,
 ) -> Result<Vec<Range<u64>>, RegionError> {
-    let ram = layout::ram_ranges(memory);
+    let ram = board.ram();
     let mut extra: Vec<Range<u64>> = Vec::new();
     for record in pages {
         let (gpa, end) = (record.gpa, record.end());
@@ -123,7 +124,7 @@ mod tests {
     fn of(memory: u64, pages: &[(u64, u64)]) -> Result<Vec<Range<u64>>, RegionError> {
         let page = |&(gpa, len): &(u64, u64)| Record::empty(gpa, len, PageType::Zero, "page");
         let records: Vec<Record> = pages.iter().map(page).collect();
-        regions(memory, records.iter(), LIMIT)
+        regions(&Board::new(memory, 1), records.iter(), LIMIT)
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::entry;
 use super::error::ImageError;
-use super::layout;
+use crate::board::layout;
 use crate::plan::Bytes;
 use crate::plan::LaunchPlan;
 use crate::plan::PAGE_SIZE;

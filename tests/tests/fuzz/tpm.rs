@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::Mutex;
 
 use devices::bus::Device as _;
-use devices::tpm_crb::BUFFER;
 use devices::tpm_crb::BUFFER_LEN;
 use devices::tpm_crb::Backend;
 use devices::tpm_crb::BackendError;
@@ -210,7 +209,7 @@ fn crb_accesses() {
         script.extend(read(0x4c));
     }
     let page = Arc::new(Page(Mutex::new(vec![0; BUFFER_LEN])));
-    let crb = Crb::new(page.clone(), BUFFER, Box::new(Checker), Box::new(|| {})).unwrap();
+    let crb = Crb::new(page.clone(), 0xfed4_6000, Box::new(Checker), Box::new(|| {})).unwrap();
     let crb = Mutex::new(crb);
     Target {
         name: "crb",

@@ -14,8 +14,8 @@ use snp::attest::cert_table::Kind;
 use super::Failure;
 use super::image::SNP;
 use super::out;
-use crate::certs::FILE_LIMIT;
 use crate::files::read_limited;
+use crate::machine::certs::FILE_LIMIT;
 
 /// Options of a run about certificates.
 #[derive(clap::Args, Clone, Debug)]
@@ -100,6 +100,10 @@ fn show(path: &Path) -> Result<(), Failure> {
         };
         text += &format!("{kind:5} {:5} bytes  {what}\n", data.len());
     }
-    text += &format!("{} bytes, {} pages\n", bytes.len(), (bytes.len() as u64).div_ceil(crate::memory::PAGE));
+    text += &format!(
+        "{} bytes, {} pages\n",
+        bytes.len(),
+        (bytes.len() as u64).div_ceil(crate::platform::mapping::PAGE)
+    );
     io::stdout().write_all(text.as_bytes()).map_err(Failure::monitor)
 }

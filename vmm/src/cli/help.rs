@@ -4,7 +4,7 @@
 use clap::Command;
 
 use crate::doctor;
-use crate::outcome::exit_codes_help;
+use crate::run::outcome::exit_codes_help;
 
 /// Examples of a command, by its path below `cvmm`: what it is for, and the line to type.
 type Examples = &'static [(&'static str, &'static str)];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Options of a run that try a guest: what it did, counted, and how it bears a dishonest host.
 
-use crate::tamper::Tamper;
+use crate::launch::tamper::Tamper;
 
 /// The options.
 #[derive(clap::Args, Clone, Debug)]

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The lines about the emulated platform. All it needs is KVM on an x86-64 host, of any vendor.
 
-use super::Area;
-use super::Check;
-use super::Status;
 use super::facts::Facts;
+use super::line::Area;
+use super::line::Check;
+use super::line::Status;
 use crate::platform::emulated::ADDRESS_BITS_MIN;
 use crate::platform::emulated::EmulationTrial;
 use crate::platform::kvm::Finding;

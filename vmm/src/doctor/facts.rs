@@ -16,7 +16,8 @@ use serde::Deserialize;
 use serde::Serialize;
 use snp::pages::cpuid::CpuidTable;
 
-use super::log;
+use super::trial;
+use super::trial::Trial;
 use crate::cpuid;
 use crate::platform::Platform;
 use crate::platform::emulated;
@@ -26,10 +27,23 @@ use crate::platform::kvm::Capabilities;
 use crate::platform::kvm::CpuidRow;
 use crate::platform::kvm::KvmPlatform;
 use crate::platform::kvm::PlatformStatus;
-use crate::platform::kvm::Trial;
 use crate::platform::kvm::host_cpuid;
 use crate::platform::kvm::platform_status;
 use crate::platform::kvm::sev_leaf;
+
+/// Most lines that are kept: the last ones, because a cause is followed by what it leads to, and not the other way.
+const LINES: usize = 60;
+/// What lines about SEV have in them.
+const WORDS: [&str; 8] = [
+    "SNP: ",
+    "cannot be supported",
+    "ccp ",
+    "kvm_amd: SEV",
+    "SEV-ES",
+    "RMP",
+    "IOMMU SNP",
+    "ciphertext hiding",
+];
 
 /// Module parameters that SNP depends on, and two that say something about it.
 const PARAMETERS: [&str; 9] = [
@@ -120,7 +134,7 @@ impl Facts {
         let kvm_facts = kvm.as_ref().map_err(ToString::to_string).and_then(ask_kvm);
         let snp_trial = match (&kvm, &kvm_facts) {
             (Ok(kvm), Ok(facts)) if facts.capabilities.vm_types & 1 << kvm_bindings::KVM_X86_SNP_VM != 0 => {
-                kvm.try_launch()
+                trial::try_launch(&kvm)
             }
             (Ok(_), Ok(_)) => Trial::NotTried("KVM has no SNP guests".into()),
             _ => Trial::NotTried("KVM cannot be asked".into()),
@@ -242,7 +256,15 @@ pub fn kernel_log(path: &Path) -> Option<Vec<String>> {
     let text = String::from_utf8_lossy(&text);
     let message = |line: &str| line.split_once(';').map(|(_, message)| message.to_owned());
     let messages: Vec<String> = text.lines().filter_map(message).collect();
-    Some(log::about_sev(messages.iter().map(String::as_str)))
+    Some(about_sev(messages.iter().map(String::as_str)))
+}
+
+/// The lines of a log that are worth keeping.
+pub(super) fn about_sev<'a>(messages: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut kept: Vec<String> =
+        messages.filter(|m| WORDS.iter().any(|word| m.contains(word))).map(str::to_owned).collect();
+    kept.drain(..kept.len().saturating_sub(LINES));
+    kept
 }
 
 #[cfg(test)]

@@ -6,23 +6,9 @@
 //! ("kvm_amd: SEV"). A log on a good host has lines too, so a line counts as a complaint only by its words. The state of SEV
 //! and SEV-ES guests ("SEV-ES unusable") says nothing about SNP guests.
 
-use super::Check;
 use super::facts::Facts;
-use super::snp::diagnosing;
+use super::line::Check;
 
-/// Most lines that are kept: the last ones, because a cause is followed by what it leads to, and not the other way.
-const LINES: usize = 60;
-/// What lines about SEV have in them.
-const WORDS: [&str; 8] = [
-    "SNP: ",
-    "cannot be supported",
-    "ccp ",
-    "kvm_amd: SEV",
-    "SEV-ES",
-    "RMP",
-    "IOMMU SNP",
-    "ciphertext hiding",
-];
 /// What lines have in them that complain.
 const COMPLAINTS: [&str; 9] = [
     "fail",
@@ -39,14 +25,6 @@ const COMPLAINTS: [&str; 9] = [
 const RMP_FOUND: [&str; 3] = ["RMP table physical range", "Segmented RMP", "RMP segment "];
 /// What the IOMMU's code says when the RMP's has already said why.
 const ECHO: &str = "RMP initialization failed";
-
-/// The lines of a log that are worth keeping.
-pub fn about_sev<'a>(messages: impl Iterator<Item = &'a str>) -> Vec<String> {
-    let mut kept: Vec<String> =
-        messages.filter(|m| WORDS.iter().any(|word| m.contains(word))).map(str::to_owned).collect();
-    kept.drain(..kept.len().saturating_sub(LINES));
-    kept
-}
 
 /// The last complaint among the lines that `about` chooses.
 fn complaint(facts: &Facts, about: impl Fn(&str) -> bool) -> Option<&str> {
@@ -73,7 +51,7 @@ pub fn rmp(facts: &Facts) -> Check {
         "In the BIOS, enable SEV-SNP and the RMP table for all of the memory (SNP Memory Coverage)";
     let line = |ok, found: String, fix: &str| {
         let needed = "reserved by the BIOS for all RAM, and initialised";
-        diagnosing(("rmp", "RMP table"), ok, found, needed, fix)
+        Check::explaining(("rmp", "RMP table"), ok, found, needed, fix)
     };
     let logged = |text: &str| format!("the kernel logged: {text}");
     if matches!(&facts.firmware, Some(Ok(status)) if status.rmp_initialized) {
@@ -129,14 +107,14 @@ pub fn iommu(facts: &Facts) -> Option<Check> {
         _ => "Enable the IOMMU in the BIOS; boot without iommu=off and amd_iommu=off",
     };
     let needed = "switched on, in a mode that SNP allows";
-    Some(diagnosing(("iommu", "IOMMU"), false, format!("the kernel logged: {said}"), needed, fix))
+    Some(Check::explaining(("iommu", "IOMMU"), false, format!("the kernel logged: {said}"), needed, fix))
 }
 
 /// The firmware where it cannot be asked, if the driver complained.
 pub fn firmware(facts: &Facts) -> Option<Check> {
     let said = complaint(facts, of_firmware)?;
     let found = format!("the kernel logged: {said}");
-    Some(diagnosing(
+    Some(Check::explaining(
         ("firmware", "SNP firmware"),
         false,
         found,

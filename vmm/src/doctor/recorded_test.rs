@@ -10,14 +10,14 @@ use super::*;
 use crate::doctor::facts::AsidGroup;
 use crate::doctor::facts::CpuidFacts;
 use crate::doctor::facts::KvmFacts;
+use crate::doctor::trial::CpuidChange;
+use crate::doctor::trial::CpuidTrial;
+use crate::doctor::trial::Trial;
 use crate::platform::emulated::EmulationTrial;
 use crate::platform::kvm::Access;
 use crate::platform::kvm::Capabilities;
-use crate::platform::kvm::CpuidChange;
 use crate::platform::kvm::CpuidRow;
-use crate::platform::kvm::CpuidTrial;
 use crate::platform::kvm::PlatformStatus;
-use crate::platform::kvm::Trial;
 
 /// A line, and what is done to a good host before it is looked at.
 type Change = (&'static str, fn(&mut Facts));

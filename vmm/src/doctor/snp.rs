@@ -4,18 +4,18 @@
 use snp::policy::GuestPolicy;
 use snp::policy::PolicyRules;
 
-use super::Area;
-use super::Check;
-use super::Status;
 use super::facts::AsidGroup;
 use super::facts::Facts;
+use super::line::Area;
+use super::line::Check;
+use super::line::Status;
 use super::log;
+use super::trial::CpuidChange;
+use super::trial::CpuidTrial;
+use super::trial::Trial;
 use crate::platform::kvm::Capabilities;
-use crate::platform::kvm::CpuidChange;
-use crate::platform::kvm::CpuidTrial;
 use crate::platform::kvm::Finding;
 use crate::platform::kvm::PlatformStatus;
-use crate::platform::kvm::Trial;
 use crate::platform::kvm::cpu_finding;
 
 /// Lowest version of the firmware's ABI that Linux takes (`drivers/crypto/ccp/sev-dev.c`, `SNP_MIN_API_*`).
@@ -67,7 +67,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     lines.extend(log::iommu(facts));
     match &facts.firmware {
         Some(Ok(status)) => lines.extend(firmware(status)),
-        Some(Err(why)) => lines.push(diagnosing(
+        Some(Err(why)) => lines.push(Check::explaining(
             ("firmware", "SNP firmware"),
             false,
             why.clone(),
@@ -85,17 +85,6 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
 
 fn deciding(finding: Finding) -> Check {
     Check::deciding(Area::Snp, finding)
-}
-
-/// A line that explains, but does not decide.
-pub(super) fn diagnosing(
-    name: (&'static str, &str),
-    ok: bool,
-    found: impl Into<String>,
-    needed: &str,
-    fix: &str,
-) -> Check {
-    Check::new(Area::Snp, name, if ok { Status::Ok } else { Status::Missing }, found, needed, fix)
 }
 
 fn trial(trial: &Trial) -> Check {
@@ -158,7 +147,7 @@ fn cpuid_page(cpuid: &CpuidTrial, facts: &Facts) -> Check {
         true => format!("the firmware took all {entries} entries as they were offered"),
         false => format!("of {entries} entries, {}", said.join("; ")),
     };
-    diagnosing(
+    Check::explaining(
         ("cpuid-page", "Values of the CPUID page"),
         said.is_empty(),
         found,
@@ -211,21 +200,21 @@ fn asids_of_cpu(facts: &Facts) -> Vec<Check> {
         false => "plain SEV has none".to_owned(),
     };
     vec![
-        diagnosing(
+        Check::explaining(
             ("cpu-sev-es", "SEV and SEV-ES"),
             eax & 0b1010 == 0b1010,
             format!("CPUID 0x8000001F EAX is {eax:#x}"),
             "bits 1 and 3",
             "Enable SEV and SEV-ES in the BIOS",
         ),
-        diagnosing(
+        Check::explaining(
             ("asids", "ASIDs for SEV-ES and SNP"),
             count > 0,
             format!("{count} of {ecx} ({plain}{split})"),
             "at least 1",
             "Set the minimum SEV non-ES ASID in the BIOS to more than 1",
         ),
-        diagnosing(
+        Check::explaining(
             ("c-bit", "C-bit"),
             (32..=51).contains(&(ebx & 0x3f)),
             format!("bit {}, {} physical address bits lost", ebx & 0x3f, ebx >> 6 & 0x3f),
@@ -237,7 +226,7 @@ fn asids_of_cpu(facts: &Facts) -> Vec<Check> {
 
 fn parameters(facts: &Facts) -> Vec<Check> {
     if !facts.parameters.keys().any(|name| name.starts_with("kvm_amd/")) {
-        return vec![diagnosing(
+        return vec![Check::explaining(
             ("module-kvm-amd", "Module kvm_amd"),
             false,
             "no parameters in /sys/module/kvm_amd",
@@ -250,7 +239,7 @@ fn parameters(facts: &Facts) -> Vec<Check> {
         // Some are booleans, some are numbers.
         let on = matches!(value.as_str(), "Y" | "y") || value.parse().is_ok_and(|n: i64| n != 0);
         let what = format!("Parameter {}", name.replace('/', "."));
-        Some(diagnosing((id, &what), on, value.clone(), "Y or 1", fix))
+        Some(Check::explaining((id, &what), on, value.clone(), "Y or 1", fix))
     };
     PARAMETERS.iter().filter_map(line).collect()
 }
@@ -262,14 +251,14 @@ fn firmware(status: &PlatformStatus) -> Vec<Check> {
         Check::new(Area::Snp, name, state, if masked { bad } else { good }, "not masked", fix)
     };
     vec![
-        diagnosing(
+        Check::explaining(
             ("firmware", "SNP firmware"),
             status.api >= API_MIN,
             format!("ABI {major}.{minor}, build {}", status.build),
             "ABI 1.51 or later",
             "Update the BIOS, or put a newer SEV firmware file where the ccp driver looks for it",
         ),
-        diagnosing(
+        Check::explaining(
             ("firmware-state", "SNP firmware's state"),
             status.state == 1,
             match status.state {
@@ -310,7 +299,7 @@ fn asids_of_group(group: &AsidGroup) -> Check {
         (None, _) => true,
     };
     let show = |n: Option<u64>, none: &str| n.map_or_else(|| none.to_owned(), |n| n.to_string());
-    diagnosing(
+    Check::explaining(
         ("asid-cgroup", &format!("Free ASID in cgroup {}", group.cgroup)),
         free,
         format!("{} in use, limit {}", show(group.current, "unknown"), show(group.max, "none")),
@@ -333,7 +322,7 @@ fn attributes(caps: &Capabilities, kernel: &str) -> Vec<Check> {
         "as this kernel's release says; KVM does not"
     };
     vec![
-        diagnosing(
+        Check::explaining(
             ("kvm-sev-init2", "KVM_SEV_INIT2"),
             caps.vmsa_features.is_some(),
             caps.vmsa_features.map_or_else(
@@ -343,7 +332,7 @@ fn attributes(caps: &Capabilities, kernel: &str) -> Vec<Check> {
             "known to KVM; no feature is asked for",
             "Use Linux 6.11 or later on the host",
         ),
-        diagnosing(
+        Check::explaining(
             ("policy", "Policy bits"),
             policy.is_ok(),
             match &policy {
@@ -353,14 +342,14 @@ fn attributes(caps: &Capabilities, kernel: &str) -> Vec<Check> {
             "the default policy 0x30000 is allowed",
             "Use a kernel that allows it, or choose another --policy",
         ),
-        diagnosing(
+        Check::explaining(
             ("kvm-memory-fault-info", "KVM_CAP_MEMORY_FAULT_INFO"),
             caps.memory_fault_info > 0,
             format!("KVM answers {:#x}", caps.memory_fault_info),
             "not 0, so that a guest's access to a page in the wrong state can be told",
             "Use Linux 6.8 or later on the host",
         ),
-        diagnosing(
+        Check::explaining(
             ("guest-certs", "Certificates for guests"),
             true,
             match caps.req_certs {

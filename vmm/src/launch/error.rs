@@ -11,10 +11,12 @@ use snp::identity::IdMismatch;
 use snp::pages::cpuid_diff::CpuidDiff;
 use snp::plan::PlanError;
 
-use super::MAX_RETRIES;
-use crate::platform::CallError;
-use crate::platform::SevError;
-use crate::registers::Mismatch;
+use crate::platform::error::CallError;
+use crate::platform::error::SevError;
+use crate::platform::registers::Mismatch;
+
+/// How often an update that answers EAGAIN is tried again.
+pub(super) const MAX_RETRIES: u32 = 16;
 
 /// A launch step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +134,7 @@ pub(super) fn call(step: impl Into<String>) -> impl FnOnce(CallError) -> LaunchE
 }
 
 /// Wraps a failed SEV command.
-pub(super) fn sev(step: impl Into<String>) -> impl FnOnce(SevError) -> LaunchError {
+pub(super) fn command(step: impl Into<String>) -> impl FnOnce(SevError) -> LaunchError {
     let step = step.into();
     move |source| LaunchError::Sev { step, source }
 }

@@ -17,11 +17,11 @@ use snp::plan::PAGE_SIZE;
 use snp::plan::PageType;
 use snp::plan::Record;
 
-use super::LaunchError;
-use super::MAX_RETRIES;
 use super::error;
-use crate::platform::SevError;
-use crate::platform::Vm;
+use super::error::LaunchError;
+use super::error::MAX_RETRIES;
+use crate::platform::error::SevError;
+use crate::platform::sev::Snp;
 
 /// How much of a record one call takes from the scratch buffer, in bytes.
 const CHUNK: usize = 1 << 20;
@@ -51,7 +51,7 @@ impl Scratch {
 
 /// Adds the records of a plan.
 pub struct Updater<'a> {
-    vm: &'a dyn Vm,
+    vm: &'a dyn Snp,
     scratch: Scratch,
     accept_cpuid: bool,
     host_cpuid: Option<&'a RawCpuid>,
@@ -62,7 +62,7 @@ pub struct Updater<'a> {
 impl<'a> Updater<'a> {
     /// `accept_cpuid`: launch with the firmware's CPUID page if every change is on the list of acceptable ones. Without being
     /// asked, if KVM made up every bit that is lost; `host_cpuid`, the processors' own CPUID, tells.
-    pub fn new(vm: &'a dyn Vm, accept_cpuid: bool, host_cpuid: Option<&'a RawCpuid>) -> Self {
+    pub fn new(vm: &'a dyn Snp, accept_cpuid: bool, host_cpuid: Option<&'a RawCpuid>) -> Self {
         Updater { vm, scratch: Scratch::new(), accept_cpuid, host_cpuid, accepted: None }
     }
 
@@ -148,7 +148,7 @@ impl<'a> Updater<'a> {
         };
         self.vm
             .snp_launch_update(&mut args, source)
-            .map_err(error::sev(format!("{} with the firmware's own values", step())))?;
+            .map_err(error::command(format!("{} with the firmware's own values", step())))?;
         self.accepted = Some(diff);
         Ok(())
     }

@@ -9,7 +9,11 @@
 //! verifier trusts by default.
 
 mod keys;
+mod options;
+mod region;
 mod registers;
+mod sev;
+mod shared;
 mod statistics;
 mod strict;
 mod trial;
@@ -18,31 +22,26 @@ mod views;
 mod vm;
 mod wake;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 
 pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
-use snp::attest::cert_table;
+pub use options::EmulatedOptions;
+use options::POLICY_RULES;
+use options::VMSA_FEATURES;
 use snp::attest::cert_table::Kind;
-use snp::attest::tcb::Product;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::DumpError;
 use snp::pages::cpuid_raw::RawCpuid;
-use snp::policy::PolicyRules;
 use snp_model::faults::Faults;
 use snp_model::firmware::Platform as Firmware;
 use snp_model::firmware::product::Processor;
-use snp_model::patch::Annotations;
-use snp_model::patch::ShimSites;
-use snp_model::rmp::TwoMib;
+use snp_model::patch::CodeHints;
 
 pub use trial::EmulationTrial;
 pub use trial::try_emulation;
 
-use super::CallError;
 use super::Platform;
 use super::Vm;
 use super::VmKind;
@@ -50,35 +49,16 @@ use super::kvm::KvmPlatform;
 use super::kvm::KvmVm;
 use super::kvm::OpenError;
 use crate::cpuid;
-use crate::spec::Backing;
+use crate::lock::lock;
+use crate::platform::error::CallError;
+use snp::attest::cert_table;
+use snp::policy::PolicyRules;
 
 /// Highest position of the C-bit that is used: nested page tables of four levels translate 48 bits.
 const C_BIT_MAX: u8 = 46;
 
-/// The kernel that the model stands for.
-const POLICY_RULES: PolicyRules = PolicyRules::LINUX_6_12;
-/// SEV features that guests may have beside SNP.
-const VMSA_FEATURES: u64 = 0;
-
 /// Fewest physical address bits that leave one for the C-bit.
 pub const ADDRESS_BITS_MIN: u32 = 36;
-
-/// How the platform behaves.
-#[derive(Clone, Debug)]
-pub struct EmulatedOptions {
-    /// What backs the two views.
-    pub backing: Backing,
-    /// An access through the wrong view is an error at once. Needs split backing.
-    pub strict: bool,
-    /// How `PVALIDATE` of 2 MiB is answered.
-    pub two_mib: TwoMib,
-    /// Say at the end what the guest did with its pages.
-    pub statistics: bool,
-    /// The file with the platform's attestation keys; made if it does not exist.
-    pub keys: PathBuf,
-    /// The processor that guests are told of and that the firmware checks CPUID pages against; `None` for this host's own.
-    pub product: Option<Product>,
-}
 
 /// The platform on this host's KVM.
 pub struct EmulatedPlatform {
@@ -88,15 +68,7 @@ pub struct EmulatedPlatform {
     /// This host's own CPUID.
     host: RawCpuid,
     firmware: Arc<Firmware>,
-    annotations: Mutex<Notes>,
     faults: Mutex<Faults>,
-}
-
-/// What was told about the image.
-#[derive(Clone, Default)]
-struct Notes {
-    kernel: Option<Annotations>,
-    stage0: Option<ShimSites>,
 }
 
 /// Why emulation is not possible here.
@@ -153,27 +125,18 @@ impl EmulatedPlatform {
         processor.coherent = sev.coherency_sfw_no;
         let chain = keys::load_or_create(&options.keys)?;
         let firmware = Arc::new(Firmware { chain, c_bit: sev.c_bit, processor });
-        Ok(EmulatedPlatform {
-            kvm,
-            options,
-            sev,
-            host,
-            firmware,
-            annotations: Mutex::default(),
-            faults: Mutex::default(),
-        })
+        Ok(EmulatedPlatform { kvm, options, sev, host, firmware, faults: Mutex::default() })
     }
 
-    fn snp_vm(&self, inner: KvmVm) -> Result<vm::EmulatedVm, CallError> {
-        let annotations = self.annotations.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    fn snp_vm(&self, inner: KvmVm, code: &CodeHints) -> Result<vm::EmulatedVm, CallError> {
         let firmware = Arc::clone(&self.firmware);
-        let faults = std::mem::take(&mut *self.faults.lock().unwrap_or_else(PoisonError::into_inner));
-        vm::EmulatedVm::new(inner, self.options.clone(), firmware, annotations, faults)
+        let faults = std::mem::take(&mut *lock(&self.faults));
+        vm::EmulatedVm::new(inner, self.options.clone(), firmware, code.clone(), faults)
     }
 
     /// For tests: what goes wrong in the next SNP VM, and only in that. No option of the program leads here.
     pub fn inject(&self, faults: Faults) {
-        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
+        *lock(&self.faults) = faults;
     }
 }
 
@@ -199,11 +162,6 @@ impl Platform for EmulatedPlatform {
         VMSA_FEATURES
     }
 
-    fn annotate(&self, kernel: Annotations, stage0: Option<ShimSites>) {
-        *self.annotations.lock().unwrap_or_else(PoisonError::into_inner) =
-            Notes { kernel: Some(kernel), stage0 };
-    }
-
     fn certificates(&self) -> Option<Arc<Vec<u8>>> {
         let chain = self.firmware.chain.certificates();
         let entries: [(Kind, &[u8]); 3] =
@@ -211,11 +169,11 @@ impl Platform for EmulatedPlatform {
         Some(Arc::new(cert_table::encode(&entries)))
     }
 
-    fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {
+    fn create_vm(&self, kind: VmKind, code: &CodeHints) -> Result<Arc<dyn Vm>, CallError> {
         let inner = self.kvm.create(VmKind::Plain)?;
         match kind {
             VmKind::Plain => Ok(Arc::new(inner)),
-            VmKind::Snp => Ok(Arc::new(self.snp_vm(inner)?)),
+            VmKind::Snp => Ok(Arc::new(self.snp_vm(inner, code)?)),
         }
     }
 }

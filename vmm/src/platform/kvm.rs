@@ -6,6 +6,7 @@ mod check;
 mod exit;
 mod host_cpuid;
 mod sev;
+mod slots;
 mod vcpu;
 mod vm;
 
@@ -13,12 +14,9 @@ pub use ask::PlatformStatus;
 pub use ask::platform_status;
 pub use check::Access;
 pub use check::Capabilities;
-pub use check::CpuidChange;
-pub use check::CpuidTrial;
 pub use check::Finding;
 pub use check::LaunchFacts;
 pub use check::NoSnp;
-pub use check::Trial;
 pub use check::cpu_finding;
 pub use check::sev_leaf;
 pub use exit::MsrAccess;
@@ -40,11 +38,12 @@ use kvm_ioctls::Kvm;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::RawCpuid;
 use snp::policy::PolicyRules;
+use snp_model::patch::CodeHints;
 
-use super::CallError;
 use super::Platform;
 use super::Vm;
 use super::VmKind;
+use crate::platform::error::CallError;
 
 /// `KVM_X86_SNP_VM`, the VM type of SNP guests.
 const SNP_VM_TYPE: u64 = kvm_bindings::KVM_X86_SNP_VM as u64;
@@ -90,6 +89,16 @@ impl KvmPlatform {
     /// The system file descriptor, for questions about the host.
     pub fn kvm(&self) -> &Kvm {
         &self.kvm
+    }
+
+    /// What KVM can do, asked at system scope.
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities::of(&self.kvm)
+    }
+
+    /// Lists what keeps this host from launching SNP guests.
+    pub fn check_snp(&self) -> Result<(), NoSnp> {
+        check::check_snp(&self.kvm)
     }
 
     /// `KVM_CREATE_VM`, again when a signal interrupts it.
@@ -139,14 +148,14 @@ impl Platform for KvmPlatform {
 
     fn policy_rules(&self) -> PolicyRules {
         let release = || std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        self.policy_bits().map_or_else(|| PolicyRules::of_release(&release()), PolicyRules::told)
+        check::policy_bits(&self.kvm).map_or_else(|| PolicyRules::of_release(&release()), PolicyRules::told)
     }
 
     fn vmsa_features(&self) -> u64 {
         self.capabilities().vmsa_features.unwrap_or(0)
     }
 
-    fn create_vm(&self, kind: VmKind) -> Result<Arc<dyn Vm>, CallError> {
+    fn create_vm(&self, kind: VmKind, _code: &CodeHints) -> Result<Arc<dyn Vm>, CallError> {
         Ok(Arc::new(self.create(kind)?))
     }
 }

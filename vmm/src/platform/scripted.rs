@@ -22,9 +22,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::CallError;
 use super::Exit;
 use super::MemorySlot;
-use super::SevError;
 use super::Vcpu;
 use super::Vm;
+use super::interrupt::MsiMessage;
+use super::interrupt::MsiRoute;
+use super::sev::Snp;
+use crate::platform::error::SevError;
 
 /// A VM that does nothing.
 #[derive(Default)]
@@ -33,25 +36,70 @@ pub struct ScriptedVm {
     pub attributes: Mutex<Vec<(u64, u64, u64)>>,
     /// The errno of every attempt to set attributes; 0 lets them through.
     pub fail_attributes: AtomicI32,
+    /// What devices were connected to, in order.
+    pub wiring: Mutex<Vec<Wiring>>,
+}
+
+/// A connection of a device, made or taken back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wiring {
+    /// Slot number and address of memory.
+    Memory(u32, u64),
+    /// A slot that is gone.
+    NoMemory(u32),
+    /// An event that raises this interrupt.
+    Interrupt(u32),
+    /// An event that no longer does.
+    NoInterrupt(u32),
+    /// The messages of interrupt numbers.
+    Routes(Vec<MsiRoute>),
+    /// A message that was sent.
+    Message(MsiMessage),
+    /// Writes to this address become events.
+    Doorbell(u64),
+    /// They no longer do.
+    NoDoorbell(u64),
+}
+
+impl ScriptedVm {
+    fn note(&self, wiring: Wiring) -> Result<(), CallError> {
+        self.wiring.lock().unwrap().push(wiring);
+        Ok(())
+    }
 }
 
 impl Vm for ScriptedVm {
     fn create_irqchip(&self) -> Result<(), CallError> {
         Ok(())
     }
-    fn register_irqfd(&self, _: &EventFd, _: u32) -> Result<(), CallError> {
-        Ok(())
+    fn register_irqfd(&self, _: &EventFd, gsi: u32) -> Result<(), CallError> {
+        self.note(Wiring::Interrupt(gsi))
     }
-    fn enable_map_gpa_range_exit(&self) -> Result<(), CallError> {
-        Ok(())
+    fn unregister_irqfd(&self, _: &EventFd, gsi: u32) -> Result<(), CallError> {
+        self.note(Wiring::NoInterrupt(gsi))
+    }
+    fn set_msi_routes(&self, routes: &[MsiRoute]) -> Result<(), CallError> {
+        self.note(Wiring::Routes(routes.to_vec()))
+    }
+    fn signal_msi(&self, message: MsiMessage) -> Result<bool, CallError> {
+        self.note(Wiring::Message(message)).map(|()| true)
+    }
+    fn register_ioevent(&self, _: &EventFd, gpa: u64) -> Result<(), CallError> {
+        self.note(Wiring::Doorbell(gpa))
+    }
+    fn unregister_ioevent(&self, _: &EventFd, gpa: u64) -> Result<(), CallError> {
+        self.note(Wiring::NoDoorbell(gpa))
     }
     fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError> {
         let fd = rustix::fs::memfd_create("scripted", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, size).unwrap();
         Ok(fd)
     }
-    fn set_memory(&self, _: MemorySlot) -> Result<(), CallError> {
-        Ok(())
+    fn set_memory(&self, slot: MemorySlot) -> Result<(), CallError> {
+        self.note(Wiring::Memory(slot.slot, slot.gpa))
+    }
+    fn remove_memory(&self, slot: u32) -> Result<(), CallError> {
+        self.note(Wiring::NoMemory(slot))
     }
     fn set_memory_attributes(&self, a: kvm_memory_attributes) -> Result<(), CallError> {
         let errno = self.fail_attributes.load(Ordering::Relaxed);
@@ -63,6 +111,15 @@ impl Vm for ScriptedVm {
     }
     fn create_vcpu(&self, _: u32) -> Result<Box<dyn Vcpu>, CallError> {
         Ok(Box::new(ScriptedVcpu::new([])))
+    }
+    fn snp(&self) -> Option<&dyn Snp> {
+        Some(self)
+    }
+}
+
+impl Snp for ScriptedVm {
+    fn enable_map_gpa_range_exit(&self) -> Result<(), CallError> {
+        Ok(())
     }
     fn sev_init2(&self, _: &mut kvm_sev_init) -> Result<(), SevError> {
         Ok(())

@@ -11,6 +11,7 @@ use snp::image::kernel::Kernel;
 use snp::image::lazy::Acceptance;
 use snp::vmsa::SEV_FEATURE_SECURE_TSC;
 use snp_model::patch;
+use snp_model::patch::Annotations;
 
 use super::error::PrepareError;
 use super::image::LaunchImage;
@@ -20,7 +21,6 @@ use crate::files::read_file;
 use crate::spec;
 use crate::spec::Accept;
 use crate::spec::KernelSpec;
-use crate::spec::PlatformSpec;
 use crate::spec::SnpSpec;
 use crate::spec::VmSpec;
 use crate::vtpm::measured;
@@ -43,6 +43,11 @@ impl Files {
             None => None,
         };
         Ok(Files { kernel, initrd: initrd.map(Arc::new) })
+    }
+
+    /// Where the kernel executes SNP instructions.
+    pub(super) fn annotate(&self) -> Result<Annotations, PrepareError> {
+        patch::annotate(&self.kernel).map_err(PrepareError::request)
     }
 }
 
@@ -78,10 +83,6 @@ pub fn direct(
     let mut image = LaunchImage::of_direct(boot.image().map_err(PrepareError::request)?, target.names);
     image.events = events;
     if let Some(snp) = &spec.snp {
-        // Nothing runs without a CPUID table.
-        if target.cpuid.is_some() && matches!(snp.platform, PlatformSpec::Emulated(_)) {
-            image.code = Some(patch::annotate(&files.kernel).map_err(PrepareError::request)?);
-        }
         image.inputs = inputs(spec, snp, kernel, files, target);
     }
     Ok(image)

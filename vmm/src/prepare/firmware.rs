@@ -6,10 +6,10 @@
 
 use std::path::Path;
 
+use snp::board::Board;
 use snp::image::igvm;
 use snp::image::igvm::Facts;
 use snp::image::igvm::Igvm;
-use snp::image::layout;
 use snp::image::ovmf::Ovmf;
 use snp::image::ovmf::OvmfLaunch;
 use snp::image::regions::regions;
@@ -20,8 +20,6 @@ use snp::pages::hashes::KernelHashes;
 use snp::plan::Bytes;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
-use snp::plan::Record;
-use snp_model::patch;
 use snp_model::patch::Annotations;
 use snp_model::patch::Opcode;
 
@@ -161,18 +159,12 @@ pub(super) fn firmware(
                 .into(),
         );
     }
-    let ram = regions(spec.memory, plan.records.iter(), 1 << target.c_bit)
+    let board = Board::new(spec.memory, spec.cpus);
+    let ram = regions(&board, plan.records.iter(), 1 << target.c_bit)
         .map_err(PrepareError::file(FIRMWARE, &firmware.image))?;
     let mut inputs = files.inputs(firmware, VmmType::Cvmm, signature, target.names);
     inputs.push(("image", "firmware".into()));
-    Ok(LaunchImage {
-        ram,
-        code: Some(patch::annotate_code([files.ovmf.boot_code()])),
-        inputs,
-        notes,
-        plan,
-        ..LaunchImage::default()
-    })
+    Ok(LaunchImage { inputs, notes, ..LaunchImage::new(plan, board, ram) })
 }
 
 /// The image of an IGVM launch. `table` is the guest's CPUID.
@@ -189,18 +181,14 @@ pub(super) fn igvm(
             "the file has one save area, and KVM would measure one more for each further vCPU: use --cpus 1";
         return Err(PrepareError::file(IGVM, path)(reason));
     }
-    let ram =
-        regions(spec.memory, igvm.pages(), 1 << target.c_bit).map_err(PrepareError::file(IGVM, path))?;
+    let board = Board::new(spec.memory, spec.cpus);
+    let ram = regions(&board, igvm.pages(), 1 << target.c_bit).map_err(PrepareError::file(IGVM, path))?;
     let facts = Facts {
-        vcpus: spec.cpus,
-        ram: &layout::ram_ranges(spec.memory),
-        devices: layout::HOLE_START..layout::HOLE_END,
+        board: &board,
         cmdline: &file.cmdline,
         cpuid: table.page().map_err(PrepareError::host)?.to_vec().into(),
     };
     let loaded = igvm.launch(&facts).map_err(PrepareError::file(IGVM, path))?;
-    let normal = |r: &&Record| r.page_type == PageType::Normal;
-    let code = loaded.plan.records.iter().filter(normal).map(|r| (r.gpa, r.contents.as_slice()));
     let mut notes = vec![format!("pages without data are {}; choose with --zero-pages", igvm.zero_pages)];
     if loaded.plan.vcpus.iter().any(|vcpu| vcpu.cr0 & PAGING != 0) {
         let c_bit = target.c_bit;
@@ -208,21 +196,17 @@ pub(super) fn igvm(
             "the file starts with paging on, so its page tables hold the C-bit where its maker put it; here it is bit {c_bit}"
         ));
     }
-    let code = Some(patch::annotate_code(code));
     Ok(LaunchImage {
-        ram,
         staged: Staged {
             shared: loaded.shared.iter().map(|r| r.gpa..r.end()).collect(),
             bytes: loaded.shared.into_iter().map(|r| (r.gpa, r.contents)).collect(),
             raced: None,
         },
-        code,
         policy: igvm.policy,
         identity: igvm.identity.clone(),
         inputs: vec![("image", "IGVM".into()), ("zero pages", igvm.zero_pages.to_string())],
         notes,
-        plan: loaded.plan,
-        ..LaunchImage::default()
+        ..LaunchImage::new(loaded.plan, board, ram)
     })
 }
 

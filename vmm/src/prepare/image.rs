@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use sha2::Digest as _;
 use sha2::Sha256;
+use snp::board::Board;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
 use snp::image::direct::DirectImage;
@@ -13,9 +14,6 @@ use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
 use snp::stage0::InputsPage;
-use snp_model::patch::Annotations;
-use snp_model::patch::ShimSites;
-use snp_model::patch::shim_sites;
 use vtpm_svc::measured::Event;
 
 use crate::launch::Staged;
@@ -62,18 +60,16 @@ pub fn sha256(bytes: &[u8]) -> String {
 }
 
 /// What is launched.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct LaunchImage {
     /// What enters the guest.
     pub plan: LaunchPlan,
+    /// The machine that it runs on.
+    pub board: Board,
     /// Its memory, ascending.
     pub ram: Vec<Range<u64>>,
     /// What it finds in shared memory.
     pub staged: Staged,
-    /// For the emulated platform: where its code executes SNP instructions. `None` if that is not known yet.
-    pub code: Option<Annotations>,
-    /// The same for stage0.
-    pub stage0: Option<ShimSites>,
     /// stage0's page of inputs.
     pub inputs_page: Option<InputsPage>,
     /// What stage0 adds to the launch, for people; empty where nothing is named.
@@ -91,12 +87,27 @@ pub struct LaunchImage {
 }
 
 impl LaunchImage {
+    /// A plan for `board`, with memory at `ram`, and nothing else.
+    pub(super) fn new(plan: LaunchPlan, board: Board, ram: Vec<Range<u64>>) -> Self {
+        LaunchImage {
+            plan,
+            board,
+            ram,
+            staged: Staged::default(),
+            inputs_page: None,
+            bound: String::new(),
+            events: Vec::new(),
+            policy: None,
+            identity: None,
+            inputs: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
     /// A kernel that is booted directly.
     pub(super) fn of_direct(image: DirectImage, names: Names) -> Self {
         let shim = image.shim.as_ref();
         LaunchImage {
-            ram: image.ram,
-            stage0: shim.map(|_| shim_sites()),
             inputs_page: shim.map(|shim| shim.inputs.clone()),
             bound: shim.filter(|_| names != Names::None).map_or_else(String::new, Shim::explain),
             staged: image.shim.map_or_else(Staged::default, |shim| Staged {
@@ -104,8 +115,7 @@ impl LaunchImage {
                 shared: shim.shared,
                 raced: None,
             }),
-            plan: image.plan,
-            ..LaunchImage::default()
+            ..LaunchImage::new(image.plan, image.board, image.ram)
         }
     }
 }

@@ -7,9 +7,9 @@ use std::path::Path;
 use vtpm_svc::measured::Event;
 
 use super::Vtpm;
-use super::VtpmError;
+use super::error::VtpmError;
 use super::service;
-use crate::events::Inbox;
+use crate::run::inbox::Inbox;
 use crate::spec::BackendSpec;
 use crate::spec::KeySpec;
 use crate::spec::TpmServiceSpec;

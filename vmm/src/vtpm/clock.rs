@@ -17,7 +17,8 @@ use devices::rtc::Store;
 use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
 
-use super::VtpmError;
+use super::error::VtpmError;
+use crate::lock::lock;
 use crate::note::warn;
 
 /// How long the end of a run waits for the last setting to be stored.
@@ -45,7 +46,7 @@ pub struct Clock(Arc<Shared>);
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Waits until there is something to store; `None` at the end.

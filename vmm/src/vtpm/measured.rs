@@ -4,10 +4,8 @@
 //! The log is the same for a run and for `cvmm measure`: it depends on the files, the command line that the kernel gets, the
 //! shim and this program's version, and on nothing of the TPM.
 
-use devices::tpm_crb;
-use devices::tpm_ppi;
-use snp::image::acpi::tpm::LOG_MAX;
-use snp::image::acpi::tpm::Tpm;
+use snp::board::Tpm;
+use snp::board::acpi::tpm::LOG_MAX;
 use snp::image::direct::DirectBoot;
 use snp::image::direct::Guest;
 use snp::image::direct::Validation;
@@ -59,11 +57,6 @@ pub fn announce(boot: &mut DirectBoot<'_>) -> Result<Vec<Event>, MeasuredError> 
     if log.len() > LOG_MAX {
         return Err(MeasuredError::LogLength { found: log.len() });
     }
-    boot.tpm = Some(Tpm {
-        registers: tpm_crb::BASE as u32,
-        buffer: tpm_crb::BUFFER as u32,
-        presence: tpm_ppi::BASE as u32,
-        log,
-    });
+    boot.tpm = Some(Tpm::new(log));
     Ok(events)
 }

@@ -37,9 +37,10 @@ use vtpm_svc::vmgs::Vmgs;
 use vtpm_svc::vmgs::VmgsError;
 use vtpm_svc::vmgs::anchor::Durability;
 
-use super::VtpmError;
-use crate::events::Inbox;
+use super::error::POWER_ON_PATIENCE;
+use super::error::VtpmError;
 use crate::note::warn;
+use crate::run::inbox::Inbox;
 
 /// Name of the program.
 const PROGRAM: &str = "vtpm-svc";
@@ -124,9 +125,8 @@ pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), Vtpm
     let Started { mut child, connection, name, _fresh } = spawn(options)?;
     let ours = connection.try_clone();
     let own_name = name.clone();
-    let answer = inbox.attend("the vTPM service to start", super::POWER_ON_PATIENCE, move || {
-        Client::over(connection, &own_name)
-    });
+    let answer = inbox
+        .attend("the vTPM service to start", POWER_ON_PATIENCE, move || Client::over(connection, &own_name));
     let answer = answer.map_err(|source| {
         // It ends by itself when the connection ends, unless it hangs.
         let _ = ours.and_then(|connection| connection.shutdown(Shutdown::Both));

@@ -25,16 +25,16 @@ use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
 use snp_model::rmp::TwoMib;
 use vmm::cpuid;
 use vmm::launch::LaunchOptions;
-use vmm::monitor;
-use vmm::monitor::Guest;
-use vmm::monitor::Host;
-use vmm::monitor::Load;
-use vmm::monitor::SnpLaunch;
-use vmm::outcome::Outcome;
 use vmm::platform::Platform;
 use vmm::platform::emulated::EmulatedOptions;
 use vmm::platform::emulated::EmulatedPlatform;
 use vmm::platform::kvm::KvmPlatform;
+use vmm::run::guest::Guest;
+use vmm::run::guest::Host;
+use vmm::run::guest::Load;
+use vmm::run::guest::SnpLaunch;
+use vmm::run::monitor;
+use vmm::run::outcome::Outcome;
 use vmm::spec::Backing;
 
 /// Where the guest's code is loaded and entered.
@@ -109,6 +109,7 @@ pub fn plain_guest(code: &[u8], cpus: u32) -> Option<(KvmPlatform, Guest)> {
     let table = CpuidTable::plain(&cpuid::from_kvm(&platform.supported_cpuid().unwrap()), cpus, None);
     let guest = Guest {
         load: Load::Plain(image.plan),
+        board: image.board,
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
     };
@@ -161,6 +162,7 @@ pub fn emulated_guest_with(code: &[u8], backing: Backing, cpus: u32) -> Option<(
     let table = CpuidTable::plain(&cpuid::from_kvm(&host.supported_cpuid().unwrap()), cpus, None);
     let guest = Guest {
         load: snp(LaunchPlan { records, vcpus: image.plan.vcpus }, LaunchOptions::default()),
+        board: image.board,
         ram: image.ram.iter().map(|r| (r.start, r.end - r.start)).collect(),
         cpuid: (0..cpus).map(|id| cpuid::to_kvm(&table.for_vcpu(id))).collect(),
     };
@@ -170,7 +172,7 @@ pub fn emulated_guest_with(code: &[u8], backing: Backing, cpus: u32) -> Option<(
 /// The launch of `plan`.
 pub fn snp(plan: LaunchPlan, options: LaunchOptions) -> Load {
     let measured = Measured::of(plan).unwrap();
-    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default() }))
+    Load::Snp(Box::new(SnpLaunch { measured, options, staged: Default::default(), code: Default::default() }))
 }
 
 /// Changes what is launched.

@@ -13,7 +13,9 @@ use super::IgvmError;
 use super::header;
 use super::u32_at;
 use super::u64_at;
-use crate::image::acpi;
+use crate::board::Board;
+use crate::board::acpi;
+use crate::board::layout;
 use crate::plan::Bytes;
 use crate::plan::LaunchPlan;
 use crate::plan::PAGE_SIZE;
@@ -52,12 +54,8 @@ pub(super) struct Parameter {
 /// What the loader tells the guest, and must have for it.
 #[derive(Clone, Debug)]
 pub struct Facts<'a> {
-    /// Number of vCPUs.
-    pub vcpus: u32,
-    /// RAM, ascending.
-    pub ram: &'a [Range<u64>],
-    /// Where devices are.
-    pub devices: Range<u64>,
+    /// The machine.
+    pub board: &'a Board,
     /// The command line, if the file wants one.
     pub cmdline: &'a str,
     /// The CPUID page.
@@ -98,18 +96,18 @@ impl Parameter {
     /// What is written, or `None` if this machine has no such thing.
     fn value(&self, facts: &Facts) -> Option<Vec<u8>> {
         match self.kind {
-            header::VP_COUNT => Some(facts.vcpus.to_le_bytes().to_vec()),
-            header::MADT => Some(acpi::madt(facts.vcpus)),
+            header::VP_COUNT => Some(facts.board.vcpus.to_le_bytes().to_vec()),
+            header::MADT => Some(acpi::madt(facts.board)),
             header::MMIO_RANGES => {
                 // Room for two; the second is empty.
-                let mut value = pages(&facts.devices).concat();
+                let mut value = pages(&(layout::HOLE_START..layout::HOLE_END)).concat();
                 value.resize(32, 0);
                 Some(value)
             }
             header::MEMORY_MAP => {
                 // Type, flags and reserved are 0: ordinary memory. An entry of no pages ends the map.
                 let entry = |range: &Range<u64>| [pages(range).concat(), vec![0; 8]].concat();
-                Some(facts.ram.iter().map(entry).chain([vec![0; 24]]).flatten().collect())
+                Some(facts.board.ram().iter().map(entry).chain([vec![0; 24]]).flatten().collect())
             }
             header::COMMAND_LINE => Some([facts.cmdline.as_bytes(), &[0]].concat()),
             // Bit 0: memory is shared until the guest accepts it. Here it is private.
@@ -151,8 +149,9 @@ impl Igvm {
     /// The file as it is launched on a machine with `facts`, if KVM and the machine can.
     pub fn launch(&self, facts: &Facts) -> Result<Loaded, IgvmError> {
         let mut plan = self.kvm_plan()?;
+        let memory = facts.board.ram();
         for (offset, range) in &self.required {
-            let covered = facts.ram.iter().any(|ram| ram.start <= range.start && range.end <= ram.end);
+            let covered = memory.iter().any(|ram| ram.start <= range.start && range.end <= ram.end);
             if !covered {
                 let reason = format!(
                     "the file requires memory at {:#x}..{:#x}, which this guest does not have; give more --memory",

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use snp::ghcb::term::SevTerm;
 use vmm::doctor;
-use vmm::outcome::EXIT_MONITOR_ERROR;
-use vmm::outcome::EXIT_USAGE;
-use vmm::outcome::Outcome;
+use vmm::run::outcome::EXIT_MONITOR_ERROR;
+use vmm::run::outcome::EXIT_USAGE;
+use vmm::run::outcome::Outcome;
 
 use super::Pages;
 use super::none;
@@ -102,7 +102,7 @@ fn tables_have_the_codes_of_the_code() {
 
 #[test]
 fn the_help_has_the_same() {
-    let run = vmm::outcome::exit_codes_help();
+    let run = vmm::run::outcome::exit_codes_help();
     for (text, codes) in [(run.as_str(), run_codes()), (doctor::EXIT_CODES, doctor_codes())] {
         for (code, words) in codes {
             let line = text.lines().find(|line| line.contains(&code.to_string()));

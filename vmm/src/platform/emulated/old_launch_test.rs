@@ -20,19 +20,22 @@ use snp::vmsa::Segment;
 use snp::vmsa::VmsaState;
 use snp_model::memory::GuestMemory;
 use snp_model::memory::View;
+use snp_model::rmp::TwoMib;
 use snp_model::vm::ApAction;
 use snp_model::vm::ApCreation;
 
 use super::vm::EmulatedVm;
 use super::*;
-use crate::memory::Mapping;
 use crate::platform::ATTRIBUTE_PRIVATE;
-use crate::platform::Exit;
-use crate::platform::MemorySlot;
-use crate::platform::SevError;
 use crate::platform::Vcpu;
-use crate::registers;
-use crate::vcpu;
+use crate::platform::error::SevError;
+use crate::platform::exit::Exit;
+use crate::platform::mapping::Mapping;
+use crate::platform::memory::MemorySlot;
+use crate::platform::registers;
+use crate::platform::sev::Snp as _;
+use crate::run::vcpu;
+use crate::spec::Backing;
 
 pub(super) const MEMORY: u64 = 1 << 20;
 const VMSA: u64 = 0x3000;
@@ -60,7 +63,7 @@ pub(super) fn launching() -> Option<EmulatedVm> {
         keys,
     };
     let platform = EmulatedPlatform::open(options).unwrap();
-    let vm = platform.snp_vm(platform.kvm.create(VmKind::Plain).unwrap()).unwrap();
+    let vm = platform.snp_vm(platform.kvm.create(VmKind::Plain).unwrap(), &CodeHints::default()).unwrap();
     vm.create_irqchip().unwrap();
     vm.sev_init2(&mut kvm_sev_init { ghcb_version: 2, ..Default::default() }).unwrap();
     let shared = Arc::new(Mapping::anonymous(MEMORY).unwrap());
@@ -133,7 +136,12 @@ fn an_ap_that_waits_for_an_init_is_not_started_by_ap_creation_and_ends_the_run()
         assert!(matches!(ap.run().unwrap(), Exit::Again));
     }
     let shared = vcpu::Shared {
-        machine: crate::machine::Machine::new(&vm, Box::new(std::io::sink())).unwrap(),
+        machine: crate::machine::Machine::new(
+            &vm,
+            &snp::board::Board::new(1 << 30, 1),
+            Box::new(std::io::sink()),
+        )
+        .unwrap(),
         conversions: None,
         implicit: None,
         pre_fault: None,

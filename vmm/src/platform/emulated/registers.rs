@@ -9,7 +9,7 @@ use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_sregs;
 use snp::vmsa::VmsaState;
 
-use crate::registers::vmsa;
+use crate::platform::registers::vmsa;
 
 const MSR_PAT: u32 = 0x277;
 

@@ -18,14 +18,14 @@ use std::io;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 
 use snp_model::rmp::PageStates;
 
-use super::views::LOW_END;
-use super::views::Region;
+use super::region::LOW_END;
+use super::region::Region;
+use crate::lock::lock;
 
 /// Pieces that wait to be opened before that is done without a need, so that a guest cannot make the list grow.
 const WAITING_MAX: usize = 1024;
@@ -46,13 +46,13 @@ fn parts(region: &Region, range: &Range<u64>) -> [Range<u64>; 2] {
     [start - all.start..middle - all.start, middle - all.start..end.max(middle) - all.start]
 }
 
-fn set(mapping: &crate::memory::Mapping, part: &Range<u64>, open: bool) -> io::Result<()> {
+fn set(mapping: &crate::platform::mapping::Mapping, part: &Range<u64>, open: bool) -> io::Result<()> {
     if part.is_empty() { Ok(()) } else { mapping.set_accessible(part.start, part.end - part.start, open) }
 }
 
 impl Gate {
     fn lock(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.waiting)
     }
 
     /// A region that has just been added: all of its pages are shared.
@@ -158,7 +158,7 @@ mod tests {
     use snp_model::rmp::TwoMib;
 
     use super::*;
-    use crate::memory::Mapping;
+    use crate::platform::mapping::Mapping;
 
     const RAM: Range<u64> = 0..0x40_0000;
     const PAGE: u64 = 0x20_0000;

@@ -12,15 +12,15 @@ use std::time::Instant;
 use serde::Deserialize;
 use serde::Serialize;
 
-use super::vm::intercept_msrs;
-use crate::memory::Mapping;
-use crate::platform::CallError;
-use crate::platform::Exit;
-use crate::platform::MemorySlot;
+use super::shared::intercept_msrs;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::platform::error::CallError;
+use crate::platform::exit::Exit;
 use crate::platform::kvm::KvmPlatform;
+use crate::platform::mapping::Mapping;
+use crate::platform::memory::MemorySlot;
 
 /// Times around the loop, two instructions each.
 const TURNS: u32 = 400_000;

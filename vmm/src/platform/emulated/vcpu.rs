@@ -13,7 +13,6 @@ mod msr;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use kvm_bindings::KVM_MP_STATE_AP_RESET_HOLD;
@@ -47,20 +46,21 @@ use snp_model::rmp::SUCCESS;
 use snp_model::vcpu::VcpuModel;
 
 use super::registers::Recorded;
-use super::vm::Inner;
-use super::vm::Stage;
+use super::shared::Stage;
+use super::shared::VmShared;
 use super::wake::Order;
 use super::wake::Wake;
 use crate::cpuid;
-use crate::platform::CallError;
-use crate::platform::Exit;
+use crate::lock::lock;
 use crate::platform::HC_MAP_GPA_RANGE;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
+use crate::platform::exit::Exit;
 use crate::platform::kvm::KvmVcpu;
 use crate::platform::kvm::MsrAccess;
 use crate::platform::kvm::decode;
 use crate::platform::kvm::msr_access;
-use crate::registers;
+use crate::platform::registers;
 
 /// Bit of a memory fault's flags: the access was to the private side.
 const FAULT_PRIVATE: u64 = 1 << 3;
@@ -85,7 +85,7 @@ pub struct EmulatedVcpu {
     id: u32,
     /// Before `vm`: the vCPU's descriptor keeps the kernel's VM, and that must not outlive the memory which `vm` holds.
     kvm: KvmVcpu,
-    vm: Arc<Inner>,
+    vm: Arc<VmShared>,
     model: VcpuModel,
     recorded: Arc<Mutex<Recorded>>,
     wake: Arc<Wake>,
@@ -171,7 +171,7 @@ fn invalid(what: &'static str) -> CallError {
 impl EmulatedVcpu {
     pub(super) fn new(
         id: u32,
-        vm: Arc<Inner>,
+        vm: Arc<VmShared>,
         kvm: KvmVcpu,
         recorded: Arc<Mutex<Recorded>>,
         wake: Arc<Wake>,
@@ -208,7 +208,7 @@ impl EmulatedVcpu {
     }
 
     fn record(&self, f: impl FnOnce(&mut Recorded)) {
-        f(&mut self.recorded.lock().unwrap_or_else(PoisonError::into_inner));
+        f(&mut lock(&self.recorded));
     }
 
     /// Splits a guest-physical address of the underlying VM into the guest's address and its C-bit.
@@ -652,7 +652,7 @@ impl Vcpu for EmulatedVcpu {
 
     fn get_sregs(&self) -> Result<kvm_sregs, CallError> {
         self.unsealed()?;
-        Ok(self.recorded.lock().unwrap_or_else(PoisonError::into_inner).reported_sregs())
+        Ok(lock(&self.recorded).reported_sregs())
     }
 
     fn set_fpu(&mut self, fpu: &kvm_fpu) -> Result<(), CallError> {
@@ -757,11 +757,13 @@ impl Vcpu for EmulatedVcpu {
                 }
                 Some(Told::Terminate { data }) => Exit::SystemEvent { kind: SEV_TERM, data: *data },
                 Some(Told::PrivateGhcb { gpa }) => {
-                    Exit::MemoryFault { flags: 0, gpa: *gpa, size: crate::memory::PAGE }
+                    Exit::MemoryFault { flags: 0, gpa: *gpa, size: crate::platform::mapping::PAGE }
                 }
-                Some(Told::Fault { gpa, .. }) => {
-                    Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: crate::memory::PAGE }
-                }
+                Some(Told::Fault { gpa, .. }) => Exit::MemoryFault {
+                    flags: FAULT_PRIVATE,
+                    gpa: *gpa,
+                    size: crate::platform::mapping::PAGE,
+                },
             }),
         }
     }

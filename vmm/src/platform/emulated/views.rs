@@ -31,35 +31,16 @@ use snp_model::memory::OutsideRam;
 use snp_model::memory::View;
 use snp_model::rmp::PageStates;
 
-use super::Backing;
-use super::EmulatedOptions;
+use super::options::EmulatedOptions;
+use super::region::LOW_END;
+use super::region::Region;
 use super::strict::Gate;
-use crate::memory::Mapping;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
+use crate::lock::lock;
+use crate::platform::error::CallError;
 use crate::platform::kvm::KvmVm;
-
-/// End of the memory that both views share.
-pub const LOW_END: u64 = 1 << 20;
-
-/// A region of RAM.
-pub struct Region {
-    /// Where the guest sees it, without the C-bit.
-    pub gpa: u64,
-    /// What backs its shared view.
-    pub shared: Arc<Mapping>,
-    /// What backs its private view; the same with single backing.
-    pub private: Arc<Mapping>,
-    /// The file behind the private side and the offset into it; the monitor punches holes into it.
-    pub memfd: Option<(Arc<OwnedFd>, u64)>,
-}
-
-impl Region {
-    /// Addresses without the C-bit.
-    pub fn range(&self) -> Range<u64> {
-        self.gpa..self.gpa + self.shared.len()
-    }
-}
+use crate::platform::mapping::Mapping;
+use crate::platform::memory::MemorySlot;
+use crate::spec::Backing;
 
 /// Most memory slots at a time: each change of a page rebuilds them while the views are aliased, and KVM has 32,764. A guest that
 /// alternates shared and private pages needs one for each; Linux' decompressor needs a few.
@@ -131,10 +112,22 @@ impl Views {
 
     /// Adds memory that the guest can only see as shared: KVM's slot without a guest_memfd.
     pub fn add_shared_only(&self, vm: &KvmVm, slot: MemorySlot) -> Result<(), CallError> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = lock(&self.slots);
         let shown = Slot::of(&slot);
         self.shared_only.write().unwrap_or_else(PoisonError::into_inner).push(slot);
         slots.insert(vm, shown)
+    }
+
+    /// Takes memory away that was added by [`Views::add_shared_only`] with this slot number.
+    pub fn remove_shared_only(&self, vm: &KvmVm, number: u32) -> Result<(), CallError> {
+        let mut slots = lock(&self.slots);
+        let mut memory = self.shared_only.write().unwrap_or_else(PoisonError::into_inner);
+        let at = memory.iter().position(|slot| slot.slot == number);
+        let at = at.ok_or(CallError::errno("KVM_SET_USER_MEMORY_REGION2 (delete)", libc::EINVAL))?;
+        let gone = Slot::of(&memory[at]);
+        slots.retain(vm, |slot| *slot != gone)?;
+        memory.swap_remove(at);
+        Ok(())
     }
 
     /// Adds a region of RAM in both views.
@@ -163,7 +156,7 @@ impl Views {
         if self.options.strict {
             self.gate.add(&region).map_err(protecting)?;
         }
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = lock(&self.slots);
         let mut wanted = self.shared_view(&region, None);
         wanted.push(Slot { gpa: gpa | self.c_mask, host: private_host, len });
         self.regions.write().unwrap_or_else(PoisonError::into_inner).push(region);
@@ -193,13 +186,13 @@ impl Views {
         if self.single() {
             return Ok(());
         }
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased = true;
+        lock(&self.slots).aliased = true;
         self.rebuild(vm, states)
     }
 
     /// Gives each view its own memory, for good. Returns whether there was an alias.
     pub fn end_alias(&self, vm: &KvmVm, states: &PageStates) -> Result<bool, CallError> {
-        let was = std::mem::take(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased);
+        let was = std::mem::take(&mut lock(&self.slots).aliased);
         if was {
             self.rebuild(vm, states)?;
         }
@@ -208,7 +201,7 @@ impl Views {
 
     /// Makes the underlying VM's slots what they should be. No vCPU may be running.
     fn rebuild(&self, vm: &KvmVm, states: &PageStates) -> Result<(), CallError> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = lock(&self.slots);
         let regions = self.regions();
         let states = slots.aliased.then_some(states);
         let mut wanted: Vec<Slot> = regions.iter().flat_map(|r| self.shared_view(r, states)).collect();
@@ -227,7 +220,7 @@ impl Views {
         if self.options.strict {
             self.gate.attribute_changed(&self.regions(), states, &range, private).map_err(protecting)?;
         }
-        let aliased = self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased;
+        let aliased = lock(&self.slots).aliased;
         if aliased { self.rebuild(vm, states) } else { Ok(()) }
     }
 
@@ -267,7 +260,7 @@ impl Views {
         if self.searching.swap(true, Ordering::AcqRel) {
             return Ok(false);
         }
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = lock(&self.slots);
         let mut wanted = self.shared_only();
         for region in self.regions().iter() {
             states.for_each_run_in(region.range(), |run, state| {
@@ -292,7 +285,7 @@ impl Views {
 
     /// Whether the shared view shows private memory now.
     pub fn aliased(&self) -> bool {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner).aliased
+        lock(&self.slots).aliased
     }
 
     /// Splits a range at region borders; all or nothing.

@@ -14,7 +14,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicI32;
 use std::sync::atomic::Ordering;
 
@@ -22,6 +21,8 @@ use rustix::event::EventfdFlags;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use vmm_sys_util::signal::SIGRTMIN;
+
+use crate::lock::lock;
 
 /// What a vCPU has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +59,7 @@ impl Wake {
     }
 
     fn order(&self) -> MutexGuard<'_, Option<Order>> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.order)
     }
 
     /// Keeps the letter box shut, as a vCPU does that is just taking an order.

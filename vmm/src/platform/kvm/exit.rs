@@ -8,7 +8,7 @@
 
 use kvm_bindings::*;
 
-use crate::platform::Exit;
+use crate::platform::exit::Exit;
 
 /// `KVM_EXIT_SNP_REQ_CERTS` (Linux 7.0).
 const EXIT_SNP_REQ_CERTS: u32 = 43;

@@ -30,11 +30,11 @@ use kvm_ioctls::VcpuFd;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
-use super::decode;
-use super::vm::Slots;
-use crate::platform::CallError;
-use crate::platform::Exit;
+use super::exit::decode;
+use super::slots::Slots;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
+use crate::platform::exit::Exit;
 
 /// Offsets of the local vector table's pins in the APIC page, and delivery modes (Intel SDM volume 3, 11.5.1).
 const LVT_LINT0: usize = 0x350;

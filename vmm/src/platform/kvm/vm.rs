@@ -8,27 +8,32 @@ use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 
 use kvm_bindings::*;
+use kvm_ioctls::IoEventAddress;
+use kvm_ioctls::NoDatamatch;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::KvmVcpu;
-use super::sev;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
-use crate::platform::SevError;
+use super::check::check_vm;
+use super::slots::Slots;
+use super::vcpu::KvmVcpu;
+use crate::lock::lock;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::platform::error::CallError;
+use crate::platform::interrupt::MsiMessage;
+use crate::platform::interrupt::MsiRoute;
+use crate::platform::memory::MemorySlot;
+use crate::platform::sev::Snp;
 
 /// Where KVM may keep its internal pages on Intel CPUs: just below the BIOS region, outside of RAM and of devices.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
-/// What the kernel's memory slots refer to, kept alive as long as the VM and its vCPUs.
-pub(super) type Slots = Arc<Mutex<Vec<MemorySlot>>>;
+/// Pins of the two PICs, and of the IOAPIC (`KVM_IOAPIC_NUM_PINS`).
+const PIC_PINS: u32 = 16;
+const IOAPIC_PINS: u32 = 24;
 
 /// A VM; the emulated platform builds on a plain one.
 pub struct KvmVm {
@@ -43,6 +48,11 @@ pub struct KvmVm {
 impl KvmVm {
     pub(super) fn new(fd: VmFd, kind: VmKind, sev: Option<File>) -> Self {
         KvmVm { fd, sev, kind, slots: Slots::default() }
+    }
+
+    /// Whether the VM itself can do what an SNP guest needs; otherwise the name of what is missing and KVM's answer.
+    pub fn check_snp(&self) -> Result<(), (&'static str, i32)> {
+        check_vm(&self.fd)
     }
 
     /// `KVM_CREATE_VCPU`.
@@ -69,6 +79,32 @@ impl KvmVm {
     }
 }
 
+/// The pins of the interrupt controllers, as KVM connects them itself (Linux, `arch/x86/kvm/irq_comm.c`, `default_routing`): the first
+/// 16 go to both kinds.
+fn pins() -> impl Iterator<Item = kvm_irq_routing_entry> {
+    let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
+        ..Default::default()
+    };
+    let pic =
+        move |gsi| pin(gsi, if gsi < 8 { KVM_IRQCHIP_PIC_MASTER } else { KVM_IRQCHIP_PIC_SLAVE }, gsi % 8);
+    (0..IOAPIC_PINS).map(move |gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, gsi)).chain((0..PIC_PINS).map(pic))
+}
+
+fn msi(route: &MsiRoute) -> kvm_irq_routing_entry {
+    let MsiRoute { gsi, message } = *route;
+    let msi = kvm_irq_routing_msi {
+        address_lo: message.address as u32,
+        address_hi: (message.address >> 32) as u32,
+        data: message.data,
+        ..Default::default()
+    };
+    let u = kvm_irq_routing_entry__bindgen_ty_1 { msi };
+    kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() }
+}
+
 impl Vm for KvmVm {
     fn create_irqchip(&self) -> Result<(), CallError> {
         if self.kind == VmKind::Plain {
@@ -84,10 +120,37 @@ impl Vm for KvmVm {
         self.fd.register_irqfd(fd, gsi).map_err(CallError::of("KVM_IRQFD"))
     }
 
-    fn enable_map_gpa_range_exit(&self) -> Result<(), CallError> {
-        let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_HYPERCALL, ..Default::default() };
-        cap.args[0] = 1 << crate::platform::HC_MAP_GPA_RANGE;
-        self.fd.enable_cap(&cap).map_err(CallError::of("KVM_ENABLE_CAP(KVM_CAP_EXIT_HYPERCALL)"))
+    fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), CallError> {
+        self.fd.unregister_irqfd(fd, gsi).map_err(CallError::of("KVM_IRQFD (deassign)"))
+    }
+
+    fn set_msi_routes(&self, routes: &[MsiRoute]) -> Result<(), CallError> {
+        const CALL: &str = "KVM_SET_GSI_ROUTING";
+        let entries: Vec<_> = pins().chain(routes.iter().map(msi)).collect();
+        let table = KvmIrqRouting::from_entries(&entries).map_err(|_| CallError::errno(CALL, libc::E2BIG))?;
+        self.fd.set_gsi_routing(&table).map_err(CallError::of(CALL))
+    }
+
+    fn signal_msi(&self, message: MsiMessage) -> Result<bool, CallError> {
+        let msi = kvm_msi {
+            address_lo: message.address as u32,
+            address_hi: (message.address >> 32) as u32,
+            data: message.data,
+            ..Default::default()
+        };
+        Ok(self.fd.signal_msi(msi).map_err(CallError::of("KVM_SIGNAL_MSI"))? > 0)
+    }
+
+    fn register_ioevent(&self, fd: &EventFd, gpa: u64) -> Result<(), CallError> {
+        let address = IoEventAddress::Mmio(gpa);
+        self.fd.register_ioevent(fd, &address, NoDatamatch).map_err(CallError::of("KVM_IOEVENTFD"))
+    }
+
+    fn unregister_ioevent(&self, fd: &EventFd, gpa: u64) -> Result<(), CallError> {
+        let address = IoEventAddress::Mmio(gpa);
+        self.fd
+            .unregister_ioevent(fd, &address, NoDatamatch)
+            .map_err(CallError::of("KVM_IOEVENTFD (deassign)"))
     }
 
     fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError> {
@@ -120,7 +183,18 @@ impl Vm for KvmVm {
                     .map_err(CallError::of("KVM_SET_USER_MEMORY_REGION2"))?;
             }
         }
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
+        lock(&self.slots).push(slot);
+        Ok(())
+    }
+
+    fn remove_memory(&self, slot: u32) -> Result<(), CallError> {
+        const CALL: &str = "KVM_SET_USER_MEMORY_REGION2 (delete)";
+        let mut slots = lock(&self.slots);
+        let found = slots.iter().position(|known| known.slot == slot && known.private.is_none());
+        let at = found.ok_or(CallError::errno(CALL, libc::EINVAL))?;
+        // SAFETY: length 0 deletes the slot; the kernel has let go of the memory when it returns.
+        unsafe { self.set_slot(slot, slots[at].gpa, slots[at].shared.host_address(), 0) }?;
+        slots.swap_remove(at);
         Ok(())
     }
 
@@ -132,31 +206,7 @@ impl Vm for KvmVm {
         Ok(Box::new(self.new_vcpu(id)?))
     }
 
-    fn sev_init2(&self, init: &mut kvm_sev_init) -> Result<(), SevError> {
-        sev::init2(self, init)
-    }
-
-    fn snp_launch_start(&self, start: &mut kvm_sev_snp_launch_start) -> Result<(), SevError> {
-        sev::launch_start(self, start)
-    }
-
-    fn snp_launch_update(
-        &self,
-        update: &mut kvm_sev_snp_launch_update,
-        source: &mut [u8],
-    ) -> Result<(), SevError> {
-        sev::launch_update(self, update, source)
-    }
-
-    fn snp_launch_finish(
-        &self,
-        finish: &mut kvm_sev_snp_launch_finish,
-        id: Option<(&[u8; 96], &[u8; 4096])>,
-    ) -> Result<(), SevError> {
-        sev::launch_finish(self, finish, id)
-    }
-
-    fn snp_enable_req_certs(&self) -> Result<(), SevError> {
-        sev::enable_req_certs(self)
+    fn snp(&self) -> Option<&dyn Snp> {
+        (self.kind == VmKind::Snp).then_some(self)
     }
 }

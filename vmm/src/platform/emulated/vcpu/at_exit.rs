@@ -6,8 +6,8 @@ use kvm_bindings::kvm_translation;
 use kvm_ioctls::SyncReg;
 
 use super::EmulatedVcpu;
-use crate::platform::CallError;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
 
 impl EmulatedVcpu {
     /// The registers at an exit that has just happened.

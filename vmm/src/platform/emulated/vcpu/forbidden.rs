@@ -12,9 +12,9 @@ use snp_model::rmp::PageState;
 
 use super::EmulatedVcpu;
 use super::Step;
-use crate::platform::CallError;
-use crate::platform::Exit;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
+use crate::platform::exit::Exit;
 use crate::platform::kvm::decode;
 
 /// How often the access is tried again when a signal interrupts it.

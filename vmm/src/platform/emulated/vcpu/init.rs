@@ -9,8 +9,8 @@ use kvm_bindings::kvm_debugregs;
 use kvm_bindings::kvm_lapic_state;
 
 use super::EmulatedVcpu;
-use crate::platform::CallError;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
 
 /// `IA32_APIC_BASE`: the APIC is in x2APIC mode.
 const X2APIC_MODE: u64 = 1 << 10;

@@ -8,21 +8,22 @@ use std::sync::atomic::Ordering;
 use devices::bus::Action;
 use snp::ghcb::term::SevTerm;
 
-use crate::certs::Certificates;
-use crate::certs::Held;
-use crate::conversion::Conversions;
-use crate::conversion::NotConverted;
-use crate::conversion::RangeState;
-use crate::implicit::ImplicitSharing;
 use crate::machine::Machine;
-use crate::memory::PAGE;
-use crate::outcome::Outcome;
-use crate::platform::CallError;
-use crate::platform::Exit;
+use crate::machine::certs::Certificates;
+use crate::machine::certs::Held;
+use crate::machine::conversion::Conversions;
+use crate::machine::conversion::NotConverted;
+use crate::machine::conversion::RangeState;
+use crate::machine::implicit::ImplicitSharing;
 use crate::platform::HC_MAP_GPA_RANGE;
 use crate::platform::MAP_GPA_RANGE_ENCRYPTED;
 use crate::platform::Vcpu;
-use crate::prefault::PreFault;
+use crate::platform::error::CallError;
+use crate::platform::exit::Exit;
+use crate::platform::mapping::PAGE;
+use crate::run::error::RunError;
+use crate::run::outcome::Outcome;
+use crate::run::prefault::PreFault;
 
 /// `KVM_SYSTEM_EVENT_SEV_TERM`.
 const SYSTEM_EVENT_SEV_TERM: u32 = 6;
@@ -56,139 +57,6 @@ pub struct Shared {
     pub certificates: Option<Certificates>,
     /// Set once the guest is to stop.
     pub stop: AtomicBool,
-}
-
-/// Why a vCPU cannot go on.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// `KVM_RUN` failed.
-    #[error("vCPU {vcpu}: {source}{hint}")]
-    Run {
-        /// Which one.
-        vcpu: u32,
-        /// What failed.
-        source: CallError,
-        /// What the errno means here.
-        hint: &'static str,
-    },
-    /// The guest touched a page through the wrong view, or outside of RAM.
-    #[error(
-        "vCPU {vcpu}: the guest made a {view} access to {gpa:#x} ({size:#x} bytes), but {state}. A guest announces every \
-         change of a page's state, and reaches devices through shared mappings, so this is a bug in the guest"
-    )]
-    MemoryFault {
-        /// Which one.
-        vcpu: u32,
-        /// "private" or "shared".
-        view: &'static str,
-        /// Guest-physical address.
-        gpa: u64,
-        /// Bytes.
-        size: u64,
-        /// What the monitor knows of the page.
-        state: &'static str,
-    },
-    /// The same access, which the page's state allows, does not go through.
-    #[error(
-        "vCPU {vcpu}: KVM reports again and again that an access to {gpa:#x} goes to the wrong side, but the page is on the right \
-         one: the monitor's record of page states and KVM's differ"
-    )]
-    Repeated {
-        /// Which one.
-        vcpu: u32,
-        /// Guest-physical address.
-        gpa: u64,
-    },
-    /// A kind of memory fault that came after Linux 6.12.
-    #[error(
-        "vCPU {vcpu}: KVM reports a memory fault at {gpa:#x} with flags {flags:#x}, of which only bit 3 is known"
-    )]
-    FaultFlags {
-        /// Which one.
-        vcpu: u32,
-        /// Guest-physical address.
-        gpa: u64,
-        /// What KVM says.
-        flags: u64,
-    },
-    /// The CPU would not enter the guest for the first time.
-    #[error(
-        "vCPU {vcpu}: the CPU refused to enter the guest (hardware reason {reason:#x}): its initial registers are not consistent"
-    )]
-    FailEntry {
-        /// Which one.
-        vcpu: u32,
-        /// Hardware's code.
-        reason: u64,
-    },
-    /// The CPU would not enter a vCPU that the guest has started or stopped itself.
-    #[error(
-        "vCPU {vcpu}: the CPU refused to enter the guest (hardware reason {reason:#x}): the vCPU has no usable save area. The \
-         guest's AP creation named a page that is not private RAM or not marked as a save area, or an AP destruction took it away; \
-         this is a bug in the guest"
-    )]
-    SaveArea {
-        /// Which one.
-        vcpu: u32,
-        /// Hardware's code.
-        reason: u64,
-    },
-    /// KVM does not run the vCPU.
-    #[error(
-        "vCPU {vcpu}: KVM does not run it and asks to try again ({AGAIN_MAX} times in a row): it waits for an INIT, and the guest \
-         sent it something else, such as an AP creation"
-    )]
-    PutOff {
-        /// Which one.
-        vcpu: u32,
-    },
-    /// Memory of the host is broken.
-    #[error(
-        "vCPU {vcpu}: the host's memory behind guest address {gpa:#x} has an uncorrectable error (EHWPOISON); the page's contents are \
-         lost, and the guest cannot go on"
-    )]
-    Poisoned {
-        /// Which one.
-        vcpu: u32,
-        /// Guest-physical address.
-        gpa: u64,
-    },
-    /// The host could not change the state of pages.
-    #[error(
-        "vCPU {vcpu}: the guest's change of {pages} pages at {gpa:#x} failed on the host: {source}{hint}"
-    )]
-    Conversion {
-        /// Which one.
-        vcpu: u32,
-        /// First guest-physical address.
-        gpa: u64,
-        /// Pages of 4 KiB.
-        pages: u64,
-        /// What the host said.
-        source: std::io::Error,
-        /// What that means here.
-        hint: &'static str,
-    },
-    /// KVM gave up.
-    #[error(
-        "vCPU {vcpu}: KVM could not emulate an instruction of the guest (internal error {suberror}) {place}"
-    )]
-    Internal {
-        /// Which one.
-        vcpu: u32,
-        /// `KVM_INTERNAL_ERROR_*`.
-        suberror: u32,
-        /// Where, if the registers can be read.
-        place: String,
-    },
-    /// An exit that no guest of this monitor should cause.
-    #[error("vCPU {vcpu}: unexpected exit {what} from KVM")]
-    Unexpected {
-        /// Which one.
-        vcpu: u32,
-        /// Its kind.
-        what: String,
-    },
 }
 
 /// What to do after an exit.
@@ -236,7 +104,9 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
             return Err(RunError::Internal { vcpu: id, suberror, place });
         }
         match exit {
-            Exit::Again if put_off == AGAIN_MAX => return Err(RunError::PutOff { vcpu: id }),
+            Exit::Again if put_off == AGAIN_MAX => {
+                return Err(RunError::PutOff { vcpu: id, times: AGAIN_MAX });
+            }
             Exit::Again => {
                 put_off += 1;
                 continue;

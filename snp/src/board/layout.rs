@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where things are in a direct-boot guest's physical memory.
+//! Where things are in a guest's physical memory: what a direct boot puts there, and the device gap.
 //!
 //! Everything that the monitor builds lies below 640 KiB, and so does the free memory from which Linux takes its start-up
-//! code for further vCPUs. RAM ends at 3 GiB and goes on at 4 GiB; the gap is for devices (virtio, IOAPIC, local APIC).
+//! code for further vCPUs. RAM ends at 3 GiB and goes on at 4 GiB; the gap is for devices and firmware.
 
 use std::ops::Range;
 
@@ -38,42 +38,17 @@ pub const HOLE_START: u64 = 3 << 30;
 pub const HOLE_END: u64 = 4 << 30;
 /// Registers of the IOAPIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
+/// Registers of the TPM, where every driver expects locality 0. One page.
+pub const TPM_REGISTERS: u32 = 0xfed4_0000;
+/// Registers of the TPM's physical-presence interface: beyond the pages of localities 1 to 4, which guests take for
+/// themselves. One page.
+pub const TPM_PRESENCE: u32 = 0xfed4_5000;
+/// The TPM's buffer for commands and responses. One page.
+pub const TPM_BUFFER: u32 = 0xfed4_6000;
 /// Registers of the local APICs.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Kept free for firmware, which ends where the gap does.
+pub const FIRMWARE: Range<u64> = 0xffc0_0000..HOLE_END;
 
 /// Smallest guest memory in bytes.
 pub const MEMORY_MIN: u64 = 128 << 20;
-
-/// e820 types.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum E820Type {
-    /// Usable memory.
-    Ram = 1,
-    /// Not to be touched by the memory management; Linux maps it shared.
-    Reserved = 2,
-    /// ACPI tables; Linux maps it private.
-    Acpi = 3,
-}
-
-/// The guest's memory as ranges, ascending: one below the device gap, one above it if needed.
-pub fn ram_ranges(memory: u64) -> Vec<Range<u64>> {
-    let low = memory.min(HOLE_START);
-    let high = HOLE_END..HOLE_END.saturating_add(memory - low);
-    [0..low, high].into_iter().filter(|range| !range.is_empty()).collect()
-}
-
-/// The memory map that Linux gets, ascending and disjoint.
-pub fn e820(memory: u64) -> Vec<(Range<u64>, E820Type)> {
-    let mut map = vec![
-        (0..RESERVED, E820Type::Ram),
-        (RESERVED..ACPI, E820Type::Reserved),
-        (ACPI..ACPI_END, E820Type::Acpi),
-        (ACPI_END..HIGH_START, E820Type::Reserved),
-    ];
-    for range in ram_ranges(memory) {
-        let start = if range.start == 0 { HIGH_START } else { range.start };
-        map.push((start..range.end, E820Type::Ram));
-    }
-    map
-}

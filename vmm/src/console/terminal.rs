@@ -5,17 +5,18 @@ use std::io;
 use std::io::IsTerminal;
 use std::io::Read;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 
 use rustix::termios::OptionalActions;
 use rustix::termios::Termios;
+
+use crate::lock::lock;
 
 /// The settings to put back; `None` once that is done, or if the terminal was never changed.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 
 /// Puts the terminal back as it was. May be called any number of times, from any thread.
 pub fn restore() {
-    let saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let saved = lock(&SAVED).take();
     // In the background a job that changes the terminal is stopped; whoever is in the foreground has set it for himself.
     if let Some(settings) = saved
         && !in_background()
@@ -45,7 +46,7 @@ impl RawMode {
         raw.make_raw();
         // Output keeps its newline translation: the monitor's own messages go to the same terminal.
         raw.output_modes = settings.output_modes;
-        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(settings);
+        *lock(&SAVED) = Some(settings);
         let report = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             restore();

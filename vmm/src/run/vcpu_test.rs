@@ -6,11 +6,12 @@ use std::io;
 
 use rustix::fs::FlockOperation;
 use snp::attest::cert_table;
+use snp::board::Board;
 
 use super::*;
-use crate::certs::CertFile;
-use crate::certs::Source;
-use crate::memory::GuestRam;
+use crate::machine::certs::CertFile;
+use crate::machine::certs::Source;
+use crate::machine::ram::GuestRam;
 use crate::platform::Vm;
 use crate::platform::scripted::Answered;
 use crate::platform::scripted::Scripted;
@@ -37,7 +38,7 @@ fn bench(source: Option<Source>) -> Bench {
     let conversions =
         Conversions::new(Arc::clone(&vm) as Arc<dyn Vm>, ram.clone(), memfds, std::slice::from_ref(&staged));
     let shared = Shared {
-        machine: Machine::new(vm.as_ref(), Box::new(io::sink())).unwrap(),
+        machine: Machine::new(vm.as_ref(), &Board::new(1 << 30, 1), Box::new(io::sink())).unwrap(),
         conversions: Some(conversions),
         implicit: None,
         pre_fault: Some(PreFault::new(Vec::new())),

@@ -14,11 +14,14 @@ use snp::pages::cpuid_entry::CpuidEntry;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::platform::CallError;
-use crate::platform::MemorySlot;
-use crate::platform::SevError;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
+use crate::platform::error::SevError;
+use crate::platform::interrupt::MsiMessage;
+use crate::platform::interrupt::MsiRoute;
+use crate::platform::memory::MemorySlot;
 use crate::platform::scripted::ScriptedVm;
+use crate::platform::sev::Snp;
 
 /// Byte of the CPUID page where an entry's registers begin: 16 bytes of header, 24 of inputs.
 const FIRST_REGISTERS: usize = 16 + 24;
@@ -61,8 +64,20 @@ impl Vm for Host {
     fn register_irqfd(&self, _: &EventFd, _: u32) -> Result<(), CallError> {
         unreachable!("nor devices")
     }
-    fn enable_map_gpa_range_exit(&self) -> Result<(), CallError> {
-        self.vm.enable_map_gpa_range_exit()
+    fn unregister_irqfd(&self, _: &EventFd, _: u32) -> Result<(), CallError> {
+        unreachable!("nor devices")
+    }
+    fn set_msi_routes(&self, _: &[MsiRoute]) -> Result<(), CallError> {
+        unreachable!("nor devices")
+    }
+    fn signal_msi(&self, _: MsiMessage) -> Result<bool, CallError> {
+        unreachable!("nor devices")
+    }
+    fn register_ioevent(&self, _: &EventFd, _: u64) -> Result<(), CallError> {
+        unreachable!("nor devices")
+    }
+    fn unregister_ioevent(&self, _: &EventFd, _: u64) -> Result<(), CallError> {
+        unreachable!("nor devices")
     }
     fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError> {
         self.call("guest_memfd");
@@ -78,6 +93,18 @@ impl Vm for Host {
     }
     fn create_vcpu(&self, _: u32) -> Result<Box<dyn Vcpu>, CallError> {
         unreachable!("LAUNCH_UPDATE needs no vCPU")
+    }
+    fn remove_memory(&self, _: u32) -> Result<(), CallError> {
+        unreachable!("what is given up is closed")
+    }
+    fn snp(&self) -> Option<&dyn Snp> {
+        Some(self)
+    }
+}
+
+impl Snp for Host {
+    fn enable_map_gpa_range_exit(&self) -> Result<(), CallError> {
+        self.vm.enable_map_gpa_range_exit()
     }
     fn sev_init2(&self, init: &mut kvm_sev_init) -> Result<(), SevError> {
         self.call("INIT2");

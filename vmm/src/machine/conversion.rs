@@ -19,12 +19,13 @@ use std::sync::atomic::Ordering;
 use kvm_bindings::kvm_memory_attributes;
 use rustix::fs::FallocateFlags;
 
-use crate::memory::GuestRam;
-use crate::memory::PAGE;
-use crate::memory::Region;
+use crate::lock::lock;
+use crate::machine::ram::GuestRam;
+use crate::machine::ram::Region;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::MAP_GPA_RANGE_ENCRYPTED;
 use crate::platform::Vm;
+use crate::platform::mapping::PAGE;
 
 /// Bits of the third argument that have a meaning: page-size hint and direction.
 const KNOWN_ATTRIBUTES: u64 = 0xf | MAP_GPA_RANGE_ENCRYPTED;
@@ -48,7 +49,7 @@ struct BusyGuard<'a>(&'a Busy, (u64, u64));
 
 impl Busy {
     fn lock(&self, start: u64, end: u64) -> BusyGuard<'_> {
-        let mut ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = lock(&self.ranges);
         while ranges.iter().any(|&(s, e)| s < end && start < e) {
             ranges = self.freed.wait(ranges).unwrap_or_else(PoisonError::into_inner);
         }
@@ -59,7 +60,7 @@ impl Busy {
 
 impl Drop for BusyGuard<'_> {
     fn drop(&mut self) {
-        let mut ranges = self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = lock(&self.0.ranges);
         if let Some(at) = ranges.iter().position(|r| *r == self.1) {
             ranges.swap_remove(at);
         }

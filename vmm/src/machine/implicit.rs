@@ -8,13 +8,13 @@
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 
-use crate::conversion::Conversions;
-use crate::conversion::RangeState;
-use crate::memory::PAGE;
+use crate::lock::lock;
+use crate::machine::conversion::Conversions;
+use crate::machine::conversion::RangeState;
 use crate::note::note;
 use crate::note::warn;
+use crate::platform::mapping::PAGE;
 
 /// Most pages that a guest may share in this way.
 const PAGES_MAX: usize = 16;
@@ -42,7 +42,7 @@ impl ImplicitSharing {
 
     /// Whether `page` is a new one, and not one too many.
     fn admit(&self, page: u64) -> bool {
-        let mut pages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pages = lock(&self.0);
         pages.len() < PAGES_MAX && pages.insert(page)
     }
 }

@@ -14,8 +14,8 @@ use snp::vmsa::EFER_SVME;
 use snp::vmsa::Segment;
 use snp::vmsa::VmsaState;
 
-use crate::platform::CallError;
 use crate::platform::Vcpu;
+use crate::platform::error::CallError;
 
 /// `IA32_PAT`.
 const MSR_PAT: u32 = 0x277;

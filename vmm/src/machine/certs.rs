@@ -21,15 +21,15 @@ use std::path::Path;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 
 use rustix::fs::FlockOperation;
 use snp::attest::cert_table;
 use snp::attest::cert_table::TableError;
 
-use crate::memory::GuestRam;
-use crate::memory::PAGE;
+use crate::lock::lock;
+use crate::machine::ram::GuestRam;
 use crate::note::warn;
+use crate::platform::mapping::PAGE;
 
 /// Largest file that is taken, in bytes; five certificates have less than 10 KiB.
 pub const FILE_LIMIT: u64 = 64 << 10;
@@ -130,7 +130,7 @@ impl CertFile {
     /// Says what is wrong on standard error, unless that was the last thing said.
     fn complain(&self, error: Option<&CertsError>) {
         let text = error.map(ToString::to_string).unwrap_or_default();
-        let mut last = self.complaint.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&self.complaint);
         if *last != text {
             if !text.is_empty() {
                 warn(format_args!("the guest asked for certificates and got none: {text}"));

@@ -10,19 +10,8 @@ use acpi_tables::AmlSink;
 use acpi_tables::aml;
 
 use super::ppi;
-
-/// A TPM with a command-response buffer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tpm {
-    /// Guest-physical address of the register page.
-    pub registers: u32,
-    /// Guest-physical address of the buffer page.
-    pub buffer: u32,
-    /// Guest-physical address of the page with the registers of the physical-presence interface.
-    pub presence: u32,
-    /// The event log, at most [`LOG_MAX`] bytes; empty if nothing was measured.
-    pub log: Vec<u8>,
-}
+use crate::board::Tpm;
+use crate::plan::PAGE_SIZE;
 
 /// Longest event log that finds room beside the tables.
 pub const LOG_MAX: usize = 16 << 10;
@@ -30,7 +19,6 @@ pub const LOG_MAX: usize = 16 << 10;
 const CONTROL_AREA: u64 = 0x40;
 /// Start method: command-response buffer.
 const START_METHOD: u32 = 7;
-const PAGE: u32 = 0x1000;
 
 /// AML that is bytes already.
 struct Written(Vec<u8>);
@@ -41,45 +29,45 @@ impl Aml for Written {
     }
 }
 
-impl Tpm {
-    /// The device in the DSDT.
-    pub(super) fn device(&self, body: &mut Vec<u8>) {
-        let pages = [self.registers, self.buffer].map(|base| aml::Memory32Fixed::new(true, base, PAGE));
-        let resources = aml::ResourceTemplate::new(vec![&pages[0], &pages[1]]);
-        aml::Device::new(
-            "_SB_.TPM_".into(),
-            vec![
-                &aml::Name::new("_HID".into(), &"MSFT0101"),
-                &aml::Name::new("_UID".into(), &0u8),
-                &aml::Name::new("_STA".into(), &0x0fu8),
-                &aml::Name::new("_CRS".into(), &resources),
-                &Written(ppi::methods(self.presence)),
-            ],
-        )
-        .to_aml_bytes(body);
-    }
+/// The device in the DSDT.
+pub(super) fn device(tpm: &Tpm, body: &mut Vec<u8>) {
+    let page = |base| aml::Memory32Fixed::new(true, base, PAGE_SIZE as u32);
+    let (registers, buffer) = (page(tpm.registers), page(tpm.buffer));
+    let resources = aml::ResourceTemplate::new(vec![&registers, &buffer]);
+    aml::Device::new(
+        "_SB_.TPM_".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"MSFT0101"),
+            &aml::Name::new("_UID".into(), &0u8),
+            &aml::Name::new("_STA".into(), &0x0fu8),
+            &aml::Name::new("_CRS".into(), &resources),
+            &Written(ppi::methods(tpm.presence)),
+        ],
+    )
+    .to_aml_bytes(body);
+}
 
-    /// What follows the header of table `TPM2` when the log lies at `log`.
-    pub(super) fn body(&self, log: u64) -> Vec<u8> {
-        let mut body = Vec::new();
-        // Platform class 0, client: the profile that the event log follows; two reserved bytes.
-        body.extend_from_slice(&0u32.to_le_bytes());
-        body.extend_from_slice(&(u64::from(self.registers) + CONTROL_AREA).to_le_bytes());
-        body.extend_from_slice(&START_METHOD.to_le_bytes());
-        body.extend_from_slice(&[0; 12]);
-        if !self.log.is_empty() {
-            body.extend_from_slice(&(self.log.len() as u32).to_le_bytes());
-            body.extend_from_slice(&log.to_le_bytes());
-        }
-        body
+/// What follows the header of table `TPM2` when the log lies at `log`.
+pub(super) fn body(tpm: &Tpm, log: u64) -> Vec<u8> {
+    let mut body = Vec::new();
+    // Platform class 0, client: the profile that the event log follows; two reserved bytes.
+    body.extend_from_slice(&0u32.to_le_bytes());
+    body.extend_from_slice(&(u64::from(tpm.registers) + CONTROL_AREA).to_le_bytes());
+    body.extend_from_slice(&START_METHOD.to_le_bytes());
+    body.extend_from_slice(&[0; 12]);
+    if !tpm.log.is_empty() {
+        body.extend_from_slice(&(tpm.log.len() as u32).to_le_bytes());
+        body.extend_from_slice(&log.to_le_bytes());
     }
+    body
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::tables;
     use super::*;
-    use crate::image::layout;
+    use crate::board::Board;
+    use crate::board::layout;
 
     fn find(area: &[u8], signature: &[u8; 4]) -> Vec<u8> {
         let at = (0..area.len()).step_by(64).find(|at| area[*at..].starts_with(signature)).expect("table");
@@ -87,13 +75,13 @@ mod tests {
         area[at..at + len].to_vec()
     }
 
-    fn tpm(log: Vec<u8>) -> Tpm {
-        Tpm { registers: 0xfed4_0000, buffer: 0xfed4_6000, presence: 0xfed4_5000, log }
+    fn with_tpm(vcpus: u32, log: Vec<u8>) -> Vec<u8> {
+        tables(&Board { tpm: Some(Tpm::new(log)), ..Board::new(layout::MEMORY_MIN, vcpus) })
     }
 
     #[test]
     fn the_table_points_to_the_control_area_and_to_the_log() {
-        let area = tables(2, Some(&tpm(b"the log".to_vec())));
+        let area = with_tpm(2, b"the log".to_vec());
         let table = find(&area, b"TPM2");
         assert_eq!(table.len(), 76);
         assert_eq!(table.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0, "checksum");
@@ -102,20 +90,20 @@ mod tests {
         assert_eq!(table[64..68], 7u32.to_le_bytes());
         let log = u64::from_le_bytes(table[68..76].try_into().expect("eight")) - layout::ACPI;
         assert_eq!(&area[log as usize..][..7], b"the log");
-        assert_eq!(find(&tables(2, Some(&tpm(Vec::new()))), b"TPM2").len(), 64, "no log, no address");
+        assert_eq!(find(&with_tpm(2, Vec::new()), b"TPM2").len(), 64, "no log, no address");
     }
 
     #[test]
     fn everything_fits_with_the_most_processors_and_the_longest_log() {
-        let area = tables(255, Some(&tpm(vec![1; LOG_MAX])));
+        let area = with_tpm(255, vec![1; LOG_MAX]);
         assert!(area.len() as u64 <= layout::ACPI_END - layout::ACPI, "{:#x}", area.len());
     }
 
     #[test]
     fn without_a_tpm_there_is_no_trace_of_one() {
-        let area = tables(2, None);
+        let area = tables(&Board::new(layout::MEMORY_MIN, 2));
         assert!(!area.windows(8).any(|w| w == b"MSFT0101") && !area.windows(4).any(|w| w == b"TPM2"));
-        let with = tables(2, Some(&tpm(Vec::new())));
+        let with = with_tpm(2, Vec::new());
         assert!(find(&with, b"DSDT").windows(8).any(|w| w == b"MSFT0101"));
     }
 }

@@ -22,7 +22,7 @@ use snp::stage0::inputs::Kind;
 use snp::stage0::layout;
 
 use crate::launch::Staged;
-use crate::memory::GuestRam;
+use crate::machine::ram::GuestRam;
 
 /// The bit that is altered.
 const BIT: u8 = 0x10;

@@ -2,9 +2,8 @@
 //! One life of a guest: a VM from its creation to its end.
 //!
 //! An SNP guest cannot be reset: its registers are sealed at launch, and its memory belongs to one firmware context. A guest that
-//! asks for a reset ends its VM, and may get another one, launched from the same plan ([`crate::monitor`]).
+//! asks for a reset ends its VM, and may get another one, launched from the same plan ([`crate::run::monitor`]).
 
-use std::io;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -17,34 +16,36 @@ use std::time::Instant;
 
 use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_bindings::kvm_mp_state;
+use snp_model::patch::CodeHints;
 use vmm_sys_util::signal::Killable;
 use vmm_sys_util::signal::SIGRTMIN;
 
-use crate::certs::Certificates;
-use crate::certs::Source;
-use crate::conversion::Conversions;
-use crate::events::Event;
-use crate::implicit::ImplicitSharing;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::Prepared;
+use crate::launch::tamper::Racer;
 use crate::machine::Machine;
-use crate::memory::GuestRam;
-use crate::monitor::Guest;
-use crate::monitor::Host;
-use crate::monitor::Load;
-use crate::monitor::MonitorError;
+use crate::machine::certs::Certificates;
+use crate::machine::certs::Source;
+use crate::machine::conversion::Conversions;
+use crate::machine::implicit::ImplicitSharing;
+use crate::machine::ram::GuestRam;
 use crate::note::note;
 use crate::platform::Platform;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
-use crate::platform::kvm;
-use crate::prefault;
-use crate::prefault::PreFault;
-use crate::tamper::Racer;
-use crate::vcpu;
-use crate::vcpu::Shared;
+use crate::run::error::MonitorError;
+use crate::run::event::Event;
+use crate::run::guest::Guest;
+use crate::run::guest::Host;
+use crate::run::guest::Load;
+use crate::run::prefault;
+use crate::run::prefault::PreFault;
+use crate::run::vcpu;
+use crate::run::vcpu::Shared;
+use crate::threads::ThreadError;
+use crate::threads::spawn;
 
 /// How long the monitor waits for vCPU threads to notice that the guest is over. They may be stuck writing to a terminal
 /// that nobody reads; the process ends all the same.
@@ -80,18 +81,21 @@ pub(crate) fn boot(
     let create = |step| move |source| MonitorError::Create { step, source };
     let snp = guest.snp();
     let kind = if snp.is_some() { VmKind::Snp } else { VmKind::Plain };
-    let vm = platform.create_vm(kind).map_err(create("creating the VM"))?;
+    let no_hints = CodeHints::default();
+    let code = snp.map_or(&no_hints, |snp| &snp.code);
+    let vm = platform.create_vm(kind, code).map_err(create("creating the VM"))?;
     vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
     if let Some(snp) = snp {
-        launch::init_snp(vm.as_ref(), snp.measured.plan())?;
+        let commands = vm.snp_commands().map_err(create("creating the VM"))?;
+        launch::init_snp(commands, snp.measured.plan())?;
     }
     let certificates = match snp {
         Some(_) => host.certificates.clone().or_else(|| platform.certificates().map(Source::Table)),
         None => None,
     };
-    if certificates.is_some() {
+    if let Some(commands) = vm.snp().filter(|_| certificates.is_some()) {
         // After INIT2 and before any vCPU (`snp_enable_certs`).
-        vm.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
+        commands.snp_enable_req_certs().map_err(|source| LaunchError::Sev {
             step: "offering certificates to the guest".into(),
             source,
         })?;
@@ -111,7 +115,7 @@ pub(crate) fn boot(
         }
         vcpus.push(vcpu);
     }
-    let mut machine = Machine::new(vm.as_ref(), console)?;
+    let mut machine = Machine::new(vm.as_ref(), &guest.board, console)?;
     for companion in &mut host.companions {
         companion
             .before_life(life, vm.as_ref(), &mut machine)
@@ -138,8 +142,7 @@ pub(crate) fn boot(
         }
     };
     let racer = snp.and_then(|snp| snp.staged.raced).map(|gpa| Racer::start(ram.clone(), gpa));
-    let racer =
-        racer.transpose().map_err(|source| MonitorError::Host { what: "cannot start a thread", source })?;
+    let racer = racer.transpose().map_err(ThreadError)?;
     let certificates = certificates.map(|source| Certificates::new(source, ram));
     let implicit = snp.filter(|snp| snp.options.firmware).map(|_| ImplicitSharing::default());
     let pre_fault = snp.map(|snp| {
@@ -169,7 +172,7 @@ impl Booted {
                 Ok(thread) => running.threads.push(thread),
                 Err(e) => {
                     running.stop();
-                    return Err(e);
+                    return Err(e.into());
                 }
             }
         }
@@ -200,26 +203,4 @@ impl Running {
         }
         true
     }
-}
-
-/// From here on the signal that interrupts vCPUs does nothing else, whoever sends it. Comes before any vCPU starts.
-pub(crate) fn catch_interrupts() -> Result<(), MonitorError> {
-    vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), kvm::interrupt).map_err(|e| {
-        MonitorError::Host {
-            what: "cannot set the signal that interrupts vCPUs",
-            source: io::Error::from_raw_os_error(e.errno()),
-        }
-    })
-}
-
-/// Starts a thread of the monitor.
-pub(crate) fn spawn(
-    name: String,
-    body: impl FnOnce() + Send + 'static,
-) -> Result<JoinHandle<()>, MonitorError> {
-    thread::Builder::new()
-        .name(name)
-        .stack_size(256 << 10)
-        .spawn(body)
-        .map_err(|source| MonitorError::Host { what: "cannot start a thread", source })
 }

@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The guest's console.
+
+pub mod stdio;
+pub mod terminal;
