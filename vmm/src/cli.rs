@@ -60,7 +60,7 @@ enum Command {
     /// Say what this host offers for SNP guests and for emulated ones, and how to fix what is missing
     Doctor(doctor::Args),
     /// Make, examine and change guest-state files: where a vTPM keeps what outlives the VM
-    Vmgs(Box<vtpm_svc::cli_vmgs::VmgsArgs>),
+    Vmgs(Box<vtpm_svc::cli::vmgs::VmgsArgs>),
 }
 
 /// Why a command failed, and with which exit code.
@@ -110,7 +110,7 @@ pub fn main() -> ExitCode {
         Some(Command::Certs(args)) => certs::main(&args),
         Some(Command::Doctor(args)) => doctor::main(&args),
         // It has exit codes of its own, the same as `vtpm-svc vmgs`.
-        Some(Command::Vmgs(args)) => match vtpm_svc::cli_vmgs::run(&args, &mut io::stdout().lock()) {
+        Some(Command::Vmgs(args)) => match vtpm_svc::cli::vmgs::run(&args, &mut io::stdout().lock()) {
             Ok(()) => Ok(0),
             Err(error) => {
                 note::error(&error);

@@ -20,15 +20,15 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Serve a TPM 2.0 over sockets, as swtpm does
-    Socket(Box<vtpm_svc::control::options::SocketArgs>),
+    Socket(Box<vtpm_svc::cli::socket::SocketArgs>),
     /// Make, examine and change guest-state files
-    Vmgs(Box<vtpm_svc::cli_vmgs::VmgsArgs>),
+    Vmgs(Box<vtpm_svc::cli::vmgs::VmgsArgs>),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Socket(args) => vtpm_svc::service::run(&args).map_err(|e| (e.to_string(), 1)),
-        Command::Vmgs(args) => vtpm_svc::cli_vmgs::run(&args, &mut std::io::stdout().lock())
+        Command::Socket(args) => vtpm_svc::cli::socket::run(&args).map_err(|e| (e.to_string(), 1)),
+        Command::Vmgs(args) => vtpm_svc::cli::vmgs::run(&args, &mut std::io::stdout().lock())
             .map_err(|e| (e.to_string(), e.exit_code())),
     };
     match result {

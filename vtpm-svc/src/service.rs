@@ -1,363 +1,226 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `vtpm-svc socket`: from options to a served TPM, in an order that matters.
+//! One served TPM, from options to its end, in an order that matters.
 //!
 //! Library, key, image and anchor are opened first, with the rights of whoever started the process. Sockets come when the
 //! image is locked, so that a start that fails takes nothing from a service that runs. Then the cage is closed, and only then
 //! does the engine see the stored state and are clients served.
 
-use std::io;
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::os::fd::RawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use crate::control::options;
-use crate::control::options::Channel;
-use crate::control::options::OptionError;
-use crate::control::options::SocketArgs;
+use crate::control::listen::Channel;
+use crate::control::listen::Open;
+use crate::control::listen::SocketError;
 use crate::control::server::End;
-use crate::control::server::Making;
-use crate::control::server::Policy;
-use crate::control::server::Service;
-use crate::control::server::Startup;
+use crate::control::server::Server;
 use crate::control::socket::Stream;
-use crate::engine::Engine;
-use crate::engine::EngineError;
-use crate::engine::Library;
-use crate::engine::state::VmgsState;
-use crate::engine::state::is_virgin;
-use crate::engine::upkeep::Upkeep;
-use crate::keys::KeyError;
-use crate::keys::Purpose;
-use crate::keys::open::OpenError;
-use crate::keys::open::key_of;
 use crate::log;
-use crate::manufacture::ManufactureError;
 use crate::process;
 use crate::sandbox;
-use crate::vmgs::Demand;
-use crate::vmgs::FileId;
+use crate::tpm::Tpm;
+use crate::tpm::engine::Engine;
+use crate::tpm::engine::Library;
+use crate::tpm::engine::state::VmgsState;
+use crate::tpm::engine::state::is_virgin;
+use crate::tpm::engine::upkeep::Upkeep;
+use crate::tpm::manufacture::Authority;
+use crate::tpm::manufacture::ManufactureError;
+use crate::tpm::manufacture::platform_certificate;
+use crate::tpm::power::Making;
 use crate::vmgs::FsFile;
-use crate::vmgs::Vmgs;
-use crate::vmgs::VmgsError;
-use crate::vmgs::history;
-use crate::vmgs::root::FLAG_PROVISIONED;
-use crate::vmgs::root::parse_uuid;
 
-mod channels;
+pub mod error;
+pub mod image;
 mod names;
+pub mod options;
 mod starting;
 
-use channels::Open;
+use error::ServiceError;
 use names::Names;
+use options::ServiceOptions;
 use starting::Starting;
 
 /// What every report of this service about itself has to say.
 pub const TRUST: &str = "The vTPM of this VM runs on the host; its operator can read and change its keys, \
                          measurements and storage. It does not protect this VM from the host.";
 
-/// Why the service did not start or ended badly.
-#[derive(Debug, thiserror::Error)]
-pub enum ServiceError {
-    /// Command line.
-    #[error(transparent)]
-    Option(#[from] OptionError),
-    /// The id of a VM that is none.
-    #[error("--vm-uuid: {0}")]
-    VmUuid(String),
-    /// A required option is missing.
-    #[error("{0}")]
-    Missing(&'static str),
-    /// A socket.
-    #[error("socket {what}: {source}")]
-    Socket {
-        /// Which.
-        what: String,
-        /// The operating system's answer.
-        source: io::Error,
-    },
-    /// The operating system.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was being done.
-        what: String,
-        /// Its answer.
-        source: io::Error,
-    },
-    /// The key.
-    #[error(transparent)]
-    Key(#[from] KeyError),
-    /// The image.
-    #[error("{path}: {source}")]
-    Image {
-        /// The image.
-        path: String,
-        /// What is wrong with it.
-        source: VmgsError,
-    },
-    /// Somebody put another file in its place.
-    #[error("{0}: the image was replaced while it was being opened; start again")]
-    Replaced(String),
-    /// The engine.
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    /// Certificates.
-    #[error(transparent)]
-    Manufacture(#[from] crate::manufacture::ManufactureError),
-    /// The cage.
-    #[error(transparent)]
-    Sandbox(#[from] sandbox::SandboxError),
-}
-
 /// When the start is over for good, also where a client powers the TPM on.
 const SETTLED: Duration = Duration::from_secs(3);
 
-fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServiceError {
-    move |source| ServiceError::Io { what: what.into(), source }
-}
-
-/// Opens the image for this service, or refuses it before anything of it or of its anchor was changed.
-fn open_image(args: &SocketArgs, path: &Path) -> Result<Vmgs<FsFile>, ServiceError> {
-    let at = |source| ServiceError::Image { path: path.display().to_string(), source };
-    let vm = args.vm_uuid.as_deref().map(parse_uuid).transpose();
-    let vm = vm.map_err(|e| ServiceError::VmUuid(e.to_string()))?;
-    let file = FsFile::open(path).map_err(VmgsError::opening).map_err(at)?;
-    let provider = args.key.provider().ok_or(ServiceError::Missing(
-        "a key is needed: --key-file, --passphrase-file, --key-credential or --key-hook",
-    ))?;
-    let key = key_of(provider.as_ref(), &file, vm, Purpose::Open).map_err(|e| match e {
-        OpenError::Image(source) => at(source),
-        OpenError::Key(e) => e.into(),
-    })?;
-    let demand = Demand { encrypted: true, vm };
-    let folder = args.anchor.folder();
-    let mut vmgs =
-        Vmgs::open_for(file, Some(key), Some(&folder), args.anchor.accept(), demand).map_err(at)?;
-    for warning in vmgs.warnings() {
-        log::warn(&format!("{}: {warning}", path.display()));
-    }
-    tpm_is_whole(&vmgs).map_err(at)?;
-    if vmgs.is_unsettled() {
-        // What was adopted once is this program's own from now on.
-        vmgs.commit(&[]).map_err(at)?;
-    }
-    let file = path.display().to_string();
-    let event = history::Event {
-        what: "serve",
-        file: &file,
-        root: vmgs.root(),
-        findings: vmgs.findings(),
-        detail: "",
-        reason: args.anchor.history.reason.as_deref(),
-    };
-    if let Err(e) = history::record(&folder, &event) {
-        log::warn(&format!("the history of {file} could not be written: {e}"));
-    }
-    Ok(vmgs)
-}
-
-/// A TPM that was made is there and can be read; if not, the operator is told of the way back.
-fn tpm_is_whole(vmgs: &Vmgs<FsFile>) -> Result<(), VmgsError> {
-    let made = vmgs.root().flags & FLAG_PROVISIONED != 0;
-    let there = vmgs.list().iter().any(|(id, _, _)| *id == FileId::VTPM_STATE);
-    if vmgs.is_damaged(FileId::VTPM_STATE) || (made && !there) {
-        let spare = vmgs.read_optional(FileId::VTPM_STATE_GOOD).is_ok_and(|data| data.is_some());
-        return Err(VmgsError::TpmLost { spare });
-    }
-    Ok(())
-}
-
 /// Runs the service until a client or a signal ends it.
-pub fn run(args: &SocketArgs) -> Result<(), ServiceError> {
+pub fn run(options: &ServiceOptions) -> Result<(), ServiceError> {
     process::one_heap();
-    if args.print_capabilities {
-        let mut out = io::stdout().lock();
-        return writeln!(out, "{}", capabilities())
-            .and_then(|()| out.flush())
-            .map_err(io_error("writing the capabilities"));
+    process::close_others(&options.named_descriptors())
+        .map_err(ServiceError::io("closing inherited descriptors"))?;
+    if let Some(file) = &options.log {
+        log::to_file(file.open()?);
     }
-    let (mut policy, running) = args.policy()?;
-    let mut control = None;
-    if let Some(text) = &args.ctrl {
-        let (channel, terminate) = options::channel("ctrl", text)?;
-        policy.terminate |= terminate;
-        control = Some(channel);
-    }
-    let data = args.server.as_deref().map(|t| options::channel("server", t)).transpose()?.map(|(c, _)| c);
-    if control.is_none() && data.is_none() {
-        return Err(ServiceError::Missing("nothing to serve on: give --ctrl, --server or both"));
-    }
-    let path = args
-        .vmgs
-        .as_deref()
-        .ok_or(ServiceError::Missing("--vmgs FILE is required; make one with `vtpm-svc vmgs create`"))?;
-    let pid = args.pid.as_deref().map(|t| options::file_setting("pid", t)).transpose()?;
-    let named =
-        pid.is_some() || [&control, &data].into_iter().flatten().any(|c| matches!(c, Channel::Unix { .. }));
-    process::close_others(&named_descriptors(&[&control, &data]))
-        .map_err(io_error("closing inherited descriptors"))?;
-    if let Some(text) = &args.log {
-        let path = options::file_setting("log", text)?;
-        let truncate = text.split(',').any(|s| s == "truncate");
-        let file = std::fs::File::options()
-            .create(true)
-            .append(!truncate)
-            .write(true)
-            .truncate(truncate)
-            .open(&path);
-        log::to_file(file.map_err(io_error(format!("log {}", path.display())))?);
-    }
-    let control = control.map(Open::inherit).transpose()?;
-    let data = data.map(Open::inherit).transpose()?;
-    // Locks and the anchor's lease belong to the process that serves, so the fork comes first.
-    let background =
-        args.daemon.then(process::daemonize).transpose().map_err(io_error("going to the background"))?;
-    let names = Names::prepare(named).map_err(io_error("starting a second process"))?;
-    let trim = process::Trim::prepare();
+    let sockets = Sockets::inherit(options)?;
+    let outside = Outside::prepare(options)?;
     let library = Library::load()?;
     // Before there is a secret in this process.
     for missing in process::hide_memory() {
         log::warn(&missing);
     }
-    let client = lone_client(policy, control.as_ref());
-    let starting = Starting::watch(&wanted(args, path), args.key.key_hook.is_some(), client)
-        .map_err(io_error("starting a thread"))?;
-    // Before the image is opened, so that one which is replaced while a key hook is asked is noticed.
-    let upkeep = Upkeep::of(path, args.store_limit);
-    let mut vmgs = open_image(args, path)?;
-    drop(starting);
-    if !upkeep.is_at(path) {
-        // Nothing was written through this lease; what is wrong is told below.
-        let _ = vmgs.release();
-        return Err(ServiceError::Replaced(path.display().to_string()));
-    }
-    let vmgs = Arc::new(Mutex::new(vmgs));
-    let state = VmgsState::new(vmgs, library.version()).with_upkeep(upkeep);
-    let opened = Opened { state, library, policy, running, control, data, pid, names, background, trim };
-    let state = opened.state.clone();
-    opened.serve(args, path).inspect_err(|_| {
+    let state = open(options, &library, sockets.lone_client(options.terminate))?;
+    serve(options, sockets, outside, library, state.clone()).inspect_err(|_| {
         // Nothing was served, so the lease ends in good order; the error that is there already is the one to tell.
         let _ = state.vmgs().release();
     })
 }
 
-/// A service whose image is open, and locked for it.
-struct Opened {
-    state: VmgsState<FsFile>,
-    library: Library,
-    policy: Policy,
-    running: Option<Startup>,
+/// The two channels.
+struct Sockets {
     control: Option<Open>,
     data: Option<Open>,
-    pid: Option<PathBuf>,
-    names: Names,
+}
+
+impl Sockets {
+    fn inherit(options: &ServiceOptions) -> Result<Self, SocketError> {
+        let open = |channel: &Option<Channel>| channel.clone().map(Open::inherit).transpose();
+        Ok(Self { control: open(&options.control)?, data: open(&options.data)? })
+    }
+
+    /// The connection of the client whose end is the service's.
+    fn lone_client(&self, terminate: bool) -> Option<OwnedFd> {
+        match &self.control {
+            Some(Open::Connected(Stream::Unix(s))) if terminate => s.try_clone().ok().map(OwnedFd::from),
+            _ => None,
+        }
+    }
+
+    fn listen(self, names: &mut Names) -> Result<Self, SocketError> {
+        let mut listen =
+            |open: Option<Open>| open.map(|open| open.listen(|path| names.add(path))).transpose();
+        Ok(Self { control: listen(self.control)?, data: listen(self.data)? })
+    }
+}
+
+/// What reaches out of the cage, and is there before it closes.
+struct Outside {
+    /// Whoever waits until everything is ready.
     background: Option<UnixStream>,
+    names: Names,
     trim: Option<process::Trim>,
 }
 
-impl Opened {
-    /// Makes the sockets, closes the cage and serves.
-    fn serve(self, args: &SocketArgs, path: &Path) -> Result<(), ServiceError> {
-        let Self { state, library, policy, running, control, data, pid, mut names, background, trim } = self;
-        // From here on an end is an orderly one.
-        process::block_signals().map_err(io_error("blocking signals"))?;
-        // The image is locked: this is the process that serves it, and may replace what an earlier one left.
-        let control = control.map(|c| c.listen(&mut names)).transpose()?;
-        let data = data.map(|c| c.listen(&mut names)).transpose()?;
-        if let Some(file) = pid {
-            std::fs::write(&file, format!("{}\n", std::process::id()))
-                .map_err(io_error(format!("pid file {}", file.display())))?;
-            names.add(&file);
-        }
-
-        // The authority's key is in this process only if there is a TPM to make, and only until it is made.
-        let folder = args.ek_ca.as_deref().filter(|_| is_virgin(&state.vmgs()));
-        let authority = folder.map(crate::manufacture::Authority::open).transpose()?;
-        let platform = args.platform_cert.as_deref().map(crate::manufacture::platform::read).transpose();
-        let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
-        let engine = Engine::take(library, Box::new(state.clone()))?;
-        let (ended, end) = mpsc::channel();
-        let service = Arc::new(Service::new(engine, state, making, policy, ended.clone()));
-        for missing in sandbox::close(args.seccomp != "action=none")? {
-            log::warn(&missing);
-        }
-        log::info(TRUST);
-        if let Some(startup) = running {
-            service.power_on(false, startup)?;
-        }
-        match control {
-            Some(Open::Listening(l)) => service.serve_control(l),
-            Some(Open::Connected(s)) => service.serve_control_stream(s),
-            Some(Open::Wanted(_)) | None => {}
-        }
-        thread("signals", move || {
-            if process::wait_for_signal().is_ok() {
-                // The receiver lives until the process ends.
-                let _ = ended.send(End::Signal);
-            }
-        })?;
-        let (last, image) = (service.clone(), path.to_path_buf());
-        let ending = thread("end", move || wait_for_the_end(&end, trim, names, &last, &image))?;
-        log::info("ready");
-        if let Some(mut started) = background {
-            // Whoever started it may be gone by now.
-            let _ = started.write_all(&[1]);
-        }
-        // A client may be waiting already, so the thread that runs serves it.
-        match data {
-            Some(Open::Listening(l)) => service.serve_data_here(l),
-            Some(Open::Connected(s)) => service.serve_data_stream(s),
-            Some(Open::Wanted(_)) | None => {}
-        }
-        drop(service);
-        // It ends the process, and with it this wait.
-        let _ = ending.join();
-        Ok(())
+impl Outside {
+    fn prepare(options: &ServiceOptions) -> Result<Self, ServiceError> {
+        // Locks and the anchor's lease belong to the process that serves, so the fork comes first.
+        let background = options.daemon.then(process::daemonize).transpose();
+        let background = background.map_err(ServiceError::io("going to the background"))?;
+        let names = Names::prepare(options.makes_names());
+        let names = names.map_err(ServiceError::io("starting a second process"))?;
+        Ok(Self { background, names, trim: process::Trim::prepare() })
     }
 }
 
-/// What the opening of the image may have to wait for, in words.
-fn wanted(args: &SocketArgs, path: &Path) -> String {
-    let key = args.key.provider().map(|provider| format!("the key ({}) and ", provider.describe()));
-    format!("{}the image {} and its anchor", key.unwrap_or_default(), path.display())
+/// Opens and locks the image. `client` is the only one who can use the service; if it goes, so does this process.
+fn open(
+    options: &ServiceOptions,
+    library: &Library,
+    client: Option<OwnedFd>,
+) -> Result<VmgsState<FsFile>, ServiceError> {
+    let image = &options.image;
+    let starting = Starting::watch(&image.wanted(), image.key.tells_of_its_wait(), client)
+        .map_err(ServiceError::io("starting a thread"))?;
+    // Before the image is opened, so that one which is replaced while a key hook is asked is noticed.
+    let upkeep = Upkeep::of(&image.path, options.store_limit);
+    let mut vmgs = image::open(image)?;
+    drop(starting);
+    if !upkeep.is_at(&image.path) {
+        // Nothing was written through this lease; what is wrong is told below.
+        let _ = vmgs.release();
+        return Err(ServiceError::Replaced(image.path.display().to_string()));
+    }
+    Ok(VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version()).with_upkeep(upkeep))
 }
 
-/// The connection of the client whose end is the service's.
-fn lone_client(policy: Policy, control: Option<&Open>) -> Option<OwnedFd> {
+/// The TPM of an image, and all that is needed to make it if there is none yet.
+fn equip(
+    options: &ServiceOptions,
+    library: Library,
+    state: VmgsState<FsFile>,
+) -> Result<Tpm<FsFile>, ServiceError> {
+    // The authority's key is in this process only if there is a TPM to make, and only until it is made.
+    let folder = options.authority.as_deref().filter(|_| is_virgin(&state.vmgs()));
+    let authority = folder.map(Authority::open).transpose()?;
+    let platform = options.platform_certificate.as_deref().map(platform_certificate::read).transpose();
+    let making = Making { authority, platform_certificate: platform.map_err(ManufactureError::from)? };
+    let engine = Engine::take(library, Box::new(state.clone()))?;
+    Ok(Tpm::new(engine, state, making, options.policy))
+}
+
+/// Makes the sockets, closes the cage and serves.
+fn serve(
+    options: &ServiceOptions,
+    sockets: Sockets,
+    outside: Outside,
+    library: Library,
+    state: VmgsState<FsFile>,
+) -> Result<(), ServiceError> {
+    let Outside { background, mut names, trim } = outside;
+    // From here on an end is an orderly one.
+    process::block_signals().map_err(ServiceError::io("blocking signals"))?;
+    // The image is locked: this is the process that serves it, and may replace what an earlier one left.
+    let Sockets { control, data } = sockets.listen(&mut names)?;
+    if let Some(file) = &options.pid {
+        std::fs::write(file, format!("{}\n", std::process::id()))
+            .map_err(ServiceError::io(format!("pid file {}", file.display())))?;
+        names.add(file);
+    }
+
+    let tpm = equip(options, library, state)?;
+    for missing in sandbox::close(options.seccomp)? {
+        log::warn(&missing);
+    }
+    log::info(TRUST);
+    if let Some(startup) = options.startup {
+        tpm.power_on(false, startup)?;
+    }
+    let (ended, end) = mpsc::channel();
+    let server = Arc::new(Server::new(tpm, options.terminate, ended.clone()));
     match control {
-        Some(Open::Connected(Stream::Unix(s))) if policy.terminate => s.try_clone().ok().map(OwnedFd::from),
-        _ => None,
+        Some(Open::Listening(l)) => server.serve_control(l),
+        Some(Open::Connected(s)) => server.serve_control_stream(s),
+        Some(Open::Wanted(_)) | None => {}
     }
-}
-
-/// Descriptors that the command line names, as channels or in the way of `/dev/fd/N`; the others are not wanted.
-fn named_descriptors(channels: &[&Option<Channel>]) -> Vec<RawFd> {
-    let of_channel = |channel: &Channel| match channel {
-        Channel::Listening(fd) | Channel::Connected(fd) => Some(*fd),
-        Channel::Unix { .. } | Channel::Tcp { .. } => None,
-    };
-    let mut all: Vec<RawFd> = channels.iter().filter_map(|c| c.as_ref().and_then(of_channel)).collect();
-    all.extend(std::env::args_os().filter_map(|argument| descriptor_in(argument.to_str()?)));
-    all
-}
-
-/// The number in `/dev/fd/N` or `/proc/self/fd/N`, as shells and programs hand files over.
-fn descriptor_in(argument: &str) -> Option<RawFd> {
-    let (_, rest) = argument.split_once("/fd/")?;
-    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    thread("signals", move || {
+        if process::wait_for_signal().is_ok() {
+            // The receiver lives until the process ends.
+            let _ = ended.send(End::Signal);
+        }
+    })?;
+    let (last, image) = (server.clone(), options.image.path.clone());
+    let ending = thread("end", move || wait_for_the_end(&end, trim, names, &last, &image))?;
+    log::info("ready");
+    if let Some(mut started) = background {
+        // Whoever started it may be gone by now.
+        let _ = started.write_all(&[1]);
+    }
+    // A client may be waiting already, so the thread that runs serves it.
+    match data {
+        Some(Open::Listening(l)) => server.serve_data_here(l),
+        Some(Open::Connected(s)) => server.serve_data_stream(s),
+        Some(Open::Wanted(_)) | None => {}
+    }
+    drop(server);
+    // It ends the process, and with it this wait.
+    let _ = ending.join();
+    Ok(())
 }
 
 fn thread<T: Send + 'static>(
     name: &str,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<std::thread::JoinHandle<T>, ServiceError> {
-    std::thread::Builder::new().name(name.into()).spawn(run).map_err(io_error("starting a thread"))
+    std::thread::Builder::new().name(name.into()).spawn(run).map_err(ServiceError::io("starting a thread"))
 }
 
 /// Ends the process when a client or a signal wants it, wherever the other threads are.
@@ -365,7 +228,7 @@ fn wait_for_the_end(
     end: &mpsc::Receiver<End>,
     mut trim: Option<process::Trim>,
     mut names: Names,
-    service: &Service<FsFile>,
+    server: &Server<FsFile>,
     path: &Path,
 ) {
     let why = end.recv_timeout(SETTLED).or_else(|_| {
@@ -376,7 +239,7 @@ fn wait_for_the_end(
     });
     // A closed channel cannot be: a sender lives in the service.
     log::info(&format!("ending ({:?})", why.unwrap_or(End::Signal)));
-    let retired = service.retire();
+    let retired = server.tpm().retire();
     names.remove();
     match retired {
         Ok(()) => std::process::exit(0),
@@ -385,15 +248,4 @@ fn wait_for_the_end(
             std::process::exit(1);
         }
     }
-}
-
-fn capabilities() -> serde_json::Value {
-    serde_json::json!({
-        "type": "swtpm",
-        "program": "vtpm-svc",
-        "version": env!("CARGO_PKG_VERSION"),
-        "vtpm_mode": "host-served",
-        "trust": TRUST,
-        "features": ["tpm-2.0", "cmdarg-seccomp", "flags-opt-startup", "nvram-backend-vmgs"],
-    })
 }

@@ -15,10 +15,10 @@ use common::tpm;
 use common::words;
 use vtpm_svc::control::client::Client;
 use vtpm_svc::measured;
-use vtpm_svc::tpm2;
-use vtpm_svc::tpm2::Bytes;
-use vtpm_svc::tpm2::CommandError;
-use vtpm_svc::tpm2::handle;
+use vtpm_svc::tpm::commands;
+use vtpm_svc::tpm::commands::Bytes;
+use vtpm_svc::tpm::commands::CommandError;
+use vtpm_svc::tpm::commands::handle;
 
 const INDEX: u32 = 0x0150_0042;
 const PIN: &[u8] = b"1234";
@@ -31,7 +31,7 @@ fn transport(s: &mut UnixStream) -> impl FnMut(&[u8]) -> Result<Vec<u8>, String>
 fn make_protected(s: &mut UnixStream) {
     let public = Bytes::default().u32(INDEX).u16(0x0b).u32(0x0004_0004).u16(0).u16(8);
     let p = Bytes::default().sized(PIN).sized(&public.0);
-    tpm2::run(&mut transport(s), "NV_DefineSpace", 0x12a, &[handle::OWNER], &p.0).expect("define");
+    commands::run(&mut transport(s), "NV_DefineSpace", 0x12a, &[handle::OWNER], &p.0).expect("define");
     assert_eq!(use_pin(s, 0x137, &Bytes::default().sized(b"12345678").u16(0).0), 0, "NV_Write");
 }
 
@@ -52,7 +52,7 @@ fn open_with_pin(s: &mut UnixStream) -> u32 {
 /// `TPM_PT_LOCKOUT_COUNTER`.
 fn lockout_counter(s: &mut UnixStream) -> u32 {
     let p = Bytes::default().u32(6).u32(0x20e).u32(1);
-    let r = tpm2::run(&mut transport(s), "GetCapability", 0x17a, &[], &p.0).expect("capability");
+    let r = commands::run(&mut transport(s), "GetCapability", 0x17a, &[], &p.0).expect("capability");
     u32::from_be_bytes(r[13..17].try_into().expect("four"))
 }
 
@@ -112,14 +112,14 @@ fn a_shutdown_of_the_client_is_not_followed_by_another() {
     extend(&mut s, 4);
     let before = pcr(&mut s, 4);
     let p = Bytes::default().u16(1);
-    tpm2::run(&mut transport(&mut s), "Shutdown", 0x145, &[], &p.0).expect("shutdown");
+    commands::run(&mut transport(&mut s), "Shutdown", 0x145, &[], &p.0).expect("shutdown");
     signal(&mut service, "TERM");
     let service = site.start(&["--flags", "startup-state"]);
     assert_eq!(pcr(&mut service.connect_data(), 4), before, "resumed");
 }
 
 fn extend(s: &mut UnixStream, pcr: u32) {
-    tpm2::pcr_extend(&mut transport(s), pcr, &[(0x0b, vec![7; 32])]).expect("extend");
+    commands::pcr_extend(&mut transport(s), pcr, &[(0x0b, vec![7; 32])]).expect("extend");
 }
 
 /// A PCR of the SHA-256 bank.
@@ -127,7 +127,7 @@ fn pcr(s: &mut UnixStream, number: u8) -> Vec<u8> {
     let mut bits = [0; 3];
     bits[usize::from(number / 8)] = 1 << (number % 8);
     let p = Bytes::default().u32(1).u16(0x0b).u8(3).raw(&bits);
-    let r = tpm2::run(&mut transport(s), "PCR_Read", 0x17e, &[], &p.0).expect("read");
+    let r = commands::run(&mut transport(s), "PCR_Read", 0x17e, &[], &p.0).expect("read");
     r[r.len() - 32..].to_vec()
 }
 

@@ -5,12 +5,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::Mutex;
 
-use vtpm_svc::engine::Blob;
-use vtpm_svc::engine::Engine;
-use vtpm_svc::engine::EngineError;
-use vtpm_svc::engine::Library;
-use vtpm_svc::engine::StateStore;
-use vtpm_svc::engine::StoreFailed;
+use vtpm_svc::tpm::engine::Blob;
+use vtpm_svc::tpm::engine::Engine;
+use vtpm_svc::tpm::engine::EngineError;
+use vtpm_svc::tpm::engine::Library;
+use vtpm_svc::tpm::engine::StateStore;
+use vtpm_svc::tpm::engine::StoreFailed;
 use zeroize::Zeroizing;
 
 #[derive(Clone, Default)]

@@ -14,17 +14,18 @@ use std::sync::atomic::Ordering;
 use common::STARTUP_CLEAR;
 use common::code;
 use common::tpm;
-use vtpm_svc::control::server::Making;
-use vtpm_svc::control::server::Policy;
-use vtpm_svc::control::server::Service;
-use vtpm_svc::control::server::Startup;
+use vtpm_svc::control::server::Server;
 use vtpm_svc::control::socket::Stream;
-use vtpm_svc::engine::Engine;
-use vtpm_svc::engine::Library;
-use vtpm_svc::engine::state::VmgsState;
-use vtpm_svc::manufacture::Authority;
-use vtpm_svc::manufacture::place;
-use vtpm_svc::tpm2;
+use vtpm_svc::tpm::Policy;
+use vtpm_svc::tpm::Tpm;
+use vtpm_svc::tpm::commands;
+use vtpm_svc::tpm::engine::Engine;
+use vtpm_svc::tpm::engine::Library;
+use vtpm_svc::tpm::engine::state::VmgsState;
+use vtpm_svc::tpm::manufacture::Authority;
+use vtpm_svc::tpm::manufacture::place;
+use vtpm_svc::tpm::power::Making;
+use vtpm_svc::tpm::power::Startup;
 use vtpm_svc::vmgs::Change;
 use vtpm_svc::vmgs::FileId;
 use vtpm_svc::vmgs::Identity;
@@ -70,18 +71,18 @@ fn a_power_on_that_failed_leaves_nothing_out_of_the_next() {
     let state = VmgsState::new(Arc::new(Mutex::new(vmgs)), library.version());
     let engine = Engine::take(library, Box::new(state.clone())).expect("engine");
     let making = Making { authority: Some(Authority::generate().expect("authority")), ..Making::default() };
-    let (end, _ended) = std::sync::mpsc::channel();
-    let service = Arc::new(Service::new(engine, state, making, Policy::default(), end));
+    let served = Tpm::new(engine, state, making, Policy::default());
 
     broken.store(true, Ordering::SeqCst);
-    assert!(service.power_on(false, Startup::None).is_err());
+    assert!(served.power_on(false, Startup::None).is_err());
     broken.store(false, Ordering::SeqCst);
-    service.power_on(false, Startup::None).expect("the second try");
+    served.power_on(false, Startup::None).expect("the second try");
     let (mut s, theirs) = UnixStream::pair().expect("pair");
-    service.serve_data_stream(Stream::Unix(theirs));
+    let (end, _ended) = std::sync::mpsc::channel();
+    Arc::new(Server::new(served, false, end)).serve_data_stream(Stream::Unix(theirs));
     assert_eq!(code(&tpm(&mut s, STARTUP_CLEAR).expect("startup")), 0);
     let mut transmit = |command: &[u8]| tpm(&mut s, command).map_err(|e| e.to_string());
     for index in [place::EK_RSA_CERTIFICATE, place::EK_ECC_CERTIFICATE, place::AK_CERTIFICATE] {
-        assert!(tpm2::nv_exists(&mut transmit, index).expect("read public"), "{index:#x}");
+        assert!(commands::nv_exists(&mut transmit, index).expect("read public"), "{index:#x}");
     }
 }

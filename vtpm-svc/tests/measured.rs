@@ -11,8 +11,8 @@ use common::output;
 use vtpm_svc::control::client::Client;
 use vtpm_svc::measured;
 use vtpm_svc::measured::Boot;
-use vtpm_svc::tpm2;
-use vtpm_svc::tpm2::alg;
+use vtpm_svc::tpm::commands;
+use vtpm_svc::tpm::commands::alg;
 
 /// A small PE file: headers of 0x200 bytes, one section of 0x200, and 8 bytes of certificates behind it.
 fn pe() -> Vec<u8> {
@@ -58,7 +58,7 @@ fn pcr(client: &mut Client, bank: u16, n: u32) -> Vec<u8> {
     p.push(3);
     p.extend(select);
     let mut transport = |c: &[u8]| client.execute(0, c).map_err(|e| e.to_string());
-    let answer = tpm2::run(&mut transport, "PCR_Read", 0x17e, &[], &p).expect("PCR_Read");
+    let answer = commands::run(&mut transport, "PCR_Read", 0x17e, &[], &p).expect("PCR_Read");
     // Update counter, selection (count, bank, size, bits), digest count, length, digest.
     answer.get(4 + 4 + 2 + 1 + 3 + 4 + 2..).unwrap_or_default().to_vec()
 }
@@ -83,7 +83,7 @@ fn the_tpm_holds_what_the_log_says_and_the_guest_cannot_use_the_platform_hierarc
     }
     assert!(pcr(&mut client, alg::SHA1, 0).len() < 20, "a bank that nobody extends does not exist");
     let mut transport = |c: &[u8]| client.execute(0, c).map_err(|e| e.to_string());
-    let denied = tpm2::pcr_allocate(&mut transport, &[alg::SHA1]).expect_err("platform hierarchy");
+    let denied = commands::pcr_allocate(&mut transport, &[alg::SHA1]).expect_err("platform hierarchy");
     assert!(denied.to_string().contains("0x185"), "TPM_RC_HIERARCHY for handle 1: {denied}");
 }
 

@@ -15,10 +15,10 @@ use common::output;
 use common::tpm;
 use vtpm_svc::control::client::Client;
 use vtpm_svc::control::client::ClientError;
-use vtpm_svc::manufacture::place;
-use vtpm_svc::tpm2;
-use vtpm_svc::tpm2::Bytes;
-use vtpm_svc::tpm2::handle;
+use vtpm_svc::tpm::commands;
+use vtpm_svc::tpm::commands::Bytes;
+use vtpm_svc::tpm::commands::handle;
+use vtpm_svc::tpm::manufacture::place;
 
 const INDEX: u32 = 0x0150_0042;
 const CLEAR: u32 = 5;
@@ -40,29 +40,29 @@ fn take_ownership(s: &mut UnixStream) {
     let public = Bytes::default().u32(INDEX).u16(0x0b).u32(0x0002_0002).u16(0).u16(8);
     let p = Bytes::default().u16(0).sized(&public.0);
     let mut t = transport(s);
-    tpm2::run(&mut t, "NV_DefineSpace", 0x12a, &[handle::OWNER], &p.0).expect("define");
+    commands::run(&mut t, "NV_DefineSpace", 0x12a, &[handle::OWNER], &p.0).expect("define");
     let p = Bytes::default().sized(b"secret");
-    tpm2::run(&mut t, "HierarchyChangeAuth", 0x129, &[handle::OWNER], &p.0).expect("owner password");
+    commands::run(&mut t, "HierarchyChangeAuth", 0x129, &[handle::OWNER], &p.0).expect("owner password");
 }
 
 fn is_owned(s: &mut UnixStream) -> bool {
     let mut t = transport(s);
-    let index = tpm2::nv_exists(&mut t, INDEX).expect("read public");
+    let index = commands::nv_exists(&mut t, INDEX).expect("read public");
     let p = Bytes::default().sized(b"");
-    let empty = tpm2::run(&mut t, "HierarchyChangeAuth", 0x129, &[handle::OWNER], &p.0).is_ok();
+    let empty = commands::run(&mut t, "HierarchyChangeAuth", 0x129, &[handle::OWNER], &p.0).is_ok();
     assert_eq!(index, !empty, "index and owner password come and go together");
     index
 }
 
 /// Name of a persistent key.
 fn name(s: &mut UnixStream, at: u32) -> Vec<u8> {
-    tpm2::run_with_handles(&mut transport(s), "ReadPublic", 0x173, &[], &[at], &[]).expect("read public")
+    commands::run_with_handles(&mut transport(s), "ReadPublic", 0x173, &[], &[at], &[]).expect("read public")
 }
 
 /// Active banks, from `TPM2_GetCapability(TPM_CAP_PCRS)`.
 fn banks(s: &mut UnixStream) -> Vec<u16> {
     let p = Bytes::default().u32(5).u32(0).u32(1);
-    let r = tpm2::run(&mut transport(s), "GetCapability", 0x17a, &[], &p.0).expect("capability");
+    let r = commands::run(&mut transport(s), "GetCapability", 0x17a, &[], &p.0).expect("capability");
     // more data, capability, count; then algorithm, size of selection, three bytes each.
     r[9..].chunks_exact(6).filter(|c| c[3..] != [0, 0, 0]).map(|c| u16::from_be_bytes([c[0], c[1]])).collect()
 }
@@ -284,7 +284,7 @@ fn an_image_that_was_replaced_takes_no_more_writes() {
     assert!(matches!(control.set_clock(1), Err(ClientError::Refused { .. })));
     let public = Bytes::default().u32(INDEX).u16(0x0b).u32(0x0002_0002).u16(0).u16(8);
     let p = Bytes::default().u16(0).sized(&public.0);
-    let refused = tpm2::run(&mut transport(&mut s), "NV_DefineSpace", 0x12a, &[handle::OWNER], &p.0);
+    let refused = commands::run(&mut transport(&mut s), "NV_DefineSpace", 0x12a, &[handle::OWNER], &p.0);
     assert!(refused.is_err(), "not acknowledged");
     assert!(site.log().contains("removed or replaced"), "{}", site.log());
     control.shutdown().expect("shutdown");

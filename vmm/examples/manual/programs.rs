@@ -12,7 +12,7 @@ pub fn programs() -> [Command; 2] {
         .about("A vTPM and its guest-state file, served from outside the guest")
         .version(env!("CARGO_PKG_VERSION"))
         .subcommand_required(true)
-        .subcommand(vtpm_svc::control::options::SocketArgs::augment_args(socket))
-        .subcommand(vtpm_svc::cli_vmgs::VmgsArgs::augment_args(vmgs));
+        .subcommand(vtpm_svc::cli::socket::SocketArgs::augment_args(socket))
+        .subcommand(vtpm_svc::cli::vmgs::VmgsArgs::augment_args(vmgs));
     [vmm::cli::command(), service]
 }

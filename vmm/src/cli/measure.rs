@@ -24,7 +24,7 @@ use snp::plan::PageType;
 use vtpm_svc::measured::BANKS;
 use vtpm_svc::measured::Event;
 use vtpm_svc::measured::replay;
-use vtpm_svc::tpm2::alg;
+use vtpm_svc::tpm::commands::alg;
 
 use super::Failure;
 use super::firmware::FirmwareArgs;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use devices::bus::Overlap;
 use vtpm_svc::control::client::ClientError;
-use vtpm_svc::tpm2::CommandError;
+use vtpm_svc::tpm::commands::CommandError;
 
 use crate::platform::error::CallError;
 use crate::run::inbox::Unattended;

@@ -6,20 +6,16 @@
 
 use std::io;
 use std::io::Write;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::clients::Seat;
-use super::server::End;
-use super::server::Service;
 use super::socket::Stream;
 use super::wire;
 use super::wire::Parsed;
 use super::wire::Request;
 use super::wire::Response;
 use super::wire::code;
-use crate::vmgs::block::BlockFile;
 
 /// Room for the largest fixed message; what is announced beyond it is read on demand.
 const ROOM: usize = 4096 + 64;
@@ -31,7 +27,7 @@ const ANNOUNCED: Duration = Duration::from_secs(10);
 /// A message and the descriptor that came with it.
 struct Message {
     parsed: Parsed,
-    fd: Option<std::os::fd::OwnedFd>,
+    fd: Option<OwnedFd>,
 }
 
 /// Reads one message; `None` when the client is gone, or does not finish what it announced.
@@ -69,50 +65,38 @@ fn receive(stream: &Stream) -> io::Result<Option<Message>> {
     Ok(Some(Message { parsed, fd }))
 }
 
-impl<F: BlockFile + 'static> Service<F> {
-    pub(super) fn control_client(self: &Arc<Self>, mut stream: Stream, seat: Option<&Seat>) {
-        self.control_clients.fetch_add(1, Ordering::SeqCst);
-        let end = self.converse(&mut stream, seat);
-        let last = self.control_clients.fetch_sub(1, Ordering::SeqCst) == 1;
-        match end {
-            Some(end) => self.finish(end),
-            // One of several that goes away is no reason.
-            None if last && self.policy.terminate => self.finish(End::ClientGone),
-            None => {}
+/// Serves a client until it is gone (false), or has asked for the end of the service (true).
+pub(super) fn converse(
+    stream: &mut Stream,
+    seat: Option<&Seat>,
+    answer: impl Fn(Request, Option<OwnedFd>) -> Response,
+) -> bool {
+    while let Ok(Some(Message { parsed, fd })) = receive(stream) {
+        if let Some(seat) = seat {
+            seat.busy();
+        }
+        let end = matches!(parsed, Parsed::Whole(Request::Shutdown));
+        let (response, lost) = match parsed {
+            Parsed::Whole(Request::Shutdown) => (Response::ok(), false),
+            Parsed::Whole(request) => (answer(request, fd), false),
+            Parsed::Refused(code) => (Response::refused(code), false),
+            Parsed::Lost(code) => (Response::refused(code), true),
+            Parsed::Announces(_) | Parsed::Short(_) => (Response::refused(code::BAD_PARAMETER), true),
+        };
+        // Before the answer is sent: a client that does not take it is idle.
+        if let Some(seat) = seat {
+            seat.answered();
+        }
+        let sent = stream.write_all(response.as_bytes());
+        if end {
+            return true;
+        }
+        if lost {
+            stream.take_leave();
+        }
+        if lost || sent.is_err() {
+            return false;
         }
     }
-
-    /// Serves a client until it is gone, or wants the service to end.
-    fn converse(self: &Arc<Self>, stream: &mut Stream, seat: Option<&Seat>) -> Option<End> {
-        while let Ok(Some(Message { parsed, fd })) = receive(stream) {
-            if let Some(seat) = seat {
-                seat.busy();
-            }
-            let (response, end, lost) = match parsed {
-                Parsed::Whole(Request::Shutdown) => (Response::ok(), Some(End::Shutdown), false),
-                Parsed::Whole(Request::SetDataFd) => (self.take_data_fd(fd), None, false),
-                Parsed::Whole(request) => (self.answer(request), None, false),
-                Parsed::Refused(code) => (Response::refused(code), None, false),
-                Parsed::Lost(code) => (Response::refused(code), None, true),
-                Parsed::Announces(_) | Parsed::Short(_) => {
-                    (Response::refused(code::BAD_PARAMETER), None, true)
-                }
-            };
-            // Before the answer is sent: a client that does not take it is idle.
-            if let Some(seat) = seat {
-                seat.answered();
-            }
-            let sent = stream.write_all(response.as_bytes());
-            if end.is_some() {
-                return end;
-            }
-            if lost {
-                stream.take_leave();
-            }
-            if lost || sent.is_err() {
-                return None;
-            }
-        }
-        None
-    }
+    false
 }

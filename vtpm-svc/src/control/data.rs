@@ -93,14 +93,10 @@ pub fn bad_length() -> Vec<u8> {
     error_response(RC_COMMAND_SIZE)
 }
 
-/// The answer when the engine is off or out of order: the client takes the TPM for failed.
+/// The answer when the TPM is off or out of order: the client takes it for failed. Before the power-on its tag tells a probing
+/// client that this is a TPM 2.0.
 pub fn failure() -> Vec<u8> {
     error_response(RC_FAILURE)
-}
-
-/// The answer before power-on. Its tag tells a probing client that this is a TPM 2.0.
-pub fn before_init() -> Vec<u8> {
-    failure()
 }
 
 /// A response as it goes over the channel.
@@ -148,7 +144,7 @@ mod tests {
             wire.extend_from_slice(&length.to_be_bytes());
             assert_eq!(receive(&mut wire.as_slice()).expect("read"), Received::BadLength);
         }
-        assert_eq!(before_init(), [0x80, 1, 0, 0, 0, 10, 0, 0, 1, 1]);
+        assert_eq!(failure(), [0x80, 1, 0, 0, 0, 10, 0, 0, 1, 1]);
     }
 
     proptest! {

@@ -31,7 +31,7 @@ use super::KeyRequest;
 use crate::process;
 use crate::process::Dependent;
 use crate::vmgs::Key;
-use crate::vmgs::root::uuid_text;
+use crate::vmgs::mark::uuid_text;
 
 /// What is kept of each output.
 const MOST: usize = 4096;
@@ -145,6 +145,10 @@ impl Heard {
 impl KeyProvider for Hook {
     fn describe(&self) -> String {
         format!("key hook {}", self.program.display())
+    }
+
+    fn tells_of_its_wait(&self) -> bool {
+        true
     }
 
     fn obtain(&self, request: &KeyRequest<'_>) -> Result<Key, KeyError> {

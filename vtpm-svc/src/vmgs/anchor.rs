@@ -27,8 +27,8 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use super::block::soon;
-use super::root::Mark;
-use super::root::uuid_text;
+use super::mark::Mark;
+use super::mark::uuid_text;
 
 /// Why the anchor refused.
 #[derive(Debug, thiserror::Error)]
@@ -192,7 +192,7 @@ const MAGIC: &[u8; 8] = b"CVMMANCH";
 /// Identity of this boot of the host; changes exactly when unsynced writes may have been lost.
 fn boot_id() -> [u8; 16] {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    super::root::parse_uuid(text.trim()).unwrap_or([0; 16])
+    super::mark::parse_uuid(text.trim()).unwrap_or([0; 16])
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,14 +13,14 @@ use super::block::BlockFile;
 use super::block::MemFile;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::file_id::FileId;
 use super::findings::Accept;
 use super::findings::Finding;
-use super::format::FileId;
 use super::store::Change;
 use super::store::Vmgs;
 
 const MIB: usize = 1 << 20;
-const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
+const WHO: super::identity::Identity = super::identity::Identity { image: [5; 16], vm: [9; 16] };
 
 #[derive(Clone)]
 enum Op {

@@ -22,6 +22,7 @@ use zeroize::ZeroizeOnDrop;
 use zeroize::Zeroizing;
 
 use super::error::VmgsError;
+use super::seal::Seal;
 
 /// A 32-byte secret that is wiped when dropped and that no formatter prints.
 #[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
@@ -61,15 +62,6 @@ impl Key {
     pub fn expose(&self) -> &[u8; 32] {
         &self.0
     }
-}
-
-/// A nonce and a tag as they stand in a table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Seal {
-    /// The nonce; opaque to readers.
-    pub nonce: [u8; 12],
-    /// The authentication tag.
-    pub tag: [u8; 16],
 }
 
 /// Fills a buffer with random bytes and refuses the impossible all-zero result.

@@ -3,8 +3,9 @@
 
 use std::io;
 
+use super::file_id::FileId;
+use super::file_id::NotAFile;
 use super::findings::Refusal;
-use super::format::FileId;
 
 /// Why a guest-state file was not opened, read or written.
 #[derive(Debug, thiserror::Error)]
@@ -72,8 +73,8 @@ pub enum VmgsError {
     #[error("{0} has been removed, and nothing opens without it. Put a backup back with `vmgs restore`")]
     MissingEntry(FileId),
     /// The image is odd in ways that the operator has not accepted.
-    #[error("{0}")]
-    Refused(Refusal),
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// The image belongs to another VM than the one that it is opened for.
     #[error(
         "this image belongs to VM {found}, and VM {wanted} was asked for: it is another VM's file. Put the right one \
@@ -221,5 +222,11 @@ impl VmgsError {
 
     pub(super) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
+    }
+}
+
+impl From<NotAFile> for VmgsError {
+    fn from(error: NotAFile) -> Self {
+        Self::Invalid(error.to_string())
     }
 }

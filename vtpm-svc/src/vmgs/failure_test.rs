@@ -16,9 +16,9 @@ use super::block::MemFile;
 use super::crash_test::Rng;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::file_id::FileId;
 use super::findings::Accept;
 use super::findings::Finding;
-use super::format::FileId;
 use super::layouts_test::entry_at;
 use super::layouts_test::key;
 use super::layouts_test::newest;
@@ -38,7 +38,7 @@ use crate::keys::Purpose;
 use crate::keys::open::key_of;
 
 const MIB: usize = 1 << 20;
-const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
+const WHO: super::identity::Identity = super::identity::Identity { image: [5; 16], vm: [9; 16] };
 
 /// What has reached the disk, what may have, and how many operations it still does.
 struct State {

@@ -7,10 +7,8 @@
 //! nothing proves either, so that needs adopt and rollback together: the first copy of an image that was adopted long
 //! ago has no root, and whoever can write its file can give it an id that no anchor knows. A damaged file needs no word: it blocks itself and nothing else.
 
-use super::error::VmgsError;
-use super::format::FileId;
-use super::root::uuid_text;
-use super::zero_key::ZeroKey;
+use super::file_id::FileId;
+use super::mark::uuid_text;
 
 /// What an operator may accept explicitly when an image is opened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -30,6 +28,27 @@ impl Accept {
     pub fn replacing(mut self, id: FileId) -> Self {
         self.replacing |= 1 << id.number();
         self
+    }
+}
+
+/// Where a table lies that opens with the zero key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZeroKey {
+    /// Behind the header that counts: every file is open.
+    Active,
+    /// Behind the other header.
+    Older,
+    /// In a block that no header names.
+    Freed(u32),
+}
+
+impl std::fmt::Display for ZeroKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Active => f.write_str("its table of file keys"),
+            Self::Older => f.write_str("the table of file keys behind its older header"),
+            Self::Freed(block) => write!(f, "an older table of file keys in block {block}"),
+        }
     }
 }
 
@@ -258,8 +277,10 @@ impl std::fmt::Display for Refusal {
     }
 }
 
+impl std::error::Error for Refusal {}
+
 /// Refuses everything that was not accepted, in one answer.
-pub fn decide(findings: &[Finding], accept: &Accept) -> Result<(), VmgsError> {
+pub fn decide(findings: &[Finding], accept: &Accept) -> Result<(), Refusal> {
     let zero_key = findings.iter().any(|f| matches!(f, Finding::ZeroKey(_)));
     let accepted = |finding: &Finding| match finding.needs(accept) {
         Needs::Nothing => true,
@@ -274,7 +295,7 @@ pub fn decide(findings: &[Finding], accept: &Accept) -> Result<(), VmgsError> {
         return Ok(());
     }
     let told = findings.iter().filter(|f| f.needs(accept) != Needs::Nothing);
-    Err(VmgsError::Refused(Refusal {
+    Err(Refusal {
         findings: told.cloned().collect(),
         needs_repair: refused.contains(&Needs::Repair),
         options: if refused.contains(&Needs::AdoptAndRollback) {
@@ -284,5 +305,5 @@ pub fn decide(findings: &[Finding], accept: &Accept) -> Result<(), VmgsError> {
         } else {
             None
         },
-    }))
+    })
 }

@@ -8,8 +8,9 @@
 use zeroize::Zeroize;
 use zeroize::ZeroizeOnDrop;
 
-use super::crypto::Seal;
 use super::error::VmgsError;
+use super::file_id::FileId;
+use super::seal::Seal;
 
 /// Bytes of a block.
 pub const BLOCK: usize = 4096;
@@ -21,6 +22,10 @@ pub const SECTOR: usize = 512;
 pub const FIRST_BLOCK: u32 = 2;
 /// Entries of both tables.
 pub const ENTRIES: usize = 64;
+/// Smallest payload of an image that is made here.
+pub const MIN_SIZE: u64 = 1 << 20;
+/// Largest payload of an image that is made here.
+pub const MAX_SIZE: u64 = 64 << 20;
 /// No file is loaded or written beyond this size, whatever a table says.
 pub const MAX_FILE: u64 = 64 << 20;
 /// All files of an image together have no more bytes than this, which is as much as the largest image that is made here
@@ -35,106 +40,6 @@ pub const ENCRYPTED: u32 = 1;
 pub const AUTHENTICATED: u32 = 2;
 const VERSION: u32 = 0x0003_0000;
 const SIGNATURE: &[u8; 8] = b"GUESTRTS";
-
-/// Number of a file, 0 to 63.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FileId(u8);
-
-impl FileId {
-    /// The file table itself.
-    pub const FILE_TABLE: Self = Self(0);
-    /// UEFI variables.
-    pub const BIOS_NVRAM: Self = Self(1);
-    /// Physical-presence interface of the TPM.
-    pub const TPM_PPI: Self = Self(2);
-    /// NV image of the Microsoft TPM engine; never ours.
-    pub const TPM_NVRAM: Self = Self(3);
-    /// Offset of the guest's clock.
-    pub const RTC_SKEW: Self = Self(4);
-    /// Volatile state of our TPM engine, kept over a planned restart.
-    pub const VTPM_VOLATILE: Self = Self(57);
-    /// Saved state of our TPM engine (TPM 1.2 style; unused by TPM 2.0, kept so that no callback fails).
-    pub const VTPM_SAVE: Self = Self(58);
-    /// What was made at manufacture: certificates and their names.
-    pub const VTPM_MANUFACTURE: Self = Self(59);
-    /// Permanent state of our TPM engine.
-    pub const VTPM_STATE: Self = Self(60);
-    /// The permanent state that was last read back successfully.
-    pub const VTPM_STATE_GOOD: Self = Self(61);
-    /// The integrity root.
-    pub const ROOT: Self = Self(62);
-    /// The extended file table.
-    pub const EXTENDED: Self = Self(63);
-
-    /// A file that a user may name: anything but the two tables.
-    pub fn user(id: u32) -> Result<Self, VmgsError> {
-        match id {
-            1..=62 => Ok(Self(id as u8)),
-            _ => Err(VmgsError::Invalid(format!("file id {id} is not between 1 and 62"))),
-        }
-    }
-
-    /// The number.
-    pub fn number(self) -> u32 {
-        u32::from(self.0)
-    }
-
-    /// The number as an index into a table.
-    pub fn index(self) -> usize {
-        usize::from(self.0)
-    }
-
-    /// All ids that hold files: everything but the two tables.
-    pub fn files() -> impl Iterator<Item = Self> {
-        (1..63).map(Self)
-    }
-
-    /// The field's name, where the format or this project gives one.
-    pub fn name(self) -> Option<&'static str> {
-        Some(match self.0 {
-            0 => "FILE_TABLE",
-            1 => "BIOS_NVRAM",
-            2 => "TPM_PPI",
-            3 => "TPM_NVRAM",
-            4 => "RTC_SKEW",
-            5 => "ATTEST",
-            6 => "KEY_PROTECTOR",
-            7 => "VM_UNIQUE_ID",
-            8 => "GUEST_FIRMWARE",
-            9 => "CUSTOM_UEFI",
-            10 => "GUEST_WATCHDOG",
-            11 => "HW_KEY_PROTECTOR",
-            13 => "GUEST_SECRET_KEY",
-            14 => "HIBERNATION_TOKEN",
-            15 => "PLATFORM_SEED",
-            16 => "PROVENANCE_DOC",
-            17 => "TPM_NVRAM_BACKUP",
-            18 => "PROVISIONING_MARKER",
-            57 => "VTPM_VOLATILE",
-            58 => "VTPM_SAVE",
-            59 => "VTPM_MANUFACTURE",
-            60 => "VTPM_STATE",
-            61 => "VTPM_STATE_GOOD",
-            62 => "ROOT",
-            63 => "EXTENDED_FILE_TABLE",
-            _ => return None,
-        })
-    }
-
-    /// Whether an encrypted image may never hold this file in plain text.
-    pub fn is_secret(self) -> bool {
-        matches!(self.0, 1 | 2 | 3 | 13 | 17 | 57..=62)
-    }
-}
-
-impl std::fmt::Display for FileId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.name() {
-            Some(name) => write!(f, "file {} ({name})", self.0),
-            None => write!(f, "file {}", self.0),
-        }
-    }
-}
 
 fn le32(b: &[u8], at: usize) -> u32 {
     let mut v = [0; 4];
@@ -426,8 +331,7 @@ impl FileTable {
         }
         let mut spans: Vec<(std::ops::Range<u64>, FileId)> = Vec::with_capacity(ENTRIES);
         let mut total = 0u64;
-        for n in 0..ENTRIES as u8 {
-            let (id, entry) = (FileId(n), &self.0[usize::from(n)]);
+        for (id, entry) in FileId::all().zip(&self.0) {
             if !entry.exists() {
                 continue;
             }

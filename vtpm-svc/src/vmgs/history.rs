@@ -16,8 +16,8 @@ use serde_json::json;
 use super::AnchorFolder;
 use super::findings::Finding;
 use super::findings::sentences;
+use super::mark::uuid_text;
 use super::root::Root;
-use super::root::uuid_text;
 
 /// When a log is put aside.
 const MOST: u64 = 1 << 20;

@@ -12,14 +12,14 @@ use super::anchor::Durability;
 use super::block::MemFile;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::file_id::FileId;
 use super::findings::Accept;
 use super::findings::Finding;
-use super::format::FileId;
 use super::store::Change;
 use super::store::Vmgs;
 
 const MIB: usize = 1 << 20;
-const WHO: super::store::Identity = super::store::Identity { image: [5; 16], vm: [9; 16] };
+const WHO: super::identity::Identity = super::identity::Identity { image: [5; 16], vm: [9; 16] };
 const SECRET: &[u8] = b"the seed of the endorsement hierarchy";
 const STATE: FileId = FileId::VTPM_STATE;
 
@@ -391,7 +391,7 @@ fn a_zero_metadata_key_is_found_without_any_key() {
     });
     let found = Vmgs::open(MemFile(bad), None, None, Accept::default()).map(|_| ());
     assert!(
-        matches!(found, Err(VmgsError::Refused(r)) if r.findings.contains(&Finding::ZeroKey(super::zero_key::ZeroKey::Active)))
+        matches!(found, Err(VmgsError::Refused(r)) if r.findings.contains(&Finding::ZeroKey(super::findings::ZeroKey::Active)))
     );
 }
 
@@ -457,7 +457,7 @@ fn reroot(mut image: Vec<u8>, root: &super::root::Root) -> Vec<u8> {
 
 #[test]
 fn no_secret_stands_in_the_raw_image_and_no_window_opens_with_a_poor_key() {
-    use super::crypto::Seal;
+    use super::seal::Seal;
     let mut v = Vmgs::create(blank(), Some(key(7)), WHO, None).expect("create");
     for n in 0..5u8 {
         v.commit(&[Change::Put(STATE, SECRET), Change::Put(FileId::BIOS_NVRAM, &[n; 9000])]).expect("commit");
@@ -600,7 +600,7 @@ fn a_lost_root_needs_both_words_names_every_loss_and_keeps_who_the_image_is() {
         assert!(anchored(&old, rollback, foreign).is_err());
     }
     let mut v = anchored(&robbed, true, true).expect("both words");
-    assert!(!crate::engine::state::is_virgin(&v));
+    assert!(!crate::tpm::engine::state::is_virgin(&v));
     assert_eq!((v.root().image, v.root().vm), (WHO.image, WHO.vm));
     assert_eq!(v.root().flags, 7, "made, exported, disclosed");
     assert!(v.commit(&[]).expect("commit").generation > 4, "above all that the anchor knows");

@@ -8,11 +8,11 @@ use super::block::MemFile;
 use super::crash_test::Rng;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::file_id::FileId;
 use super::findings::Accept;
-use super::format::FileId;
+use super::identity::Identity;
 use super::root::FLAG_DISCLOSED;
 use super::store::Change;
-use super::store::Identity;
 use super::store::Vmgs;
 
 const MIB: usize = 1 << 20;

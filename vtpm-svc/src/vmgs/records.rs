@@ -5,7 +5,7 @@
 //! Both come from the guest in the end, so they are parsed as hostile: exact length, known operations, a bounded offset.
 
 use super::error::VmgsError;
-use super::format::FileId;
+use super::file_id::FileId;
 
 /// A record that is not one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

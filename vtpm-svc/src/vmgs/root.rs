@@ -11,8 +11,9 @@ use sha2::Digest;
 use sha2::Sha256;
 
 use super::error::VmgsError;
+use super::file_id::FileId;
 use super::format::BLOCK;
-use super::format::FileId;
+use super::mark::Mark;
 
 const MAGIC: &[u8; 8] = b"CVMMROOT";
 const FIXED: usize = 96;
@@ -31,15 +32,6 @@ const MOST_GENERATIONS: u64 = 1 << 56;
 const KEY_STEP: u64 = 1 << 20;
 /// One key wraps one metadata key per generation under a random 96-bit nonce: half of the 2^32 that are safe.
 const WORN: u64 = 1 << 31;
-
-/// Point in the history of an image: what the anchor remembers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mark {
-    /// Counts commits.
-    pub generation: u64,
-    /// SHA-256 of the root's plain text.
-    pub digest: [u8; 32],
-}
 
 /// What the root says of one file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -182,32 +174,6 @@ impl Root {
     }
 }
 
-/// Sixteen bytes in the usual 8-4-4-4-12 form, first byte first.
-pub fn uuid_text(uuid: &[u8; 16]) -> String {
-    let mut text = String::with_capacity(36);
-    for (n, byte) in uuid.iter().enumerate() {
-        if matches!(n, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
-}
-
-/// Parses the 8-4-4-4-12 form; dashes may be left out.
-pub fn parse_uuid(text: &str) -> Result<[u8; 16], VmgsError> {
-    let digits: String = text.chars().filter(|c| *c != '-').collect();
-    let bad = || VmgsError::Invalid(format!("`{text}` is not a UUID (32 hexadecimal digits)"));
-    if digits.len() != 32 || !digits.is_ascii() {
-        return Err(bad());
-    }
-    let mut uuid = [0; 16];
-    for (n, byte) in uuid.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&digits[2 * n..2 * n + 2], 16).map_err(|_| bad())?;
-    }
-    Ok(uuid)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,15 +201,6 @@ mod tests {
         assert!(matches!(root.next_generation(), Err(VmgsError::LastGeneration(_))));
         root.generation = u64::MAX - 1;
         assert!(matches!(Root::parse(&root.to_bytes()), Err(VmgsError::RootMismatch(_))));
-    }
-
-    #[test]
-    fn uuids_print_and_parse() {
-        let id = parse_uuid("00112233-4455-6677-8899-aabbccddeeff").expect("uuid");
-        assert_eq!(id[15], 0xff);
-        assert_eq!(uuid_text(&id), "00112233-4455-6677-8899-aabbccddeeff");
-        assert!(parse_uuid("0011").is_err());
-        assert!(parse_uuid("é0112233445566778899aabbccddee").is_err());
     }
 
     proptest! {

@@ -16,11 +16,12 @@ use super::anchor::AnchorSource;
 use super::anchor::Facts;
 use super::anchor::Known;
 use super::block::BlockFile;
-use super::crypto;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::file_id::FileId;
 use super::findings::Accept;
 use super::findings::Finding;
+use super::findings::ZeroKey;
 use super::findings::decide;
 use super::findings::sentences;
 use super::format::BLOCK;
@@ -29,52 +30,29 @@ use super::format::Entry;
 use super::format::ExtendedEntry;
 use super::format::ExtendedTable;
 use super::format::FIRST_BLOCK;
-use super::format::FileId;
 use super::format::FileTable;
 use super::format::Header;
 use super::format::KeySlot;
 use super::format::MAX_FILE;
+use super::format::MAX_SIZE;
+use super::format::MIN_SIZE;
 use super::format::SCRUB_PENDING;
 use super::format::SECTOR;
+use super::identity::Identity;
 use super::image;
 use super::judge::judge;
+use super::mark::Mark;
+use super::mark::uuid_text;
 use super::place::Placer;
 use super::place::blocks_of;
 use super::root::FLAG_PROVISIONED;
 use super::root::Listed;
-use super::root::Mark;
 use super::root::Root;
 use super::root::digest;
-use super::root::uuid_text;
 use super::spans::Spans;
 use super::vhd;
 use super::view::RootState;
 use super::view::View;
-use super::zero_key::ZeroKey;
-
-/// Smallest image that `create` makes.
-pub const MIN_SIZE: u64 = 1 << 20;
-/// Largest image that `create` makes.
-pub const MAX_SIZE: u64 = 64 << 20;
-
-/// Who an image is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Identity {
-    /// The image itself: drawn at creation, never used again, also the container's unique id.
-    pub image: [u8; 16],
-    /// The VM that it belongs to.
-    pub vm: [u8; 16],
-}
-
-impl Identity {
-    /// A fresh image for a VM; without a VM's id, one is drawn too.
-    pub fn fresh(vm: Option<[u8; 16]>) -> Result<Self, VmgsError> {
-        let (mut image, mut drawn) = ([0; 16], [0; 16]);
-        crypto::fill_random(&mut image)?;
-        crypto::fill_random(&mut drawn)?;
-        Ok(Self { image, vm: vm.unwrap_or(drawn) })
-    }
-}
 
 /// One change of a commit.
 #[derive(Debug, Clone, Copy)]

@@ -10,24 +10,24 @@ use super::block::BlockFile;
 use super::crypto;
 use super::crypto::Key;
 use super::error::VmgsError;
+use super::file_id::FileId;
 use super::findings::Finding;
+use super::findings::ZeroKey;
 use super::format::ExtendedTable;
-use super::format::FileId;
 use super::format::Header;
 use super::format::HeaderFault;
 use super::format::SCRUB_PENDING;
+use super::identity::Identity;
 use super::image;
 use super::image::Layout;
+use super::mark::Mark;
 use super::records::Ppi;
 use super::records::RtcSkew;
 use super::root::FLAG_PROVISIONED;
 use super::root::Listed;
-use super::root::Mark;
 use super::root::Root;
 use super::root::digest;
-use super::store::Identity;
 use super::zero_key;
-use super::zero_key::ZeroKey;
 
 /// What is known of the root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,36 +8,16 @@
 use super::block::BlockFile;
 use super::crypto;
 use super::error::VmgsError;
+use super::file_id::FileId;
+use super::findings::ZeroKey;
 use super::format::BLOCK;
 use super::format::FIRST_BLOCK;
-use super::format::FileId;
 use super::format::FileTable;
+use super::format::MAX_SIZE;
 use super::image::Layout;
 use super::image::block_offset;
 use super::image::read_block;
 use super::spans::Spans;
-use super::store::MAX_SIZE;
-
-/// Where a table lies that opens with the zero key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ZeroKey {
-    /// Behind the header that counts: every file is open.
-    Active,
-    /// Behind the other header.
-    Older,
-    /// In a block that no header names.
-    Freed(u32),
-}
-
-impl std::fmt::Display for ZeroKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Active => f.write_str("its table of file keys"),
-            Self::Older => f.write_str("the table of file keys behind its older header"),
-            Self::Freed(block) => write!(f, "an older table of file keys in block {block}"),
-        }
-    }
-}
 
 /// Finds the first table that anyone can open.
 pub fn find<F: BlockFile>(file: &F, layout: &Layout) -> Result<Option<ZeroKey>, VmgsError> {

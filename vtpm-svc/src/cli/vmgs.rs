@@ -7,8 +7,8 @@
 mod copies;
 mod files;
 mod keying;
-mod platform;
 mod report;
+mod requests;
 
 use std::io::Write;
 use std::path::Path;
@@ -18,13 +18,13 @@ use clap::Subcommand;
 use serde_json::Value;
 use serde_json::json;
 
-use crate::control::options::AnchorArgs;
-use crate::control::options::HistoryArgs;
-use crate::keys::KeyArgs;
+use crate::cli::anchor::AnchorArgs;
+use crate::cli::anchor::HistoryArgs;
+use crate::cli::keys::KeyArgs;
+use crate::cli::keys::NewKeyArgs;
 use crate::keys::KeyError;
 use crate::keys::KeyProvider;
 use crate::keys::KeyRequest;
-use crate::keys::NewKeyArgs;
 use crate::keys::Purpose;
 use crate::keys::open::OpenError;
 use crate::keys::open::key_of;
@@ -37,7 +37,7 @@ use crate::vmgs::VmgsError;
 use crate::vmgs::anchor::AnchorError;
 use crate::vmgs::findings::sentences;
 use crate::vmgs::history;
-use crate::vmgs::root::parse_uuid;
+use crate::vmgs::mark::parse_uuid;
 use crate::vmgs::view::RootState;
 use crate::whole_file as place;
 use crate::whole_file::PlaceError;
@@ -515,9 +515,9 @@ fn execute(command: &Command) -> Outcome {
             copies::clone(file, to, copies::Cloning { keep, size, vm }, key, new_key, anchor)
         }
         Command::Ppi { file, request, argument, key, anchor } => {
-            platform::ppi(file, *request, *argument, key, anchor)
+            requests::ppi(file, *request, *argument, key, anchor)
         }
-        Command::Clock { file, set, key, anchor } => platform::clock(file, *set, key, anchor),
+        Command::Clock { file, set, key, anchor } => requests::clock(file, *set, key, anchor),
         Command::Restore { backup, file, confirm, key, anchor } => {
             copies::restore(backup, file, *confirm, key, anchor)
         }

@@ -20,9 +20,9 @@ use crate::vmgs::block::BlockFile;
 use crate::vmgs::records::Ppi;
 use crate::vmgs::root::FLAG_PROVISIONED;
 
-use super::Blob;
-use super::StateStore;
-use super::StoreFailed;
+use super::store::Blob;
+use super::store::StateStore;
+use super::store::StoreFailed;
 use super::upkeep::Gone;
 use super::upkeep::Upkeep;
 

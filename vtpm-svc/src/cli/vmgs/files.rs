@@ -18,9 +18,9 @@ use super::io_at;
 use super::look;
 use super::open_to_write;
 use super::report;
-use crate::control::options::AnchorArgs;
-use crate::control::options::HistoryArgs;
-use crate::keys::KeyArgs;
+use crate::cli::anchor::AnchorArgs;
+use crate::cli::anchor::HistoryArgs;
+use crate::cli::keys::KeyArgs;
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
 use crate::vmgs::VmgsError;
@@ -30,7 +30,7 @@ use crate::whole_file::Readers;
 
 /// Copies a file out. What is not proved of it is said, and no reason to keep it back.
 pub(super) fn export(file: &Path, id: u32, output: &Path, key: &KeyArgs, history: &HistoryArgs) -> Outcome {
-    let id = FileId::user(id).map_err(at(file))?;
+    let id = FileId::user(id).map_err(VmgsError::from).map_err(at(file))?;
     let looked = look(file, key)?;
     let data = looked.view.read_file(&looked.raw, id).map_err(at(file))?;
     looked.note(file, history, "export", &format!("{id} to {}", output.display()));
@@ -49,7 +49,7 @@ pub(super) fn export(file: &Path, id: u32, output: &Path, key: &KeyArgs, history
 
 /// Copies a file in.
 pub(super) fn import(file: &Path, id: u32, input: &Path, key: &KeyArgs, anchor: &AnchorArgs) -> Outcome {
-    let id = FileId::user(id).map_err(at(file))?;
+    let id = FileId::user(id).map_err(VmgsError::from).map_err(at(file))?;
     let data = read_bounded(input, id)?;
     let mut vmgs = open_to_write(file, key, anchor, anchor.accept().replacing(id))?;
     let mark = vmgs.commit(&[Change::Put(id, &data)]).map_err(at(file))?;
@@ -72,8 +72,12 @@ fn read_bounded(input: &Path, id: FileId) -> Result<Zeroizing<Vec<u8>>, CliError
 
 /// Removes files, also such as cannot be read.
 pub(super) fn delete(file: &Path, ids: &[u32], confirm: bool, key: &KeyArgs, anchor: &AnchorArgs) -> Outcome {
-    let ids: Vec<FileId> =
-        ids.iter().map(|n| FileId::user(*n)).collect::<Result<_, _>>().map_err(at(file))?;
+    let ids: Vec<FileId> = ids
+        .iter()
+        .map(|n| FileId::user(*n))
+        .collect::<Result<_, _>>()
+        .map_err(VmgsError::from)
+        .map_err(at(file))?;
     if ids.contains(&FileId::ROOT) {
         return Err(at(file)(VmgsError::Invalid(format!("{} is written by the store itself", FileId::ROOT))));
     }

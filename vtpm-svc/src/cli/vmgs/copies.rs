@@ -16,9 +16,9 @@ use super::close;
 use super::key_for;
 use super::needed;
 use super::open_to_write;
-use crate::control::options::AnchorArgs;
-use crate::keys::KeyArgs;
-use crate::keys::NewKeyArgs;
+use crate::cli::anchor::AnchorArgs;
+use crate::cli::keys::KeyArgs;
+use crate::cli::keys::NewKeyArgs;
 use crate::keys::Purpose;
 use crate::vmgs::Accept;
 use crate::vmgs::Change;
@@ -33,12 +33,12 @@ use crate::vmgs::anchor::AnchorSource;
 use crate::vmgs::anchor::Known;
 use crate::vmgs::block::BlockFile;
 use crate::vmgs::findings::sentences;
+use crate::vmgs::format::MAX_SIZE;
+use crate::vmgs::format::MIN_SIZE;
 use crate::vmgs::image;
+use crate::vmgs::mark::uuid_text;
 use crate::vmgs::root::FLAG_DISCLOSED;
 use crate::vmgs::root::FLAG_EXPORTED;
-use crate::vmgs::root::uuid_text;
-use crate::vmgs::store::MAX_SIZE;
-use crate::vmgs::store::MIN_SIZE;
 use crate::vmgs::view::RootState;
 use crate::whole_file as place;
 use crate::whole_file::Waiting;
@@ -341,7 +341,7 @@ mod tests {
     use crate::vmgs::anchor::Anchor;
     use crate::vmgs::anchor::AnchorError;
     use crate::vmgs::anchor::Facts;
-    use crate::vmgs::root::Mark;
+    use crate::vmgs::mark::Mark;
     use clap::Parser;
 
     #[derive(Parser)]

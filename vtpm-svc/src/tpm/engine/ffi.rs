@@ -25,9 +25,9 @@ use libloading::Library;
 use zeroize::Zeroize;
 use zeroize::Zeroizing;
 
-use super::Blob;
-use super::EngineError;
-use super::StateStore;
+use super::error::EngineError;
+use super::store::Blob;
+use super::store::StateStore;
 
 /// `TPM_SUCCESS`.
 const OK: u32 = 0;
@@ -144,6 +144,17 @@ unsafe extern "C" fn presence(out: *mut c_uchar, _tpm: u32) -> u32 {
     // SAFETY: the out-pointer is libtpms' local.
     unsafe { *out = 0 };
     OK
+}
+
+/// One step of a measurement from locality 4.
+#[derive(Debug, Clone, Copy)]
+pub enum HashStep<'a> {
+    /// Resets the dynamic PCRs and begins.
+    Start,
+    /// More data.
+    Data(&'a [u8]),
+    /// Extends.
+    End,
 }
 
 /// The library's functions.
@@ -338,13 +349,13 @@ impl Api {
         owned
     }
 
-    pub(super) fn hash(&self, step: super::HashStep<'_>) -> Result<(), EngineError> {
+    pub(super) fn hash(&self, step: HashStep<'_>) -> Result<(), EngineError> {
         // SAFETY: the data slice lives over the call.
         words(unsafe {
             match step {
-                super::HashStep::Start => (self.hash_start)(),
-                super::HashStep::Data(d) => (self.hash_data)(d.as_ptr(), d.len() as u32),
-                super::HashStep::End => (self.hash_end)(),
+                HashStep::Start => (self.hash_start)(),
+                HashStep::Data(d) => (self.hash_data)(d.as_ptr(), d.len() as u32),
+                HashStep::End => (self.hash_end)(),
             }
         })
     }

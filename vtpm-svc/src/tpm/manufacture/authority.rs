@@ -28,12 +28,12 @@ use x509_cert::der::Encode;
 use x509_cert::der::EncodePem;
 use zeroize::Zeroizing;
 
-use super::ManufactureError;
-use super::certify;
+use super::certificate::certify;
+use super::certificate::key_id;
+use super::certificate::public_key;
+use super::certificate::random;
 use super::der;
-use super::key_id;
-use super::public_key;
-use super::random;
+use super::error::ManufactureError;
 
 /// Neither file is anywhere near as large.
 const MOST: u64 = 64 << 10;

@@ -8,28 +8,22 @@
 //!
 //! TCG EK Credential Profile 2.5 (templates L-1 and L-2, NV indices, certificate fields).
 
-use std::path::PathBuf;
-
-use p384::ecdsa::DerSignature;
-use p384::ecdsa::SigningKey;
-use p384::ecdsa::signature::Signer;
-use p384::pkcs8::EncodePublicKey;
-use sha2::Digest;
-use sha2::Sha256;
-
-use crate::tpm2;
-use crate::tpm2::Bytes;
-use crate::tpm2::CommandError;
-use crate::tpm2::Transport;
-use crate::tpm2::alg;
-use crate::tpm2::handle;
-use crate::vmgs::root::uuid_text;
+use crate::tpm::commands;
+use crate::tpm::commands::Bytes;
+use crate::tpm::commands::CommandError;
+use crate::tpm::commands::Transport;
+use crate::tpm::commands::alg;
+use crate::tpm::commands::handle;
+use crate::vmgs::mark::uuid_text;
 
 mod authority;
+mod certificate;
 mod der;
-pub mod platform;
+mod error;
+pub mod platform_certificate;
 
 pub use authority::Authority;
+pub use error::ManufactureError;
 
 /// Where clients look for certificates and keys.
 pub mod place {
@@ -43,76 +37,6 @@ pub mod place {
     pub const EK_RSA: u32 = 0x8101_0001;
     /// Persistent handle of the AK, as on Azure.
     pub const AK: u32 = 0x8100_0003;
-}
-
-/// Why a TPM was not made.
-#[derive(Debug, thiserror::Error)]
-pub enum ManufactureError {
-    /// A command.
-    #[error(transparent)]
-    Command(#[from] CommandError),
-    /// A file of the authority.
-    #[error("certificate authority {path}: {problem}")]
-    Authority {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A public area that is not what the template asked for.
-    #[error("the TPM returned a public key that does not fit its template")]
-    PublicKey,
-    /// The platform certificate.
-    #[error(transparent)]
-    Platform(#[from] platform::PlatformError),
-    /// No random bytes.
-    #[error("no random bytes from the operating system")]
-    NoEntropy,
-}
-
-fn random<const N: usize>() -> Result<[u8; N], ManufactureError> {
-    let mut bytes = [0; N];
-    crate::vmgs::crypto::fill_random(&mut bytes).map_err(|_| ManufactureError::NoEntropy)?;
-    Ok(bytes)
-}
-
-fn public_key(key: &SigningKey) -> Result<Vec<u8>, ManufactureError> {
-    let document = key.verifying_key().to_public_key_der().map_err(|_| ManufactureError::PublicKey)?;
-    Ok(document.as_bytes().to_vec())
-}
-
-/// RFC 7093, method 1: the first 20 bytes of SHA-256, here over the whole key information.
-fn key_id(spki: &[u8]) -> Vec<u8> {
-    Sha256::digest(spki)[..20].to_vec()
-}
-
-fn certify(
-    signer: &SigningKey,
-    issuer: &[u8],
-    subject: &[u8],
-    spki: &[u8],
-    extensions: &[Vec<u8>],
-) -> Result<Vec<u8>, ManufactureError> {
-    let algorithm = der::sequence(&[&der::oid(&[1, 2, 840, 10045, 4, 3, 3])]);
-    // Positive, and never longer than the standard's 20 bytes.
-    let mut serial = random::<16>()?;
-    serial[0] = serial[0] & 0x7f | 0x40;
-    // From a fixed day on and, as the profile has it for keys of hardware, without an end.
-    let validity =
-        der::sequence(&[&der::tagged(0x17, b"240101000000Z"), &der::tagged(0x18, b"99991231235959Z")]);
-    let list: Vec<&[u8]> = extensions.iter().map(Vec::as_slice).collect();
-    let tbs = der::sequence(&[
-        &der::tagged(0xa0, &der::tagged(0x02, &[2])),
-        &der::tagged(0x02, &serial),
-        &algorithm,
-        issuer,
-        &validity,
-        subject,
-        spki,
-        &der::tagged(0xa3, &der::sequence(&list)),
-    ]);
-    let signature: DerSignature = signer.sign(&tbs);
-    Ok(der::sequence(&[&tbs, &algorithm, &der::bits(0, signature.as_bytes())]))
 }
 
 /// Policy of the EK templates: `PolicySecret(TPM_RH_ENDORSEMENT)`, from the profile.
@@ -223,22 +147,22 @@ fn extensions(subject: Subject, usage: (u8, u8), purpose: &[u32]) -> [Vec<u8>; 4
 
 /// Finishes a TPM that has just been manufactured and started. It must be powered off and on afterwards.
 ///
-/// A platform certificate comes from [`platform::read`].
+/// A platform certificate comes from [`platform_certificate::read`].
 pub fn finish(
     tpm: &mut dyn Transport,
     authority: Option<&Authority>,
     platform_certificate: Option<&[u8]>,
     subject: Subject,
 ) -> Result<(), ManufactureError> {
-    tpm2::startup_clear(tpm)?;
+    commands::startup_clear(tpm)?;
     if let Some(authority) = authority {
         certify_keys(tpm, authority, subject)?;
     }
     if let Some(certificate) = platform_certificate {
-        tpm2::nv_store(tpm, platform::INDEX, certificate)?;
+        commands::nv_store(tpm, platform_certificate::INDEX, certificate)?;
     }
-    tpm2::pcr_allocate(tpm, &crate::measured::BANKS.map(|(bank, _)| bank))?;
-    tpm2::shutdown_clear(tpm)?;
+    commands::pcr_allocate(tpm, &crate::measured::BANKS.map(|(bank, _)| bank))?;
+    commands::shutdown_clear(tpm)?;
     Ok(())
 }
 
@@ -247,10 +171,10 @@ pub fn restore_keys(tpm: &mut dyn Transport) -> Result<(), CommandError> {
     for (template, certificate, at) in
         [(ek_rsa(), place::EK_RSA_CERTIFICATE, place::EK_RSA), (ak(), place::AK_CERTIFICATE, place::AK)]
     {
-        if tpm2::nv_exists(tpm, certificate)? {
-            let (object, _) = tpm2::create_primary(tpm, handle::ENDORSEMENT, &template)?;
-            tpm2::persist(tpm, object, at)?;
-            tpm2::flush(tpm, object)?;
+        if commands::nv_exists(tpm, certificate)? {
+            let (object, _) = commands::create_primary(tpm, handle::ENDORSEMENT, &template)?;
+            commands::persist(tpm, object, at)?;
+            commands::flush(tpm, object)?;
         }
     }
     Ok(())
@@ -270,14 +194,14 @@ fn certify_keys(
         (ak(), (7, 0x80), AK_PURPOSE, place::AK_CERTIFICATE, Some(place::AK)),
     ];
     for (template, usage, purpose, index, persistent) in keys {
-        let (object, public) = tpm2::create_primary(tpm, handle::ENDORSEMENT, &template)?;
+        let (object, public) = commands::create_primary(tpm, handle::ENDORSEMENT, &template)?;
         let spki = spki_of(&template, &public)?;
         let certificate = authority.issue(&der::name(&[]), &spki, &extensions(subject, usage, purpose))?;
-        tpm2::nv_store(tpm, index, &certificate)?;
+        commands::nv_store(tpm, index, &certificate)?;
         if let Some(at) = persistent {
-            tpm2::persist(tpm, object, at)?;
+            commands::persist(tpm, object, at)?;
         }
-        tpm2::flush(tpm, object)?;
+        commands::flush(tpm, object)?;
     }
     Ok(())
 }

@@ -17,10 +17,10 @@ use sha2::Digest;
 use sha2::Sha256;
 use sha2::Sha384;
 
-use crate::tpm2;
-use crate::tpm2::CommandError;
-use crate::tpm2::Transport;
-use crate::tpm2::alg;
+use crate::tpm::commands;
+use crate::tpm::commands::CommandError;
+use crate::tpm::commands::Transport;
+use crate::tpm::commands::alg;
 
 /// Event types that are used.
 pub mod kind {
@@ -175,12 +175,12 @@ fn separator(pcr: u32) -> Event {
 /// Starts and tests the TPM, extends its PCRs with the events, and takes the platform hierarchy away from the guest, as
 /// firmware does before it hands over.
 pub fn extend(tpm: &mut dyn Transport, events: &[Event]) -> Result<(), CommandError> {
-    tpm2::startup_clear(tpm)?;
-    tpm2::self_test(tpm)?;
+    commands::startup_clear(tpm)?;
+    commands::self_test(tpm)?;
     for event in events.iter().filter(|e| e.kind != kind::NO_ACTION) {
-        tpm2::pcr_extend(tpm, event.pcr, &event.digests)?;
+        commands::pcr_extend(tpm, event.pcr, &event.digests)?;
     }
-    tpm2::disable_platform(tpm)
+    commands::disable_platform(tpm)
 }
 
 /// The PCR values that the events lead to, in one bank; PCRs that no event names are left out.

@@ -8,119 +8,23 @@
 //!
 //! Whether a TPM may be manufactured is decided before the start and never by the absence of a blob.
 
+mod error;
 mod ffi;
 pub mod state;
+mod store;
 pub mod upkeep;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 
+pub use error::EngineError;
+pub use ffi::HashStep;
+pub use store::Blob;
+pub use store::StateStore;
+pub use store::StoreFailed;
+
 use ffi::Api;
 use zeroize::Zeroizing;
-
-/// Why the engine did not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The shared library is missing or too old.
-    #[error("cannot load libtpms ({0}); install it (Debian: `apt-get install libtpms0`)")]
-    NoLibrary(String),
-    /// The library's version is below the oldest that distributions still mend.
-    #[error(
-        "libtpms {0}.{1}.{2} is too old; 0.9.2 with your distribution's fixes is the oldest that this service accepts"
-    )]
-    TooOld(u32, u32, u32),
-    /// There is one TPM per process.
-    #[error("this process already has a TPM")]
-    Taken,
-    /// The library returned an error code.
-    #[error("libtpms answered {words} ({0:#x})", words = result_words(*.0))]
-    Refused(u32),
-    /// Not possible in this state.
-    #[error("the TPM is {0}")]
-    State(&'static str),
-}
-
-fn result_words(code: u32) -> &'static str {
-    match code {
-        0x03 => "bad parameter",
-        0x09 => "failure",
-        0x0a => "bad ordinal",
-        0x11 => "out of memory",
-        0x15 => "short buffer",
-        0x17 => "no space",
-        0x1f => "i/o error",
-        0x101 => "failure mode",
-        0x800 => "retry",
-        _ => "an error",
-    }
-}
-
-/// One of the library's state blobs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Blob {
-    /// Seeds, NV, persistent objects.
-    Permanent,
-    /// PCRs, sessions, transient objects.
-    Volatile,
-    /// Unused by TPM 2.0, but the library may name it.
-    Save,
-}
-
-impl Blob {
-    fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "permall" => Some(Self::Permanent),
-            "volatilestate" => Some(Self::Volatile),
-            "savestate" => Some(Self::Save),
-            _ => None,
-        }
-    }
-
-    /// The number that library and control protocol use.
-    pub fn number(self) -> u32 {
-        match self {
-            Self::Permanent => 1,
-            Self::Volatile => 2,
-            Self::Save => 4,
-        }
-    }
-
-    /// The state-blob type of the control protocol (1, 2, 3).
-    pub fn from_protocol(kind: u32) -> Option<Self> {
-        match kind {
-            1 => Some(Self::Permanent),
-            2 => Some(Self::Volatile),
-            3 => Some(Self::Save),
-            _ => None,
-        }
-    }
-}
-
-/// A blob could not be read or written; the details are the store's to log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the state store failed")]
-pub struct StoreFailed;
-
-/// Where blobs are kept.
-pub trait StateStore: Send {
-    /// Reads a blob; `None` if there is none.
-    fn load(&mut self, blob: Blob) -> Result<Option<Zeroizing<Vec<u8>>>, StoreFailed>;
-    /// Writes a blob; durable when it returns.
-    fn store(&mut self, blob: Blob, data: &[u8]) -> Result<(), StoreFailed>;
-    /// Removes a blob and says whether it was there.
-    fn delete(&mut self, blob: Blob) -> Result<bool, StoreFailed>;
-}
-
-/// One step of a measurement from locality 4.
-#[derive(Debug, Clone, Copy)]
-pub enum HashStep<'a> {
-    /// Resets the dynamic PCRs and begins.
-    Start,
-    /// More data.
-    Data(&'a [u8]),
-    /// Extends.
-    End,
-}
 
 /// Cancels the running command; usable from any thread.
 #[derive(Clone, Copy)]

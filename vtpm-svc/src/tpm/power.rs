@@ -4,25 +4,43 @@
 //! All of it is one commit. Nothing is answered before that, so a crash on the way leaves the TPM as it was before, or
 //! (a new one) not there yet.
 
-use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
-
-use super::server::Service;
-use super::server::Startup;
-use crate::engine::Blob;
-use crate::engine::Engine;
-use crate::engine::EngineError;
-use crate::engine::StateStore;
-use crate::engine::state::is_virgin;
+use super::commands;
+use super::engine::Blob;
+use super::engine::Engine;
+use super::engine::EngineError;
+use super::engine::StateStore;
+use super::engine::state::VmgsState;
+use super::engine::state::is_virgin;
+use super::manufacture;
+use super::manufacture::Authority;
+use super::manufacture::Subject;
+use super::presence;
 use crate::log;
-use crate::manufacture;
-use crate::manufacture::Subject;
-use crate::presence;
-use crate::tpm2;
 use crate::vmgs::block::BlockFile;
 use crate::vmgs::records;
 use crate::vmgs::records::Operation;
 use crate::vmgs::records::Ppi;
+
+/// What `TPM2_Startup` the service sends by itself when it starts with a running TPM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Startup {
+    /// None: firmware does it.
+    #[default]
+    None,
+    /// `TPM_SU_CLEAR`.
+    Clear,
+    /// `TPM_SU_STATE`.
+    State,
+}
+
+/// What a new TPM gets when it is made.
+#[derive(Default)]
+pub struct Making {
+    /// Signs certificates for its keys.
+    pub authority: Option<Authority>,
+    /// Goes into it as it is.
+    pub platform_certificate: Option<Vec<u8>>,
+}
 
 /// Powers the TPM off in good order, whether or not its user has.
 pub(super) fn power_off(engine: &mut Engine) {
@@ -33,31 +51,23 @@ pub(super) fn power_off(engine: &mut Engine) {
     }
 }
 
-impl<F: BlockFile + 'static> Service<F> {
-    /// Powers the TPM on. A TPM is manufactured only if the image says that it never had one.
-    ///
-    /// `startup` is for a service that starts with a running TPM; at a client's `INIT`, as with swtpm, the client or
-    /// the firmware behind it sends `TPM2_Startup`. A TPM that is to be started does not continue from a stored volatile state.
-    pub fn power_on(&self, delete_volatile: bool, startup: Startup) -> Result<(), EngineError> {
-        let mut engine = self.engine();
-        // Nothing that runs from here on is for a client to cancel.
-        *self.powering() = true;
-        let result = self.power_on_with(&mut engine, delete_volatile, startup);
-        *self.powering() = false;
-        result
-    }
+/// One power-on, with all that it works on.
+pub(super) struct PowerOn<'a, F> {
+    pub(super) engine: &'a mut Engine,
+    pub(super) state: &'a VmgsState<F>,
+    /// Spent when a TPM has been made.
+    pub(super) making: &'a mut Making,
+    pub(super) startup: Startup,
+}
 
-    fn power_on_with(
-        &self,
-        engine: &mut Engine,
-        delete_volatile: bool,
-        startup: Startup,
-    ) -> Result<(), EngineError> {
-        power_off(engine);
+impl<F: BlockFile> PowerOn<'_, F> {
+    /// Powers the TPM on; `delete_volatile` drops a stored volatile state once it has been read.
+    pub(super) fn run(mut self, delete_volatile: bool) -> Result<(), EngineError> {
+        power_off(self.engine);
         self.state.upkeep().begin();
         let virgin = is_virgin(&self.state.vmgs());
         self.state.hold();
-        if startup != Startup::None {
+        if self.startup != Startup::None {
             self.state.start_afresh();
         }
         if self.state.continues() && self.state.clone().load(Blob::Volatile).is_err() {
@@ -65,13 +75,13 @@ impl<F: BlockFile + 'static> Service<F> {
             self.cannot_continue("it cannot be read");
         }
         let continues = self.state.continues();
-        let mut started = self.start(engine, virgin, startup);
+        let mut started = self.start(virgin);
         if let Err(e) = &started
             && continues
         {
             self.state.hold();
             self.cannot_continue(&e.to_string());
-            started = self.start(engine, virgin, startup);
+            started = self.start(virgin);
         } else if continues {
             log::warn("the TPM continues from a stored volatile state; its PCRs are those of then");
         }
@@ -86,13 +96,12 @@ impl<F: BlockFile + 'static> Service<F> {
             }
         };
         if settled.is_err() {
-            engine.stop();
+            self.engine.stop();
             return settled;
         }
-        self.locality.store(0, Ordering::SeqCst);
         if virgin {
             // The authority's key is not needed any more. Until here a start that failed is tried again with it.
-            let making = std::mem::take(&mut *self.making.lock().unwrap_or_else(PoisonError::into_inner));
+            let making = std::mem::take(self.making);
             let certificates = if making.authority.is_some() { "with" } else { "without" };
             log::info(&format!("manufactured a new TPM {certificates} certificates"));
         }
@@ -106,28 +115,28 @@ impl<F: BlockFile + 'static> Service<F> {
         self.state.start_afresh();
     }
 
-    fn start(&self, engine: &mut Engine, virgin: bool, startup: Startup) -> Result<(), EngineError> {
+    fn start(&mut self, virgin: bool) -> Result<(), EngineError> {
         if virgin {
-            self.make(engine)?;
+            self.make()?;
         }
         let pending = self.state.pending_ppi().map_err(|e| {
             log::error(&format!("reading the physical-presence request: {e}"));
             EngineError::State("stopped, because its image cannot be read")
         })?;
         if let Some(ppi) = pending {
-            self.carry_out(engine, ppi);
+            self.carry_out(ppi);
         }
-        engine.start(false)?;
+        self.engine.start(false)?;
         self.state.understood().map_err(|e| {
             log::error(&format!("reading the TPM's state again: {e}"));
             EngineError::State("stopped, because its state cannot be read")
         })?;
-        let startup = match startup {
+        let startup = match self.startup {
             Startup::None => return Ok(()),
             Startup::Clear => 0,
             Startup::State => 1,
         };
-        let answer = engine.process(0, &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, startup])?;
+        let answer = self.engine.process(0, &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, startup])?;
         match answer.get(6..10) {
             Some([0, 0, 0, 0]) => Ok(()),
             _ => {
@@ -138,10 +147,10 @@ impl<F: BlockFile + 'static> Service<F> {
     }
 
     /// Does what was asked for, or leaves the TPM as it was and says so in the record.
-    fn carry_out(&self, engine: &mut Engine, mut ppi: Ppi) {
+    fn carry_out(&mut self, mut ppi: Ppi) {
         let before = self.state.held_state();
-        let done = self.operate(engine, &ppi);
-        engine.stop();
+        let done = self.operate(&ppi);
+        self.engine.stop();
         let response = match done {
             Ok(()) => {
                 log::warn(&format!("physical-presence operation {} was carried out", ppi.pending));
@@ -157,25 +166,25 @@ impl<F: BlockFile + 'static> Service<F> {
         self.state.finish_ppi(ppi);
     }
 
-    fn operate(&self, engine: &mut Engine, ppi: &Ppi) -> Result<(), String> {
+    fn operate(&mut self, ppi: &Ppi) -> Result<(), String> {
         let operation = Operation::parse(ppi.pending, ppi.argument)
             .map_err(|_| "it is not an operation of this platform".to_owned())?;
-        engine.start(false).map_err(|e| e.to_string())?;
-        let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
-        tpm2::startup_clear(&mut transport)
+        self.engine.start(false).map_err(|e| e.to_string())?;
+        let mut transport = |command: &[u8]| self.engine.process(0, command).map_err(|e| e.to_string());
+        commands::startup_clear(&mut transport)
             .and_then(|()| presence::apply(&mut transport, operation))
-            .and_then(|()| tpm2::shutdown_clear(&mut transport))
+            .and_then(|()| commands::shutdown_clear(&mut transport))
             .map_err(|e| e.to_string())
     }
 
     /// Makes a TPM; its state is held until it is complete.
-    fn make(&self, engine: &mut Engine) -> Result<(), EngineError> {
-        let making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+    fn make(&mut self) -> Result<(), EngineError> {
+        let Self { engine, state, making, .. } = self;
         let made = engine.start(true).map_err(|e| e.to_string()).and_then(|()| {
             let mut transport = |command: &[u8]| engine.process(0, command).map_err(|e| e.to_string());
             let platform = making.platform_certificate.as_deref();
-            let vm = self.state.vmgs().root().vm;
-            let subject = Subject { version: self.state.engine_version(), vm };
+            let vm = state.vmgs().root().vm;
+            let subject = Subject { version: state.engine_version(), vm };
             manufacture::finish(&mut transport, making.authority.as_ref(), platform, subject)
                 .map_err(|e| e.to_string())
         });

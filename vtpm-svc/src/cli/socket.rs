@@ -4,11 +4,23 @@
 //! `--ctrl` and `--server` take comma-separated settings. What swtpm has and this service has not is refused with a
 //! sentence that names the replacement, never ignored.
 
+use std::io;
+use std::io::Write;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use super::server::Policy;
-use super::server::Startup;
-use crate::keys::KeyArgs;
+use super::anchor::AnchorArgs;
+use super::keys::KeyArgs;
+use crate::control::listen::Channel;
+use crate::service;
+use crate::service::TRUST;
+use crate::service::error::ServiceError;
+use crate::service::image::ImageOptions;
+use crate::service::options::LogFile;
+use crate::service::options::ServiceOptions;
+use crate::tpm::Policy;
+use crate::tpm::power::Startup;
+use crate::vmgs::mark::parse_uuid;
 
 /// Options of `vtpm-svc socket`.
 #[derive(Debug, Clone, clap::Args)]
@@ -150,94 +162,6 @@ impl ForeignArgs {
     }
 }
 
-/// Where an image's history is kept; shared by every command that looks at an image.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct HistoryArgs {
-    /// Folder outside of the image that remembers which copy is the newest, and who did what to it [default:
-    /// /var/lib/cvmm/anchors, or $XDG_STATE_HOME/cvmm/anchors for users]
-    #[arg(long, value_name = "DIR")]
-    pub anchor: Option<PathBuf>,
-    /// Why this is done; noted with the event in the anchor folder
-    #[arg(long, value_name = "TEXT")]
-    pub reason: Option<String>,
-}
-
-impl HistoryArgs {
-    /// The folder.
-    pub fn path(&self) -> PathBuf {
-        self.anchor.clone().unwrap_or_else(|| default_folder("anchors"))
-    }
-
-    /// The anchor folder, for who only looks.
-    pub fn folder(&self) -> crate::vmgs::AnchorFolder {
-        crate::vmgs::AnchorFolder { path: self.path(), durability: Default::default() }
-    }
-}
-
-/// Options about rollback and clones; shared by every command that opens an image.
-#[derive(Debug, Clone, Default, clap::Args)]
-pub struct AnchorArgs {
-    /// Where the history is kept
-    #[command(flatten)]
-    pub history: HistoryArgs,
-    /// Make the anchor durable at each write; two more flushes per write, exact even after a power loss
-    #[arg(long)]
-    pub anchor_strict: bool,
-    /// Accept an image that is older than the anchor says, or unknown to it; what was written since is lost. Logged
-    #[arg(long)]
-    pub accept_rollback: bool,
-    /// Accept files that another tool wrote, removed or left in plain text, and write the whole image anew. Logged. Together
-    /// with --accept-rollback also an image whose integrity root is lost
-    #[arg(long)]
-    pub adopt: bool,
-}
-
-impl AnchorArgs {
-    /// The anchor folder.
-    pub fn folder(&self) -> crate::vmgs::AnchorFolder {
-        use crate::vmgs::anchor::Durability;
-        let path = self.history.path();
-        let durability = if self.anchor_strict { Durability::Strict } else { Durability::Leased };
-        crate::vmgs::AnchorFolder { path, durability }
-    }
-
-    /// What the operator accepts.
-    pub fn accept(&self) -> crate::vmgs::Accept {
-        crate::vmgs::Accept { rollback: self.accept_rollback, foreign: self.adopt, ..Default::default() }
-    }
-}
-
-/// A folder of this project's state: the system's for root, the user's otherwise.
-pub fn default_folder(name: &str) -> PathBuf {
-    let user = || {
-        let home = std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local/state"));
-        std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).or(home)
-    };
-    let base = if rustix::process::geteuid().is_root() { None } else { user() };
-    base.unwrap_or_else(|| PathBuf::from("/var/lib")).join("cvmm").join(name)
-}
-
-/// Where a channel listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Channel {
-    /// A UNIX socket.
-    Unix {
-        /// Its path.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-    },
-    /// A TCP port of a loopback address.
-    Tcp {
-        /// The address.
-        address: std::net::SocketAddr,
-    },
-    /// A listening UNIX socket that was inherited (socket activation).
-    Listening(i32),
-    /// A connected UNIX socket that was inherited.
-    Connected(i32),
-}
-
 /// A setting that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("--{option}: {problem}")]
@@ -249,7 +173,7 @@ pub struct OptionError {
 }
 
 /// Parses `--ctrl` or `--server`; the second result is whether `terminate` was among the settings.
-pub fn channel(option: &'static str, text: &str) -> Result<(Channel, bool), OptionError> {
+fn channel(option: &'static str, text: &str) -> Result<(Channel, bool), OptionError> {
     let refuse = |problem: String| Err(OptionError { option, problem });
     let (mut kind, mut path, mut port, mut address, mut mode) = ("", None, None, None, 0o600);
     let (mut fd, mut client, mut terminate) = (None, None, false);
@@ -308,7 +232,7 @@ pub fn channel(option: &'static str, text: &str) -> Result<(Channel, bool), Opti
 }
 
 /// Takes one setting (`file=`) out of a settings string.
-pub fn file_setting(option: &'static str, text: &str) -> Result<PathBuf, OptionError> {
+fn file_setting(option: &'static str, text: &str) -> Result<PathBuf, OptionError> {
     text.split(',')
         .find_map(|s| s.strip_prefix("file="))
         .map(PathBuf::from)
@@ -316,9 +240,8 @@ pub fn file_setting(option: &'static str, text: &str) -> Result<PathBuf, OptionE
 }
 
 impl SocketArgs {
-    /// Everything that can be judged without opening anything: what clients may do, and what to send to the TPM if it is
-    /// to run from the start.
-    pub fn policy(&self) -> Result<(Policy, Option<Startup>), OptionError> {
+    /// What clients may do, and what to send to the TPM if it is to run from the start.
+    fn policy(&self) -> Result<(Policy, Option<Startup>), OptionError> {
         let refuse = |option, problem: &str| Err(OptionError { option, problem: problem.into() });
         if self.tpmstate.is_some() {
             return refuse(
@@ -338,11 +261,7 @@ impl SocketArgs {
         if !self.tpm2 {
             return refuse("tpm2", "is required: this service has no TPM 1.2");
         }
-        let mut policy = Policy {
-            state_export: self.state_export == "allow",
-            terminate: self.terminate,
-            ..Policy::default()
-        };
+        let mut policy = Policy { state_export: self.state_export == "allow", ..Policy::default() };
         let mut running = None;
         for flag in &self.flags {
             match flag.as_str() {
@@ -376,6 +295,95 @@ impl SocketArgs {
         }
         Ok((policy, running))
     }
+    /// What the service is to do: everything that can be judged without opening anything.
+    fn options(&self) -> Result<ServiceOptions, SocketCliError> {
+        let (policy, startup) = self.policy()?;
+        let (mut control, mut terminate) = (None, self.terminate);
+        if let Some(text) = &self.ctrl {
+            let (channel, asked) = channel("ctrl", text)?;
+            terminate |= asked;
+            control = Some(channel);
+        }
+        let data = self.server.as_deref().map(|text| channel("server", text)).transpose()?.map(|(c, _)| c);
+        if control.is_none() && data.is_none() {
+            return Err(SocketCliError::Missing("nothing to serve on: give --ctrl, --server or both"));
+        }
+        let path = self.vmgs.clone().ok_or(SocketCliError::Missing(
+            "--vmgs FILE is required; make one with `vtpm-svc vmgs create`",
+        ))?;
+        let vm = self.vm_uuid.as_deref().map(parse_uuid).transpose();
+        let vm = vm.map_err(|e| OptionError { option: "vm-uuid", problem: e.to_string() })?;
+        let key = self.key.provider().ok_or(SocketCliError::Missing(
+            "a key is needed: --key-file, --passphrase-file, --key-credential or --key-hook",
+        ))?;
+        let (anchor, accept) = (self.anchor.folder(), self.anchor.accept());
+        let log = self.log.as_deref().map(|text| {
+            let truncate = text.split(',').any(|s| s == "truncate");
+            file_setting("log", text).map(|path| LogFile { path, truncate })
+        });
+        Ok(ServiceOptions {
+            image: ImageOptions { path, vm, key, anchor, accept, reason: self.anchor.history.reason.clone() },
+            control,
+            data,
+            descriptors: std::env::args_os()
+                .filter_map(|argument| descriptor_in(argument.to_str()?))
+                .collect(),
+            policy,
+            terminate,
+            startup,
+            store_limit: self.store_limit,
+            authority: self.ek_ca.clone(),
+            platform_certificate: self.platform_cert.clone(),
+            daemon: self.daemon,
+            pid: self.pid.as_deref().map(|text| file_setting("pid", text)).transpose()?,
+            log: log.transpose()?,
+            seccomp: self.seccomp != "action=none",
+        })
+    }
+}
+
+/// The number in `/dev/fd/N` or `/proc/self/fd/N`, as shells and programs hand files over.
+fn descriptor_in(argument: &str) -> Option<RawFd> {
+    let (_, rest) = argument.split_once("/fd/")?;
+    rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
+/// Why `vtpm-svc socket` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketCliError {
+    /// An option.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// A required option is missing.
+    #[error("{0}")]
+    Missing(&'static str),
+    /// Standard output.
+    #[error("writing the capabilities: {0}")]
+    Print(#[from] io::Error),
+    /// The service.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+}
+
+/// Runs the service until a client or a signal ends it.
+pub fn run(args: &SocketArgs) -> Result<(), SocketCliError> {
+    if args.print_capabilities {
+        let mut out = io::stdout().lock();
+        writeln!(out, "{}", capabilities())?;
+        return Ok(out.flush()?);
+    }
+    Ok(service::run(&args.options()?)?)
+}
+
+fn capabilities() -> serde_json::Value {
+    serde_json::json!({
+        "type": "swtpm",
+        "program": "vtpm-svc",
+        "version": env!("CARGO_PKG_VERSION"),
+        "vtpm_mode": "host-served",
+        "trust": TRUST,
+        "features": ["tpm-2.0", "cmdarg-seccomp", "flags-opt-startup", "nvram-backend-vmgs"],
+    })
 }
 
 #[cfg(test)]

@@ -5,21 +5,51 @@
 //! the one that serves, and a socket that somebody listens on is never replaced.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::path::PathBuf;
 
-use super::ServiceError;
-use super::names::Names;
-use crate::control::options::Channel;
-use crate::control::socket::Listener;
-use crate::control::socket::Stream;
+use super::socket::Listener;
+use super::socket::Stream;
 use crate::process;
 
+/// Where a channel listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Channel {
+    /// A UNIX socket.
+    Unix {
+        /// Its path.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// A TCP port of a loopback address.
+    Tcp {
+        /// The address.
+        address: std::net::SocketAddr,
+    },
+    /// A listening UNIX socket that was inherited (socket activation).
+    Listening(RawFd),
+    /// A connected UNIX socket that was inherited.
+    Connected(RawFd),
+}
+
+/// A socket that there is not.
+#[derive(Debug, thiserror::Error)]
+#[error("socket {what}: {source}")]
+pub struct SocketError {
+    /// Which.
+    what: String,
+    /// The operating system's answer.
+    source: io::Error,
+}
+
 /// A channel on its way.
-pub(super) enum Open {
+pub enum Open {
     /// Its name or port is still to be made.
     Wanted(Channel),
     /// It listens.
@@ -28,14 +58,14 @@ pub(super) enum Open {
     Connected(Stream),
 }
 
-fn named(what: String) -> impl FnOnce(io::Error) -> ServiceError {
-    move |source| ServiceError::Socket { what, source }
+fn named(what: String) -> impl FnOnce(io::Error) -> SocketError {
+    move |source| SocketError { what, source }
 }
 
 impl Open {
     /// Takes over what was inherited; programs that are started from now on do not get it.
-    pub(super) fn inherit(channel: Channel) -> Result<Self, ServiceError> {
-        let take = |fd: i32| process::inherited(fd).map_err(named(format!("descriptor {fd}")));
+    pub fn inherit(channel: Channel) -> Result<Self, SocketError> {
+        let take = |fd: RawFd| process::inherited(fd).map_err(named(format!("descriptor {fd}")));
         Ok(match channel {
             Channel::Listening(fd) => Self::Listening(Listener::Unix(UnixListener::from(take(fd)?))),
             Channel::Connected(fd) => Self::Connected(Stream::from_fd(take(fd)?)),
@@ -43,12 +73,12 @@ impl Open {
         })
     }
 
-    /// Makes what is still to be made, and notes the names that must go at the end.
-    pub(super) fn listen(self, names: &mut Names) -> Result<Self, ServiceError> {
+    /// Makes what is still to be made; `made` is told of a name that has come into the file system.
+    pub fn listen(self, made: impl FnOnce(&Path)) -> Result<Self, SocketError> {
         Ok(match self {
             Self::Wanted(Channel::Unix { path, mode }) => {
                 let listener = bind(&path, mode).map_err(named(path.display().to_string()))?;
-                names.add(&path);
+                made(&path);
                 Self::Listening(Listener::Unix(listener))
             }
             Self::Wanted(Channel::Tcp { address }) => {

@@ -14,21 +14,21 @@ use crate::vmgs::VmgsError;
 use crate::vmgs::anchor::AnchorError;
 use crate::vmgs::anchor::Known;
 use crate::vmgs::findings::Accept;
+use crate::vmgs::findings::ZeroKey;
 use crate::vmgs::findings::sentences;
 use crate::vmgs::format::BLOCK;
 use crate::vmgs::format::ENCRYPTED;
 use crate::vmgs::format::SCRUB_PENDING;
 use crate::vmgs::image;
 use crate::vmgs::image::Layout;
+use crate::vmgs::mark::uuid_text;
 use crate::vmgs::root::FLAG_DISCLOSED;
 use crate::vmgs::root::FLAG_EXPORTED;
 use crate::vmgs::root::FLAG_PROVISIONED;
 use crate::vmgs::root::Root;
-use crate::vmgs::root::uuid_text;
 use crate::vmgs::uefi;
 use crate::vmgs::view::RootState;
 use crate::vmgs::zero_key;
-use crate::vmgs::zero_key::ZeroKey;
 
 /// Files of an image.
 pub(super) fn files(list: &[(FileId, u64, bool)]) -> Vec<Value> {
