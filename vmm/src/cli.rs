@@ -10,6 +10,7 @@ mod id_block;
 mod image;
 mod measure;
 mod modes;
+mod note;
 mod out;
 mod reboot;
 mod report;
@@ -28,7 +29,6 @@ use clap::FromArgMatches;
 use clap::Parser;
 use clap::Subcommand;
 
-use crate::note;
 use crate::run::outcome::EXIT_MONITOR_ERROR;
 use crate::run::outcome::EXIT_USAGE;
 use crate::run::outcome::Outcome;

@@ -15,7 +15,7 @@ use rustix::event::PollFlags;
 use rustix::event::Timespec;
 use rustix::io::Errno;
 
-use crate::note::note;
+use crate::events::Events;
 
 /// Largest file that is read, in bytes.
 const FILE_LIMIT: u64 = 4 << 30;
@@ -26,12 +26,12 @@ const SILENCE: Duration = Duration::from_secs(2);
 
 /// Reads a regular file or a pipe. A launch owns its bytes: a file that is changed or cut short later changes nothing, and a restart
 /// launches the same. `Err` says what is wrong with the file, and what to do.
-pub fn read_file(path: &Path) -> Result<Vec<u8>, String> {
-    read_limited(path, FILE_LIMIT)
+pub fn read_file(path: &Path, events: &Events) -> Result<Vec<u8>, String> {
+    read_limited(path, FILE_LIMIT, events)
 }
 
 /// As [`read_file`], to another limit.
-pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, String> {
+pub fn read_limited(path: &Path, limit: u64, events: &Events) -> Result<Vec<u8>, String> {
     let why = |e: io::Error| match e.kind() {
         io::ErrorKind::NotFound => "no such file".to_owned(),
         io::ErrorKind::PermissionDenied => {
@@ -60,7 +60,10 @@ pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::with_capacity(meta.len() as usize);
     // A pipe has no length, and a file may grow.
     if kind.is_fifo() {
-        Pipe { file, path, patience: PATIENCE }.take(limit + 1).read_to_end(&mut bytes).map_err(why)?;
+        Pipe { file, path, patience: PATIENCE, events }
+            .take(limit + 1)
+            .read_to_end(&mut bytes)
+            .map_err(why)?;
     } else {
         file.take(limit + 1).read_to_end(&mut bytes).map_err(why)?;
     }
@@ -75,6 +78,7 @@ struct Pipe<'a> {
     file: File,
     path: &'a Path,
     patience: Duration,
+    events: &'a Events,
 }
 
 impl Read for Pipe<'_> {
@@ -95,7 +99,7 @@ impl Read for Pipe<'_> {
                     return Err(io::Error::new(io::ErrorKind::TimedOut, text));
                 }
                 Ok(0) if !told => {
-                    note(format_args!("waits for somebody to write to {}", self.path.display()));
+                    self.events.note(format_args!("waits for somebody to write to {}", self.path.display()));
                     told = true;
                 }
                 Ok(0) | Err(Errno::INTR) => {}
@@ -119,7 +123,7 @@ mod tests {
     fn no_more_than_the_limit_is_read_whatever_the_file_is() {
         const LIMIT: u64 = 1 << 20;
         let folder = tempfile::tempdir().unwrap();
-        let read = |path: &Path| read_limited(path, LIMIT);
+        let read = |path: &Path| read_limited(path, LIMIT, &Events::silent());
         let device = read(Path::new("/dev/zero")).unwrap_err();
         assert_eq!(device, "is a device, a file is needed");
         let sparse = folder.path().join("sparse");
@@ -159,7 +163,12 @@ mod tests {
         .unwrap();
         let open = || File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
         let begun = Instant::now();
-        let mut pipe = Pipe { file: open(), path: &path, patience: Duration::from_millis(100) };
+        let mut pipe = Pipe {
+            file: open(),
+            path: &path,
+            patience: Duration::from_millis(100),
+            events: &Events::silent(),
+        };
         let error = pipe.read_to_end(&mut Vec::new()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
         assert!(begun.elapsed() < SILENCE, "{:?}", begun.elapsed());
@@ -175,7 +184,7 @@ mod tests {
                 }
             }
         });
-        assert_eq!(read_limited(&path, 4), Ok(b"abcd".to_vec()));
+        assert_eq!(read_limited(&path, 4, &Events::silent()), Ok(b"abcd".to_vec()));
         writer.join().unwrap();
     }
 }

@@ -42,6 +42,7 @@ pub use image::Target;
 pub use image::sha256;
 
 use crate::cpuid;
+use crate::events::Events;
 use crate::launch::LaunchOptions;
 use crate::platform::Platform;
 use crate::platform::emulated::EmulatedOptions;
@@ -74,18 +75,18 @@ pub enum BootFiles<'a> {
 
 impl<'a> BootFiles<'a> {
     /// Reads what `spec` names, if it does not contradict itself.
-    pub fn read(spec: &'a VmSpec) -> Result<Self, PrepareError> {
+    pub fn read(spec: &'a VmSpec, events: &Events) -> Result<Self, PrepareError> {
         spec.validate()?;
         if let (Some(tpm), Some(backend)) = (&spec.tpm, spec.tpm_backend()) {
             let field = format!("backends.{}", tpm.backend);
             backend::check(backend).map_err(|problem| SpecError { field, problem })?;
         }
         Ok(match &spec.boot {
-            BootSpec::Direct(kernel) => BootFiles::Direct(kernel, Files::read(kernel)?),
+            BootSpec::Direct(kernel) => BootFiles::Direct(kernel, Files::read(kernel, events)?),
             BootSpec::Firmware(firmware) => {
-                BootFiles::Firmware(firmware, Box::new(FirmwareFiles::read(firmware)?))
+                BootFiles::Firmware(firmware, Box::new(FirmwareFiles::read(firmware, events)?))
             }
-            BootSpec::Igvm(igvm) => BootFiles::Igvm(igvm, Box::new(read_igvm(igvm)?.1)),
+            BootSpec::Igvm(igvm) => BootFiles::Igvm(igvm, Box::new(read_igvm(igvm, events)?.1)),
         })
     }
 }
@@ -101,7 +102,7 @@ pub struct Ready {
 }
 
 /// The platform that the guest runs on.
-pub fn platform(spec: &VmSpec) -> Result<Box<dyn Platform>, PrepareError> {
+pub fn platform(spec: &VmSpec, events: &Events) -> Result<Box<dyn Platform>, PrepareError> {
     let Some(snp) = &spec.snp else {
         return Ok(Box::new(KvmPlatform::open().map_err(PrepareError::host)?));
     };
@@ -130,15 +131,20 @@ pub fn platform(spec: &VmSpec) -> Result<Box<dyn Platform>, PrepareError> {
                 keys: emulated.keys.clone().unwrap_or_else(default_keys_path),
                 product: emulated.product.product(),
             };
-            Ok(Box::new(EmulatedPlatform::open(options).map_err(PrepareError::host)?))
+            Ok(Box::new(EmulatedPlatform::open(options, events).map_err(PrepareError::host)?))
         }
     }
 }
 
 /// Puts the guest together for `platform`.
-pub fn prepare(spec: &VmSpec, files: &BootFiles<'_>, platform: &dyn Platform) -> Result<Ready, PrepareError> {
+pub fn prepare(
+    spec: &VmSpec,
+    files: &BootFiles<'_>,
+    platform: &dyn Platform,
+    events: &Events,
+) -> Result<Ready, PrepareError> {
     match (&spec.snp, files) {
-        (Some(snp), files) => snp_guest(spec, snp, files, platform),
+        (Some(snp), files) => snp_guest(spec, snp, files, platform, events),
         (None, BootFiles::Direct(kernel, files)) => plain_guest(spec, kernel, files, platform),
         (None, _) => Err(PrepareError::Request("a plain guest boots a kernel".into())),
     }
@@ -167,6 +173,7 @@ fn snp_guest(
     snp: &SnpSpec,
     files: &BootFiles<'_>,
     platform: &dyn Platform,
+    events: &Events,
 ) -> Result<Ready, PrepareError> {
     let rules = platform.policy_rules();
     snp.policy.unwrap_or_default().check_kvm(rules).map_err(PrepareError::request)?;
@@ -199,7 +206,7 @@ fn snp_guest(
     let mut measured = Measured::of(std::mem::take(&mut image.plan)).map_err(PrepareError::host)?;
     let digest = measured.digest();
     image.notes.push(format!("launch digest {digest} ({} pages)", measured.plan().launch_pages()));
-    let identity = identity::identity(snp, &mut image, &measured, policy)?;
+    let identity = identity::identity(snp, &mut image, &measured, policy, events)?;
     let options = LaunchOptions {
         policy,
         host_data: snp.host_data.unwrap_or_default(),

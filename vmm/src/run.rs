@@ -2,8 +2,8 @@
 //! Running a guest: [`monitor`] walks through its lives, each a VM ([`life`]) with its vCPU threads ([`vcpu`]), until there is an
 //! [`outcome`]. What the main thread waits for meanwhile arrives in its [`inbox`].
 
+mod arrival;
 pub mod error;
-mod event;
 pub mod guest;
 pub mod inbox;
 mod life;

@@ -52,11 +52,11 @@ use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
 use vtpm_svc::measured::Event;
 
+use crate::events::Events;
 use crate::lock::lock;
 use crate::machine::Machine;
 use crate::machine::companion::Companion;
 use crate::machine::companion::Work;
-use crate::note::warn;
 use crate::platform::mapping::Mapping;
 use crate::run::inbox::Inbox;
 use crate::vtpm::error::COMMAND_PATIENCE;
@@ -76,6 +76,7 @@ const STARTS_AGAIN: u32 = 3;
 pub struct Vtpm {
     link: Arc<Link>,
     events: Arc<[Event]>,
+    sink: Events,
     /// What was found out when the TPM was powered on.
     found: Arc<Mutex<Found>>,
     service: Option<Service>,
@@ -104,7 +105,7 @@ impl Vtpm {
     /// The TPM of a service that cvmm starts, and ends with the guest.
     pub fn start(options: &service::Options, events: Vec<Event>, inbox: &Inbox) -> Result<Self, VtpmError> {
         let (client, service) = service::start(options, inbox)?;
-        let mut vtpm = Self::new(client, events, Some(service));
+        let mut vtpm = Self::new(client, events, Some(service), inbox.events());
         vtpm.again = options.state.is_some().then(|| options.clone());
         if let Some(again) = &mut vtpm.again {
             // What an operator accepted was this image at this moment, not one that is put in its place later.
@@ -120,14 +121,22 @@ impl Vtpm {
             .attend("the TPM service to answer", POWER_ON_PATIENCE, move || Client::connect(&socket))
             .map_err(|source| VtpmError::Unattended { program: path.display().to_string(), source })?
             .map_err(|source| VtpmError::Socket { path: path.to_owned(), source })?;
-        Ok(Self::new(client, events, None))
+        Ok(Self::new(client, events, None, inbox.events()))
     }
 
-    fn new(client: Client, events: Vec<Event>, service: Option<Service>) -> Self {
+    fn new(client: Client, events: Vec<Event>, service: Option<Service>, sink: &Events) -> Self {
         let control = Mutex::new(client.control());
         let link = Arc::new(Link { client: Mutex::new(client), control, told: AtomicBool::new(false) });
         let found = Arc::default();
-        Vtpm { link, events: events.into(), found, service, again: None, started_again: 0 }
+        Vtpm {
+            link,
+            events: events.into(),
+            sink: sink.clone(),
+            found,
+            service,
+            again: None,
+            started_again: 0,
+        }
     }
 
     fn control(&self) -> Control {
@@ -141,7 +150,7 @@ impl Vtpm {
             return Ok(None);
         };
         self.started_again += 1;
-        warn(format_args!(
+        self.sink.warn(format_args!(
             "the vTPM service has ended ({status}); it is started again for this VM (time {} of {STARTS_AGAIN} at most)",
             self.started_again
         ));
@@ -156,7 +165,7 @@ impl Vtpm {
         let page = Mapping::anonymous(tpm_crb::BUFFER_LEN as u64).map_err(host("the buffer page"))?;
         let page = Arc::new(page);
         machine.slots.add(layout::TPM_BUFFER.into(), &page)?;
-        let backend = Box::new(Way(Arc::clone(&self.link)));
+        let backend = Box::new(Way(Arc::clone(&self.link), self.sink.clone()));
         let cancel = self.canceller().map_err(host("a thread"))?;
         let crb = Crb::new(Arc::new(Page(page)), layout::TPM_BUFFER.into(), backend, cancel);
         let crb = crb.map_err(host("a thread"))?;
@@ -168,10 +177,10 @@ impl Vtpm {
 
     /// What the device calls with a request.
     fn submitter(&self) -> io::Result<Submit> {
-        let control = self.control();
+        let (control, sink) = (self.control(), self.sink.clone());
         presence::submitter(SUBMIT_PATIENCE, move |operation, argument, hears| {
             if let Err(e) = control.submit_ppi_for(operation, argument, hears) {
-                warn(format_args!(
+                sink.warn(format_args!(
                     "a physical-presence request of the guest (operation {operation}) was stored too late and could not be taken back: {e}; \
                      see what waits with `cvmm vmgs ppi`"
                 ));
@@ -204,6 +213,7 @@ impl Companion for Vtpm {
         let new = self.start_again();
         let link = Arc::clone(&self.link);
         let (events, found) = (Arc::clone(&self.events), Arc::clone(&self.found));
+        let sink = self.sink.clone();
         let work = move || -> Result<(), VtpmError> {
             if let Some((connection, name)) = new? {
                 let client = Client::over(connection, &name)?;
@@ -218,7 +228,7 @@ impl Companion for Vtpm {
             let mail = mail(&control)?;
             let clock = match lock(&found).clock {
                 Some(_) => None,
-                None => Clock::new(&control)?,
+                None => Clock::new(&control, &sink)?,
             };
             let mut found = lock(&found);
             found.mail = mail;
@@ -284,19 +294,20 @@ impl Drop for Vtpm {
             clock.settle();
         }
         if let Some(service) = self.service.take() {
-            service.end(self.control());
+            service.end(self.control(), &self.sink);
         }
     }
 }
 
 /// The way to the service, for the device's thread.
-struct Way(Arc<Link>);
+struct Way(Arc<Link>, Events);
 
 impl Backend for Way {
     fn execute(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>, BackendError> {
         lock(&self.0.client).execute(locality, command).map_err(|e| {
             if !self.0.told.swap(true, Ordering::AcqRel) {
-                warn(format_args!("the vTPM service is gone ({e}); the guest's TPM fails from now on"));
+                self.1
+                    .warn(format_args!("the vTPM service is gone ({e}); the guest's TPM fails from now on"));
             }
             BackendError(e.to_string())
         })

@@ -52,8 +52,7 @@ where
     F: FnMut(&Machine) -> Result<(), Box<dyn Error + Send + Sync>> + 'static,
 {
     let console = Capture::default();
-    let host =
-        Host { companions: vec![Box::new(Connect(connect))], ..Host::new(Box::new(console.clone())) };
+    let host = Host { companions: vec![Box::new(Connect(connect))], ..Host::new(Box::new(console.clone())) };
     assert_eq!(monitor::run(platform, guest, host).unwrap(), Outcome::PoweredOff);
     console.bytes()
 }

@@ -13,6 +13,7 @@ use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp_model::rmp::TwoMib;
 use vmm::cpuid;
+use vmm::events::Events;
 use vmm::launch::LaunchOptions;
 use vmm::machine::Machine;
 use vmm::machine::companion::Companion;
@@ -80,7 +81,7 @@ pub fn emulated(backing: Backing, product: Option<Product>) -> Option<EmulatedPl
     let keys = keys::written(folder.path());
     let two_mib = TwoMib::Accept;
     let options = EmulatedOptions { backing, strict: false, two_mib, statistics: false, keys, product };
-    Some(EmulatedPlatform::open(options).unwrap())
+    Some(EmulatedPlatform::open(options, &Events::silent()).unwrap())
 }
 
 /// The CPUID table of an SNP guest with `vcpus` vCPUs.

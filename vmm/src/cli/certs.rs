@@ -13,6 +13,7 @@ use snp::attest::cert_table::Kind;
 
 use super::Failure;
 use super::image::SNP;
+use super::note;
 use super::out;
 use crate::files::read_limited;
 use crate::machine::certs::FILE_LIMIT;
@@ -48,7 +49,7 @@ fn named<E: std::fmt::Display>(path: &Path) -> impl Fn(E) -> Failure {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    read_limited(path, FILE_LIMIT).map_err(named(path))
+    read_limited(path, FILE_LIMIT, &note::events()).map_err(named(path))
 }
 
 /// Makes or shows a table.

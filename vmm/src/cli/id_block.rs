@@ -21,9 +21,9 @@ use snp::image::igvm::id_block_header;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
+use super::note;
 use super::out::write;
 use crate::files::read_limited;
-use crate::note;
 use crate::prepare;
 
 /// Exit code: the ID block is not right.
@@ -144,7 +144,8 @@ fn parse_id(text: &str) -> Result<[u8; 16], String> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    read_limited(path, FILE_MAX).map_err(|e| Failure::Usage(format!("{}: {e}", path.display())))
+    read_limited(path, FILE_MAX, &note::events())
+        .map_err(|e| Failure::Usage(format!("{}: {e}", path.display())))
 }
 
 fn read_text(path: &Path) -> Result<String, Failure> {
@@ -178,11 +179,11 @@ fn digest(text: &str) -> Result<LaunchDigest, Failure> {
 }
 
 fn read_block(path: &Path) -> Result<IdBlock, Failure> {
-    Ok(prepare::read_block("snp.id_block.block", path)?)
+    Ok(prepare::read_block("snp.id_block.block", path, &note::events())?)
 }
 
 fn read_auth(path: &Path) -> Result<IdAuth, Failure> {
-    Ok(prepare::read_auth("snp.id_block.auth", path)?)
+    Ok(prepare::read_auth("snp.id_block.auth", path, &note::events())?)
 }
 
 /// Carries the command out.

@@ -29,9 +29,9 @@ use vtpm_svc::tpm::commands::alg;
 use super::Failure;
 use super::firmware::FirmwareArgs;
 use super::image::ImageArgs;
+use super::note;
 use super::vtpm::MeasureArgs;
 use crate::files::read_limited;
-use crate::note;
 use crate::prepare;
 use crate::prepare::Files;
 use crate::prepare::FirmwareFiles;
@@ -177,7 +177,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
 fn print_diff(first: &Path, second: &Path) -> Result<u8, Failure> {
     let read = |path: &Path| {
         let wrong = |reason: String| Failure::Usage(format!("--diff {}: {reason}", path.display()));
-        let bytes = read_limited(path, EXPLANATION_MAX).map_err(wrong)?;
+        let bytes = read_limited(path, EXPLANATION_MAX, &note::events()).map_err(wrong)?;
         let text = String::from_utf8(bytes)
             .map_err(|_| wrong("not a file of `cvmm measure --json`: no text".into()))?;
         Explanation::parse(&text).map_err(|e| wrong(format!("not a file of `cvmm measure --json`: {e}")))
@@ -247,7 +247,7 @@ impl Args {
 
 /// Direct boot: the ACPI tables depend on the number of vCPUs, so each number has its own plan.
 fn direct(args: &Args, spec: &VmSpec, kernel: &KernelSpec) -> Result<Answer, Failure> {
-    let files = Files::read(kernel)?;
+    let files = Files::read(kernel, &note::events())?;
     let counts = args.counts(spec);
     let mut digests = Vec::new();
     let mut last = None;
@@ -298,7 +298,7 @@ fn pcr_list(pcrs: &BTreeMap<String, BTreeMap<u32, String>>) -> String {
 }
 
 fn firmware(args: &Args, spec: &VmSpec, file: &FirmwareSpec) -> Result<Answer, Failure> {
-    let files = FirmwareFiles::read(file)?;
+    let files = FirmwareFiles::read(file, &note::events())?;
     let svsm_path = args.svsm.as_deref();
     let signature = match file.vcpu_model {
         Some(signature) => signature,
@@ -315,8 +315,12 @@ fn firmware(args: &Args, spec: &VmSpec, file: &FirmwareSpec) -> Result<Answer, F
     let mut inputs = files.inputs(file, args.vmm, signature, args.names());
     let plan = if let Some(path) = svsm_path {
         inputs.push(("image", "firmware under an SVSM".into()));
-        let svsm = Svsm::parse(&files.ovmf, prepare::read("svsm", path)?, args.vars_size.unwrap_or(0))
-            .map_err(PrepareError::file("svsm", path))?;
+        let svsm = Svsm::parse(
+            &files.ovmf,
+            prepare::read("svsm", path, &note::events())?,
+            args.vars_size.unwrap_or(0),
+        )
+        .map_err(PrepareError::file("svsm", path))?;
         let setup = VcpuSetup { signature, sev_features: file.guest_features };
         svsm.plan(vcpus, setup).map_err(PrepareError::file("svsm", path))?
     } else {
@@ -335,7 +339,7 @@ fn igvm(args: &Args, spec: &VmSpec, file: &IgvmSpec) -> Result<Answer, Failure> 
         let reason = "the file decides how many vCPUs are measured: leave --vcpus out";
         return Err(PrepareError::file("boot.igvm.image", &file.image)(reason).into());
     }
-    let (image, igvm) = prepare::read_igvm(file)?;
+    let (image, igvm) = prepare::read_igvm(file, &note::events())?;
     let (digest, after) = igvm.digests();
     let save_areas = igvm.records.iter().filter(|r| r.page_type == PageType::Vmsa).count() as u32;
     let zero_pages = igvm.zero_pages;

@@ -16,6 +16,7 @@ use snp::attest::tcb::Tcb;
 use snp::policy::GuestPolicy;
 
 use super::Failure;
+use super::note;
 
 /// The form of `--json`. Fields are added to it, and never renamed or taken away.
 const FORMAT: &str = "cvmm-report-1";
@@ -58,7 +59,8 @@ fn parse_product(text: &str) -> Result<Product, String> {
 pub fn main(args: &Args) -> Result<u8, Failure> {
     let Command::Show(show) = &args.command;
     let wrong = |path: &Path, reason: String| Failure::Usage(format!("report {}: {reason}", path.display()));
-    let bytes = crate::files::read_limited(&show.report, FILE_MAX).map_err(|e| wrong(&show.report, e))?;
+    let bytes = crate::files::read_limited(&show.report, FILE_MAX, &note::events())
+        .map_err(|e| wrong(&show.report, e))?;
     let report = evidence::read(&bytes).map_err(|e| wrong(&show.report, e.to_string()))?.report;
     let named = report.cpuid_fms().and_then(|[family, model, _]| Product::from_cpuid(family, model));
     let fields = fields(&report, named.or(show.product));

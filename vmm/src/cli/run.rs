@@ -15,14 +15,14 @@ use super::emulated::EmulatedArgs;
 use super::firmware::FirmwareArgs;
 use super::image::ImageArgs;
 use super::image::SNP;
+use super::note;
 use super::reboot::RebootArgs;
 use super::trials::Trials;
 use super::vtpm::VtpmArgs;
 use crate::console::stdio::Console;
+use crate::events::Events;
 use crate::machine::certs::CertFile;
 use crate::machine::certs::Source;
-use crate::note::note;
-use crate::note::warn;
 use crate::prepare;
 use crate::prepare::BootFiles;
 use crate::run::guest::Host;
@@ -152,13 +152,14 @@ impl Args {
 /// Runs the guest; the result is the process's exit code.
 pub fn main(args: &Args) -> Result<u8, Failure> {
     let spec = args.spec()?;
-    warn_of_memory(spec.memory);
-    let certificates = certificates(&spec)?;
-    let files = BootFiles::read(&spec)?;
-    let platform = prepare::platform(&spec)?;
-    let ready = prepare::prepare(&spec, &files, platform.as_ref())?;
+    let events = note::events();
+    warn_of_memory(spec.memory, &events);
+    let certificates = certificates(&spec, &events)?;
+    let files = BootFiles::read(&spec, &events)?;
+    let platform = prepare::platform(&spec, &events)?;
+    let ready = prepare::prepare(&spec, &files, platform.as_ref(), &events)?;
     drop(files);
-    ready.notes.iter().for_each(note);
+    ready.notes.iter().for_each(|note| events.note(note));
     let mut host = Host {
         interactive: true,
         restart: match spec.on_reset {
@@ -166,16 +167,17 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
             OnReset::Restart(restart) => Some(Restart { lives: restart.max_lives, pace: PACE }),
         },
         certificates,
+        events: events.clone(),
         ..Host::new(Box::new(Console))
     };
     if let Some(backend) = spec.tpm_backend() {
         // Signals are caught from here on, so that one during the start leaves nothing behind.
-        let inbox = Inbox::open().map_err(Failure::monitor)?;
+        let inbox = Inbox::open(&events).map_err(Failure::monitor)?;
         host.companions.push(Box::new(start_tpm(backend, ready.events, &inbox)?));
         host.inbox = Some(inbox);
     }
     let outcome = monitor::run(platform.as_ref(), ready.guest, host).map_err(Failure::monitor)?;
-    note(&outcome);
+    events.note(&outcome);
     Ok(outcome.exit_code())
 }
 
@@ -187,21 +189,21 @@ fn start_tpm(backend: &BackendSpec, events: Vec<Event>, inbox: &Inbox) -> Result
 }
 
 /// Opens and checks the file of certificates.
-fn certificates(spec: &VmSpec) -> Result<Option<Source>, Failure> {
-    let open = |path: &PathBuf| CertFile::open(path).map(|file| Source::File(Arc::new(file)));
+fn certificates(spec: &VmSpec, events: &Events) -> Result<Option<Source>, Failure> {
+    let open = |path: &PathBuf| CertFile::open(path, events).map(|file| Source::File(Arc::new(file)));
     let path = spec.snp.as_ref().and_then(|snp| snp.certs.as_ref());
     path.map(open).transpose().map_err(|e| Failure::Usage(format!("--certs: {e}")))
 }
 
 /// Says when the guest may come to need more memory than the host has. It may never touch all of it, so that is no error.
-fn warn_of_memory(memory: u64) {
+fn warn_of_memory(memory: u64, events: &Events) {
     let facts = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total = facts.lines().find_map(|line| line.strip_prefix("MemTotal:"));
     let total: Option<u64> = total.and_then(|kib| kib.trim().trim_end_matches(" kB").parse().ok());
     if let Some(host) = total.and_then(|kib| kib.checked_mul(1024))
         && memory > host
     {
-        warn(format_args!(
+        events.warn(format_args!(
             "--memory: the guest has {} MiB, but the host has {} MiB; the guest, or another process, is killed when that does not \
              suffice",
             memory >> 20,

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use super::Failure;
+use super::note;
 use crate::prepare::PrepareError;
 use crate::spec::SpecError;
 use crate::spec::VmSpec;
@@ -55,7 +56,7 @@ impl From<PrepareError> for Failure {
 /// Reads a file; errors name its fields.
 pub fn read(path: &Path) -> Result<VmSpec, Failure> {
     let wrong = |problem: String| Failure::Usage(format!("--spec {}: {problem}", path.display()));
-    let bytes = crate::files::read_limited(path, FILE_MAX).map_err(wrong)?;
+    let bytes = crate::files::read_limited(path, FILE_MAX, &note::events()).map_err(wrong)?;
     let text = String::from_utf8(bytes).map_err(|_| wrong("is no JSON text".into()))?;
     VmSpec::parse(&text).map_err(|error| wrong(error.to_string()))
 }

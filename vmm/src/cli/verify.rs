@@ -18,6 +18,7 @@ use snp::attest::verify::Verdict;
 use snp::attest::verify::verify;
 
 use super::Failure;
+use super::note;
 use crate::files::read_limited;
 
 /// Exit code: the report does not verify.
@@ -90,7 +91,8 @@ fn parse_time(text: &str) -> Result<u64, String> {
 }
 
 fn read(option: &str, path: &Path) -> Result<Vec<u8>, Failure> {
-    read_limited(path, FILE_MAX).map_err(|e| Failure::Usage(format!("{option} {}: {e}", path.display())))
+    read_limited(path, FILE_MAX, &note::events())
+        .map_err(|e| Failure::Usage(format!("{option} {}: {e}", path.display())))
 }
 
 /// Verifies and prints the verdict; the exit code is 0 only if every rule holds.

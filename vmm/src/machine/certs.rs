@@ -28,9 +28,9 @@ use snp::attest::cert_table::TableError;
 use vm_memory::Bytes as _;
 use vm_memory::GuestAddress;
 
+use crate::events::Events;
 use crate::lock::lock;
 use crate::machine::dma::Dma;
-use crate::note::warn;
 use crate::platform::mapping::PAGE;
 
 /// Largest file that is taken, in bytes; five certificates have less than 10 KiB.
@@ -83,15 +83,16 @@ pub struct CertFile {
     path: PathBuf,
     /// The last complaint: a guest may ask as often as it likes.
     complaint: Mutex<String>,
+    events: Events,
 }
 
 impl CertFile {
     /// The file at `path`, which must hold a table now.
-    pub fn open(path: &Path) -> Result<Self, CertsError> {
-        let file = CertFile { path: path.to_owned(), complaint: Mutex::default() };
+    pub fn open(path: &Path, events: &Events) -> Result<Self, CertsError> {
+        let file = CertFile { path: path.to_owned(), complaint: Mutex::default(), events: events.clone() };
         let (table, _held) = file.read()?;
         if table.len() as u64 > LINUX_GUEST_LIMIT {
-            warn(format_args!(
+            events.warn(format_args!(
                 "--certs {}: {} bytes, Linux guests have room for {LINUX_GUEST_LIMIT}",
                 path.display(),
                 table.len()
@@ -135,7 +136,7 @@ impl CertFile {
         let mut last = lock(&self.complaint);
         if *last != text {
             if !text.is_empty() {
-                warn(format_args!("the guest asked for certificates and got none: {text}"));
+                self.events.warn(format_args!("the guest asked for certificates and got none: {text}"));
             }
             *last = text;
         }

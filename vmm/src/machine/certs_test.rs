@@ -46,7 +46,7 @@ fn filed() -> Filed {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("certs");
     fs::write(&path, table(7)).unwrap();
-    let file = CertFile::open(&path).unwrap();
+    let file = CertFile::open(&path, &Events::silent()).unwrap();
     Filed {
         path,
         certificates: Certificates::new(Source::File(Arc::new(file)), memory(0..0)),
@@ -111,16 +111,16 @@ fn a_file_that_is_no_table_is_refused_and_the_guest_gets_an_error() {
         (vec![0; FILE_LIMIT as usize + 1], "expected a file of 24 to 65536 bytes"),
     ] {
         fs::write(&f.path, &bytes).unwrap();
-        let error = CertFile::open(&f.path).err().unwrap().to_string();
+        let error = CertFile::open(&f.path, &Events::silent()).err().unwrap().to_string();
         assert!(error.contains(words), "{error}");
         assert_eq!(told(&f.ask()), (libc::EIO, 4));
         assert_eq!(f.byte(), 0, "nothing is written");
     }
     fs::remove_file(&f.path).unwrap();
-    assert!(matches!(CertFile::open(&f.path), Err(CertsError::File { .. })));
+    assert!(matches!(CertFile::open(&f.path, &Events::silent()), Err(CertsError::File { .. })));
     assert_eq!(f.ask().ret, libc::EIO);
     rustix::fs::mknodat(rustix::fs::CWD, &f.path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-    assert!(matches!(CertFile::open(&f.path), Err(CertsError::Size(_))));
+    assert!(matches!(CertFile::open(&f.path, &Events::silent()), Err(CertsError::Size(_))));
     fs::remove_file(&f.path).unwrap();
     fs::write(&f.path, table(5)).unwrap();
     assert_eq!((f.ask().ret, f.byte()), (0, 5));
@@ -155,7 +155,7 @@ fn a_file_that_is_being_changed_makes_the_guest_come_back() {
     let writer = File::options().write(true).open(&f.path).unwrap();
     rustix::fs::flock(&writer, FlockOperation::LockExclusive).unwrap();
     assert_eq!(told(&f.ask()), (libc::EAGAIN, 4));
-    assert!(matches!(CertFile::open(&f.path), Err(CertsError::Locked(_))));
+    assert!(matches!(CertFile::open(&f.path, &Events::silent()), Err(CertsError::Locked(_))));
     drop(writer);
     assert_eq!(f.ask().ret, 0);
 }

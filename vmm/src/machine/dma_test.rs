@@ -15,6 +15,7 @@ use snp_model::rmp::TwoMib;
 use vm_memory::Bytes;
 
 use super::*;
+use crate::events::Events;
 use crate::launch;
 use crate::platform::Platform;
 use crate::platform::Vm;
@@ -70,7 +71,7 @@ impl Bench {
             product: None,
             keys,
         };
-        let platform = match EmulatedPlatform::open(options) {
+        let platform = match EmulatedPlatform::open(options, &Events::silent()) {
             Ok(platform) => platform,
             Err(e) => {
                 assert_ne!(std::env::var("CVMM_TEST_KVM").as_deref(), Ok("host"), "{e}");

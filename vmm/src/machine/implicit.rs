@@ -9,21 +9,27 @@
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 
+use crate::events::Events;
 use crate::lock::lock;
 use crate::machine::conversion::Conversions;
 use crate::machine::conversion::RangeState;
-use crate::note::note;
-use crate::note::warn;
 use crate::platform::mapping::PAGE;
 
 /// Most pages that a guest may share in this way.
 const PAGES_MAX: usize = 16;
 
 /// The pages so far.
-#[derive(Default)]
-pub struct ImplicitSharing(Mutex<BTreeSet<u64>>);
+pub struct ImplicitSharing {
+    pages: Mutex<BTreeSet<u64>>,
+    events: Events,
+}
 
 impl ImplicitSharing {
+    /// None yet; what is shared is told to `events`.
+    pub fn new(events: &Events) -> Self {
+        ImplicitSharing { pages: Mutex::default(), events: events.clone() }
+    }
+
     /// Makes the page of a shared access to `gpa` shared. False: the access is an error.
     pub fn share(&self, conversions: &Conversions, gpa: u64) -> bool {
         let page = gpa & !(PAGE - 1);
@@ -31,10 +37,10 @@ impl ImplicitSharing {
             return false;
         }
         if let Err(e) = conversions.convert(page, PAGE, false) {
-            warn(format_args!("the page at {page:#x} cannot be made shared: {e}"));
+            self.events.warn(format_args!("the page at {page:#x} cannot be made shared: {e}"));
             return false;
         }
-        note(format_args!(
+        self.events.note(format_args!(
             "the firmware used the page at {page:#x} as shared memory without asking; it is shared now"
         ));
         true
@@ -42,7 +48,7 @@ impl ImplicitSharing {
 
     /// Whether `page` is a new one, and not one too many.
     fn admit(&self, page: u64) -> bool {
-        let mut pages = lock(&self.0);
+        let mut pages = lock(&self.pages);
         pages.len() < PAGES_MAX && pages.insert(page)
     }
 }
@@ -53,7 +59,7 @@ mod tests {
 
     #[test]
     fn each_page_once_and_not_more_than_a_few() {
-        let sharing = ImplicitSharing::default();
+        let sharing = ImplicitSharing::new(&Events::silent());
         assert!(sharing.admit(0x1000));
         assert!(!sharing.admit(0x1000));
         for page in 1..PAGES_MAX as u64 {

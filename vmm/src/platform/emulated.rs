@@ -49,6 +49,7 @@ use super::kvm::KvmPlatform;
 use super::kvm::KvmVm;
 use super::kvm::OpenError;
 use crate::cpuid;
+use crate::events::Events;
 use crate::lock::lock;
 use crate::platform::error::CallError;
 use snp::attest::cert_table;
@@ -111,7 +112,7 @@ pub fn address_bits(offered: &[kvm_cpuid_entry2]) -> Option<u32> {
 
 impl EmulatedPlatform {
     /// Opens this host's KVM and picks the C-bit.
-    pub fn open(options: EmulatedOptions) -> Result<Self, EmulatedError> {
+    pub fn open(options: EmulatedOptions, events: &Events) -> Result<Self, EmulatedError> {
         let kvm = KvmPlatform::open()?;
         let offered = kvm.supported_cpuid()?;
         let sev = snp_cpuid(&offered)?;
@@ -123,7 +124,7 @@ impl EmulatedPlatform {
         // A guest picks errata and model-specific registers by the signature, and what it finds there is this host's.
         processor.signature = offered.iter().find(|e| e.function == 1).map_or(0, |e| e.eax);
         processor.coherent = sev.coherency_sfw_no;
-        let chain = keys::load_or_create(&options.keys)?;
+        let chain = keys::load_or_create(&options.keys, events)?;
         let firmware = Arc::new(Firmware { chain, c_bit: sev.c_bit, processor });
         Ok(EmulatedPlatform { kvm, options, sev, host, firmware, faults: Mutex::default() })
     }

@@ -17,6 +17,7 @@ use super::error::PrepareError;
 use super::image::LaunchImage;
 use super::image::Names;
 use super::image::Target;
+use crate::events::Events;
 use crate::files::read_file;
 use crate::spec;
 use crate::spec::Accept;
@@ -34,12 +35,14 @@ pub struct Files {
 
 impl Files {
     /// Reads both.
-    pub fn read(spec: &KernelSpec) -> Result<Self, PrepareError> {
+    pub fn read(spec: &KernelSpec, events: &Events) -> Result<Self, PrepareError> {
         let wrong = PrepareError::file("boot.direct.kernel", &spec.kernel);
-        let bytes = read_file(&spec.kernel).map_err(&wrong)?;
+        let bytes = read_file(&spec.kernel, events).map_err(&wrong)?;
         let kernel = Kernel::parse(bytes).map_err(PrepareError::file("boot.direct.kernel", &spec.kernel))?;
         let initrd = match &spec.initrd {
-            Some(path) => Some(read_file(path).map_err(PrepareError::file("boot.direct.initrd", path))?),
+            Some(path) => {
+                Some(read_file(path, events).map_err(PrepareError::file("boot.direct.initrd", path))?)
+            }
             None => None,
         };
         Ok(Files { kernel, initrd: initrd.map(Arc::new) })

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use snp::plan::Bytes;
 
+use crate::events::Events;
 use crate::files::read_file;
 use crate::spec::SpecError;
 
@@ -50,6 +51,6 @@ impl PrepareError {
 
 /// The bytes of a file that a field names. They are ours: a mapping would end the process when somebody cuts the file short, and what
 /// is launched would be what the file holds then.
-pub fn read(field: &'static str, path: &Path) -> Result<Bytes, PrepareError> {
-    read_file(path).map(Bytes::from).map_err(PrepareError::file(field, path))
+pub fn read(field: &'static str, path: &Path, events: &Events) -> Result<Bytes, PrepareError> {
+    read_file(path, events).map(Bytes::from).map_err(PrepareError::file(field, path))
 }

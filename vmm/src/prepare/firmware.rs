@@ -28,6 +28,7 @@ use super::error::read;
 use super::image::LaunchImage;
 use super::image::Names;
 use super::image::Target;
+use crate::events::Events;
 use crate::launch::Staged;
 use crate::spec::FirmwareSpec;
 use crate::spec::IgvmSpec;
@@ -49,11 +50,14 @@ struct HashedKernel {
 }
 
 impl HashedKernel {
-    fn read(spec: &KernelSpec) -> Result<Self, PrepareError> {
-        let initrd =
-            spec.initrd.as_deref().map(|path| read("boot.firmware.kernel.initrd", path)).transpose()?;
+    fn read(spec: &KernelSpec, events: &Events) -> Result<Self, PrepareError> {
+        let initrd = spec
+            .initrd
+            .as_deref()
+            .map(|path| read("boot.firmware.kernel.initrd", path, events))
+            .transpose()?;
         let initrd = initrd.unwrap_or_else(|| Bytes::from(Vec::new()));
-        let kernel = read("boot.firmware.kernel.kernel", &spec.kernel)?;
+        let kernel = read("boot.firmware.kernel.kernel", &spec.kernel, events)?;
         let hashes = KernelHashes::of(kernel.as_slice(), initrd.as_slice(), spec.cmdline.as_bytes());
         Ok(HashedKernel { hashes, kernel, initrd })
     }
@@ -70,10 +74,10 @@ pub struct FirmwareFiles {
 
 impl FirmwareFiles {
     /// Reads them.
-    pub fn read(spec: &FirmwareSpec) -> Result<Self, PrepareError> {
-        let image = read(FIRMWARE, &spec.image)?;
+    pub fn read(spec: &FirmwareSpec, events: &Events) -> Result<Self, PrepareError> {
+        let image = read(FIRMWARE, &spec.image, events)?;
         let ovmf = Ovmf::parse(image.clone()).map_err(PrepareError::file(FIRMWARE, &spec.image))?;
-        let kernel = spec.kernel.as_ref().map(HashedKernel::read).transpose()?;
+        let kernel = spec.kernel.as_ref().map(|kernel| HashedKernel::read(kernel, events)).transpose()?;
         Ok(FirmwareFiles { image, ovmf, kernel })
     }
 
@@ -118,8 +122,8 @@ impl FirmwareFiles {
 }
 
 /// Reads an IGVM file; its ID block, if it has one, is for its contents.
-pub fn read_igvm(spec: &IgvmSpec) -> Result<(Bytes, Igvm), PrepareError> {
-    let image = read(IGVM, &spec.image)?;
+pub fn read_igvm(spec: &IgvmSpec, events: &Events) -> Result<(Bytes, Igvm), PrepareError> {
+    let image = read(IGVM, &spec.image, events)?;
     let zero_pages = match spec.zero_pages {
         ZeroPages::Zero => igvm::ZeroPages::Zero,
         ZeroPages::Normal => igvm::ZeroPages::Normal,

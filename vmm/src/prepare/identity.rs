@@ -19,6 +19,7 @@ use snp::policy::GuestPolicy;
 use super::error::PrepareError;
 use super::error::read;
 use super::image::LaunchImage;
+use crate::events::Events;
 use crate::spec::IdBlockSpec;
 use crate::spec::SnpSpec;
 
@@ -38,14 +39,14 @@ fn unwrapped(file: &[u8], name: &str, len: usize) -> Vec<u8> {
 }
 
 /// The block in a file.
-pub fn read_block(field: &'static str, path: &Path) -> Result<IdBlock, PrepareError> {
-    let bytes = unwrapped(read(field, path)?.as_slice(), "id-block", BLOCK_LEN);
+pub fn read_block(field: &'static str, path: &Path, events: &Events) -> Result<IdBlock, PrepareError> {
+    let bytes = unwrapped(read(field, path, events)?.as_slice(), "id-block", BLOCK_LEN);
     IdBlock::decode(&bytes).map_err(PrepareError::file(field, path))
 }
 
 /// The auth page in a file.
-pub fn read_auth(field: &'static str, path: &Path) -> Result<IdAuth, PrepareError> {
-    let bytes = unwrapped(read(field, path)?.as_slice(), "id-auth", AUTH_LEN);
+pub fn read_auth(field: &'static str, path: &Path, events: &Events) -> Result<IdAuth, PrepareError> {
+    let bytes = unwrapped(read(field, path, events)?.as_slice(), "id-auth", AUTH_LEN);
     IdAuth::decode(&bytes).map_err(PrepareError::file(field, path))
 }
 
@@ -55,9 +56,10 @@ pub(super) fn identity(
     image: &mut LaunchImage,
     measured: &Measured,
     policy: GuestPolicy,
+    events: &Events,
 ) -> Result<Option<(IdBlock, IdAuth)>, PrepareError> {
     if let Some(files) = &snp.id_block {
-        let identity = check(files, image, measured, policy)?;
+        let identity = check(files, image, measured, policy, events)?;
         if let Some((in_file, _)) = &image.identity {
             if *in_file != identity.0 {
                 return Err(PrepareError::file("snp.id_block.block", &files.block)(
@@ -85,9 +87,10 @@ fn check(
     image: &LaunchImage,
     measured: &Measured,
     policy: GuestPolicy,
+    events: &Events,
 ) -> Result<(IdBlock, IdAuth), PrepareError> {
-    let block = read_block("snp.id_block.block", &files.block)?;
-    let auth = read_auth("snp.id_block.auth", &files.auth)?;
+    let block = read_block("snp.id_block.block", &files.block, events)?;
+    let auth = read_auth("snp.id_block.auth", &files.auth, events)?;
     let mismatch = match auth.check(&block, measured.digest(), policy) {
         Ok(()) => return Ok((block, auth)),
         Err(mismatch) => mismatch,
@@ -95,7 +98,7 @@ fn check(
     let mut message = mismatch.to_string();
     if let (IdMismatch::Digest { .. }, Some(path)) = (&mismatch, &files.reference) {
         const FIELD: &str = "snp.id_block.reference";
-        let text = read(FIELD, path)?;
+        let text = read(FIELD, path, events)?;
         let text = std::str::from_utf8(text.as_slice()).map_err(PrepareError::file(FIELD, path))?;
         let reference = Explanation::parse(text).map_err(PrepareError::file(FIELD, path))?;
         let plan = measured.plan();

@@ -10,6 +10,7 @@ use snp::plan::LaunchPlan;
 use snp_model::patch::CodeHints;
 
 use super::inbox::Inbox;
+use crate::events::Events;
 use crate::launch::LaunchOptions;
 use crate::launch::Staged;
 use crate::machine::certs::Source;
@@ -82,6 +83,8 @@ pub struct Host {
     pub companions: Vec<Box<dyn Companion>>,
     /// Where signals arrive, if they are caught already; `None`: the run catches them.
     pub inbox: Option<Inbox>,
+    /// Where is told what happens.
+    pub events: Events,
 }
 
 impl Host {
@@ -94,6 +97,7 @@ impl Host {
             certificates: None,
             companions: Vec::new(),
             inbox: None,
+            events: Events::silent(),
         }
     }
 }

@@ -15,7 +15,8 @@ use std::time::Duration;
 use std::time::Instant;
 
 use super::signals::SignalThread;
-use crate::note::note;
+use crate::events::Events;
+use crate::run::arrival::Arrival;
 use crate::run::error::MonitorError;
 use crate::run::event::Event;
 use crate::threads::spawn;
@@ -39,21 +40,27 @@ pub enum Unattended {
 
 /// Where events arrive.
 pub struct Inbox {
-    sender: Sender<Event>,
-    receiver: Receiver<Event>,
+    sender: Sender<Arrival>,
+    receiver: Receiver<Arrival>,
+    events: Events,
     _signals: SignalThread,
 }
 
 impl Inbox {
     /// An empty one. From here on no signal ends the process by itself.
-    pub fn open() -> Result<Self, MonitorError> {
+    pub fn open(events: &Events) -> Result<Self, MonitorError> {
         let (sender, receiver) = mpsc::channel();
         let signals = SignalThread::start(sender.clone())?;
-        Ok(Inbox { sender, receiver, _signals: signals })
+        Ok(Inbox { sender, receiver, events: events.clone(), _signals: signals })
+    }
+
+    /// Where is told what is waited for.
+    pub(crate) fn events(&self) -> &Events {
+        &self.events
     }
 
     /// The way in.
-    pub(crate) fn sender(&self) -> &Sender<Event> {
+    pub(crate) fn sender(&self) -> &Sender<Arrival> {
         &self.sender
     }
 
@@ -69,8 +76,8 @@ impl Inbox {
     pub fn signal_before(&self, deadline: Instant) -> Option<i32> {
         loop {
             match self.receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Signal(signal)) => return Some(signal),
-                Ok(Event::Ended { .. } | Event::Done) => {}
+                Ok(Arrival::Signal(signal)) => return Some(signal),
+                Ok(Arrival::Ended { .. } | Arrival::Done) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return None,
             }
         }
@@ -88,7 +95,7 @@ impl Inbox {
         let done = self.sender.clone();
         spawn("attended".into(), move || {
             let _ = answer.send(work());
-            let _ = done.send(Event::Done);
+            let _ = done.send(Arrival::Done);
         })
         .map_err(|e| Unattended::Thread(io::Error::other(e.to_string())))?;
         let begun = Instant::now();
@@ -107,15 +114,15 @@ impl Inbox {
             }
             if silent && elapsed >= SILENCE {
                 silent = false;
-                note(format_args!(
+                self.events.note(format_args!(
                     "waiting for {what} (for {} seconds at most; a signal such as Ctrl-C ends it)",
                     patience.as_secs()
                 ));
             }
             // A thread that panics tells nobody, so the result is looked for now and then.
             match self.receiver.recv_timeout(SILENCE.min(patience - elapsed)) {
-                Ok(Event::Signal(signal)) => return Err(Unattended::Signal(signal)),
-                Ok(Event::Done | Event::Ended { .. }) | Err(_) => {}
+                Ok(Arrival::Signal(signal)) => return Err(Unattended::Signal(signal)),
+                Ok(Arrival::Done | Arrival::Ended { .. }) | Err(_) => {}
             }
         }
     }
@@ -129,7 +136,7 @@ mod tests {
 
     #[test]
     fn work_is_waited_for_until_its_deadline() {
-        let inbox = Inbox::open().unwrap();
+        let inbox = Inbox::open(&Events::silent()).unwrap();
         assert_eq!(inbox.attend("a test", Duration::from_secs(60), || 7).unwrap(), 7);
         let (gate, wait) = mpsc::channel::<()>();
         let begun = Instant::now();
@@ -143,9 +150,9 @@ mod tests {
 
     #[test]
     fn a_signal_ends_the_wait() {
-        let inbox = Inbox::open().unwrap();
+        let inbox = Inbox::open(&Events::silent()).unwrap();
         let (gate, wait) = mpsc::channel::<()>();
-        inbox.sender().send(Event::Signal(SIGTERM)).unwrap();
+        inbox.sender().send(Arrival::Signal(SIGTERM)).unwrap();
         let ended = inbox.attend("a test", Duration::from_secs(600), move || wait.recv());
         assert!(matches!(ended, Err(Unattended::Signal(SIGTERM))), "{ended:?}");
         drop(gate);
@@ -153,7 +160,7 @@ mod tests {
 
     #[test]
     fn work_that_panics_is_an_error() {
-        let inbox = Inbox::open().unwrap();
+        let inbox = Inbox::open(&Events::silent()).unwrap();
         let ended = inbox.attend("a test", Duration::from_secs(600), || assert_eq!(1, 2));
         assert!(matches!(ended, Err(Unattended::Thread(_))), "{ended:?}");
     }

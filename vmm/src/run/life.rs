@@ -20,6 +20,7 @@ use snp_model::patch::CodeHints;
 use vmm_sys_util::signal::Killable;
 use vmm_sys_util::signal::SIGRTMIN;
 
+use crate::events::Events;
 use crate::launch;
 use crate::launch::LaunchError;
 use crate::launch::Prepared;
@@ -31,13 +32,12 @@ use crate::machine::conversion::Conversions;
 use crate::machine::dma::Dma;
 use crate::machine::implicit::ImplicitSharing;
 use crate::machine::ram::GuestRam;
-use crate::note::note;
 use crate::platform::Platform;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::run::arrival::Arrival;
 use crate::run::error::MonitorError;
-use crate::run::event::Event;
 use crate::run::guest::Guest;
 use crate::run::guest::Host;
 use crate::run::guest::Load;
@@ -61,6 +61,7 @@ pub(crate) struct Booted {
     racer: Option<Racer>,
     /// Keeps the guest's memory mapped for as long as vCPUs may run.
     vm: Arc<dyn Vm>,
+    events: Events,
 }
 
 /// A guest that runs.
@@ -69,6 +70,7 @@ pub(crate) struct Running {
     shared: Arc<Shared>,
     _racer: Option<Racer>,
     vm: Arc<dyn Vm>,
+    events: Events,
 }
 
 /// Creates the VM of the guest's life number `life` and launches the guest in it; what it writes goes to `console`.
@@ -137,27 +139,32 @@ pub(crate) fn boot(
                 cpuid: &guest.cpuid,
             };
             if let Some(diff) = launch::launch_snp(prepared, &snp.options)? {
-                note(diff.accepted_note(snp.options.host_cpuid.as_ref()));
+                host.events.note(diff.accepted_note(snp.options.host_cpuid.as_ref()));
             }
         }
     }
     let racer = snp.and_then(|snp| snp.staged.raced).map(|gpa| Racer::start(ram.clone(), gpa));
     let racer = racer.transpose().map_err(ThreadError)?;
     let certificates = certificates.map(|source| Certificates::new(source, dma));
-    let implicit = snp.filter(|snp| snp.options.firmware).map(|_| ImplicitSharing::default());
+    let implicit = snp.filter(|snp| snp.options.firmware).map(|_| ImplicitSharing::new(&host.events));
     let pre_fault = snp.map(|snp| {
         PreFault::new(prefault::private_part(&snp.options.validated_at_start, &snp.staged.shared))
     });
     let stop = AtomicBool::new(false);
     let shared = Arc::new(Shared { machine, conversions, implicit, pre_fault, certificates, stop });
-    Ok(Booted { vcpus, shared, racer, vm })
+    Ok(Booted { vcpus, shared, racer, vm, events: host.events.clone() })
 }
 
 impl Booted {
     /// Starts the vCPUs, each in its thread; the first that ends the guest says so to `events`.
-    pub(crate) fn start(self, life: u32, events: &Sender<Event>) -> Result<Running, MonitorError> {
-        let mut running =
-            Running { threads: Vec::new(), shared: self.shared, _racer: self.racer, vm: self.vm };
+    pub(crate) fn start(self, life: u32, events: &Sender<Arrival>) -> Result<Running, MonitorError> {
+        let mut running = Running {
+            threads: Vec::new(),
+            shared: self.shared,
+            _racer: self.racer,
+            vm: self.vm,
+            events: self.events,
+        };
         for (id, mut vcpu) in (0u32..).zip(self.vcpus) {
             let (shared, events) = (Arc::clone(&running.shared), events.clone());
             let thread = spawn(format!("vcpu{id}"), move || {
@@ -166,7 +173,7 @@ impl Booted {
                     Ok(Some(outcome)) => Ok(outcome),
                     Err(e) => Err(e),
                 };
-                let _ = events.send(Event::Ended { life, result });
+                let _ = events.send(Arrival::Ended { life, result });
             });
             match thread {
                 Ok(thread) => running.threads.push(thread),
@@ -195,7 +202,7 @@ impl Running {
             thread::sleep(KICK_INTERVAL);
         }
         if let Some(statistics) = self.vm.statistics() {
-            note(format_args!("statistics {statistics}"));
+            self.events.note(format_args!("statistics {statistics}"));
         }
         for thread in self.threads {
             // A thread that panicked has said so.

@@ -13,10 +13,10 @@ use crate::console::stdio::Keyboard;
 use crate::console::stdio::SharedConsole;
 use crate::console::terminal;
 use crate::console::terminal::RawMode;
-use crate::note::note;
+use crate::events::State;
 use crate::platform::Platform;
+use crate::run::arrival::Arrival;
 use crate::run::error::MonitorError;
-use crate::run::event::Event;
 use crate::run::guest::Guest;
 use crate::run::guest::Host;
 use crate::run::inbox::Inbox;
@@ -28,7 +28,7 @@ use crate::run::outcome::Outcome;
 pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<Outcome, MonitorError> {
     let (interactive, restart) = (host.interactive, host.restart);
     // Signals are caught from here on at the latest, so that one that arrives during a launch is not lost.
-    let inbox = host.inbox.take().map_or_else(Inbox::open, Ok)?;
+    let inbox = host.inbox.take().map_or_else(|| Inbox::open(&host.events), Ok)?;
     let output = Arc::new(Mutex::new(std::mem::replace(&mut host.console, Box::new(io::sink()))));
     let keyboard = Keyboard::default();
     let mut raw = None;
@@ -39,6 +39,7 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<
         if let Some(signal) = prepare(&mut host, life, &inbox).map_err(|e| in_life(life, e))? {
             return Ok(Outcome::Signal(signal));
         }
+        host.events.state(State::Launching { life });
         let console = SharedConsole::new(&output);
         let booted = life::boot(platform, &guest, Box::new(console.clone()), &mut host, life);
         let booted = booted.map_err(|e| in_life(life, e))?;
@@ -47,19 +48,22 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<
         }
         if interactive && life == 1 {
             if terminal::in_background() {
-                note("runs in the background of its terminal, so the guest gets no input from it");
+                host.events
+                    .note("runs in the background of its terminal, so the guest gets no input from it");
             } else {
                 raw = RawMode::enter().map_err(MonitorError::Terminal)?;
                 let events = inbox.sender().clone();
-                keyboard.listen(raw.is_some(), move || drop(events.send(Event::Signal(SIGINT))))?;
+                keyboard.listen(raw.is_some(), move || drop(events.send(Arrival::Signal(SIGINT))))?;
             }
         }
         keyboard.connect(Some(Arc::clone(&booted.shared.machine.serial)));
+        host.events.state(State::Running { life });
         let running = booted.start(life, inbox.sender())?;
         let outcome = end_of(life, &inbox);
         keyboard.connect(None);
         console.end();
         let stopped = running.stop();
+        host.events.state(State::Stopped { life });
         let outcome = outcome?;
         let Some(restart) =
             restart.filter(|r| outcome == Outcome::Rebooted && r.lives.is_none_or(|n| life < n))
@@ -74,7 +78,7 @@ pub fn run(platform: &dyn Platform, mut guest: Guest, mut host: Host) -> Result<
         if !stopped {
             return Err(in_life(life, MonitorError::Stuck));
         }
-        note(format_args!("the guest asked for a reset: VM number {life} follows"));
+        host.events.note(format_args!("the guest asked for a reset: VM number {life} follows"));
     }
 }
 
@@ -105,9 +109,9 @@ fn prepare(host: &mut Host, life: u32, inbox: &Inbox) -> Result<Option<i32>, Mon
 fn end_of(life: u32, inbox: &Inbox) -> Result<Outcome, MonitorError> {
     loop {
         match inbox.next()? {
-            Event::Ended { life: ended, result } if ended == life => return Ok(result?),
-            Event::Ended { .. } | Event::Done => {}
-            Event::Signal(signal) => return Ok(Outcome::Signal(signal)),
+            Arrival::Ended { life: ended, result } if ended == life => return Ok(result?),
+            Arrival::Ended { .. } | Arrival::Done => {}
+            Arrival::Signal(signal) => return Ok(Outcome::Signal(signal)),
         }
     }
 }

@@ -26,8 +26,8 @@ use signal_hook::iterator::Signals;
 use vmm_sys_util::signal::SIGRTMIN;
 
 use super::error::MonitorError;
-use super::event::Event;
 use crate::platform::kvm;
+use crate::run::arrival::Arrival;
 use crate::threads::spawn;
 
 /// Signals that end the run, beside the real-time ones ([`ending`]). By default they would end the process, and leave the terminal in raw
@@ -72,7 +72,7 @@ pub(super) struct SignalThread {
 }
 
 impl SignalThread {
-    pub(super) fn start(events: Sender<Event>) -> Result<Self, MonitorError> {
+    pub(super) fn start(events: Sender<Arrival>) -> Result<Self, MonitorError> {
         let caught = |source| MonitorError::Host { what: "cannot catch signals", source };
         // A limit on the size of files is an error of the write that reaches it, not the guest's end.
         signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false))).map_err(caught)?;
@@ -85,7 +85,7 @@ impl SignalThread {
         let handle = signals.handle();
         let thread = spawn("signals".into(), move || {
             for signal in signals.forever() {
-                if events.send(Event::Signal(signal)).is_err() {
+                if events.send(Arrival::Signal(signal)).is_err() {
                     return;
                 }
             }

@@ -239,7 +239,7 @@ fn the_file_of_certificates_is_locked_until_the_kernel_has_done_the_request() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("certs");
     std::fs::write(&path, cert_table::encode(&[])).unwrap();
-    let file = CertFile::open(&path).unwrap();
+    let file = CertFile::open(&path, &crate::events::Events::silent()).unwrap();
     let b = bench(Some(Source::File(Arc::new(file))));
     let mut vcpu = ScriptedVcpu::new([Scripted::ReqCerts(SHARED, 1), Scripted::Shutdown]);
     let free = move || {

@@ -18,8 +18,8 @@ use vtpm_svc::control::client::ClientError;
 use vtpm_svc::control::client::Control;
 
 use super::error::VtpmError;
+use crate::events::Events;
 use crate::lock::lock;
-use crate::note::warn;
 
 /// How long the end of a run waits for the last setting to be stored.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -67,28 +67,33 @@ impl Shared {
 
 impl Clock {
     /// The clock that the service knows; `None` if it keeps none, as swtpm does.
-    pub fn new(control: &Control) -> Result<Option<Self>, VtpmError> {
+    pub fn new(control: &Control, events: &Events) -> Result<Option<Self>, VtpmError> {
         let ahead = match control.clock() {
             Ok(ahead) => ahead.unwrap_or_default(),
             Err(ClientError::Refused { .. }) => return Ok(None),
             Err(e) => return Err(e.into()),
         };
         let control = control.clone();
-        let clock = Self::start(ahead, move |ahead| control.set_clock(ahead).map_err(|e| e.to_string()));
+        let clock =
+            Self::start(ahead, events, move |ahead| control.set_clock(ahead).map_err(|e| e.to_string()));
         Ok(Some(clock.map_err(|source| VtpmError::Host { what: "a thread", source })?))
     }
 
-    fn start(ahead: i64, set: impl Fn(i64) -> Result<(), String> + Send + 'static) -> io::Result<Self> {
+    fn start(
+        ahead: i64,
+        events: &Events,
+        set: impl Fn(i64) -> Result<(), String> + Send + 'static,
+    ) -> io::Result<Self> {
         let shared =
             Arc::new(Shared { state: Mutex::new(State { ahead, ..State::default() }), ..Shared::default() });
-        let its = Arc::clone(&shared);
+        let (its, events) = (Arc::clone(&shared), events.clone());
         thread::Builder::new().name("tpm-clock".into()).stack_size(256 << 10).spawn(move || {
             // A guest may set its clock as often as it likes.
             let mut complaint = String::new();
             while let Some(ahead) = its.next() {
                 let problem = set(ahead).err().unwrap_or_default();
                 if !problem.is_empty() && problem != complaint {
-                    warn(format_args!("what the guest set its clock to is not kept: {problem}"));
+                    events.warn(format_args!("what the guest set its clock to is not kept: {problem}"));
                 }
                 complaint = problem;
                 its.done(ahead);
@@ -138,7 +143,7 @@ mod tests {
     fn the_last_setting_reaches_the_service_before_the_end() {
         let (sender, stored) = mpsc::channel();
         let (go, gate) = mpsc::channel();
-        let clock = Clock::start(7, move |ahead| {
+        let clock = Clock::start(7, &Events::silent(), move |ahead| {
             gate.recv().map_err(|e| e.to_string())?;
             sender.send(ahead).map_err(|e| e.to_string())
         })
@@ -159,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_service_that_refuses_holds_nobody() {
-        let clock = Clock::start(0, |_| Err("gone".into())).unwrap();
+        let clock = Clock::start(0, &Events::silent(), |_| Err("gone".into())).unwrap();
         clock.store()(5);
         clock.settle();
         assert!(!clock.0.lock().dirty);
@@ -169,7 +174,7 @@ mod tests {
     #[test]
     fn the_thread_ends_with_the_clock() {
         let (sender, ended) = mpsc::channel::<()>();
-        drop(Clock::start(0, move |_| sender.send(()).map_err(|e| e.to_string())));
+        drop(Clock::start(0, &Events::silent(), move |_| sender.send(()).map_err(|e| e.to_string())));
         // The thread drops its end of the channel.
         assert!(
             ended

@@ -39,7 +39,7 @@ use vtpm_svc::vmgs::anchor::Durability;
 
 use super::error::POWER_ON_PATIENCE;
 use super::error::VtpmError;
-use crate::note::warn;
+use crate::events::Events;
 use crate::run::inbox::Inbox;
 
 /// Name of the program.
@@ -185,7 +185,7 @@ impl Service {
     }
 
     /// Ends the service: asked first, then waited for, killed if it does not answer.
-    pub fn end(mut self, control: Control) {
+    pub fn end(mut self, control: Control, events: &Events) {
         // A service that hangs would keep these requests waiting, so a thread makes them. If there is no thread, or the service
         // is gone already, the wait below settles it.
         let _ = thread::Builder::new().name("tpm-end".into()).spawn(move || {
@@ -194,7 +194,7 @@ impl Service {
             let _ = control.shutdown();
         });
         if wait(&mut self.0, END_TIMEOUT).is_none() {
-            warn("the vTPM service did not end and was killed; what it has answered is on disk");
+            events.warn("the vTPM service did not end and was killed; what it has answered is on disk");
         }
     }
 }

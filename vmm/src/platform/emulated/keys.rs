@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use snp_model::chain::Chain;
 use snp_model::chain::ChainError;
 
-use crate::note::note;
+use crate::events::Events;
 
 /// Why there are no keys.
 #[derive(Debug, thiserror::Error)]
@@ -44,10 +44,10 @@ pub fn default_path() -> PathBuf {
 }
 
 /// Reads the keys at `path`, or makes them. Two processes that do so at the same time end up with the same keys.
-pub fn load_or_create(path: &Path) -> Result<Chain, KeysError> {
+pub fn load_or_create(path: &Path, events: &Events) -> Result<Chain, KeysError> {
     match fs::read_to_string(path) {
         Ok(text) => parse(path, &text),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => create(path),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => create(path, events),
         Err(source) => Err(KeysError::File { path: path.to_owned(), source }),
     }
 }
@@ -56,9 +56,9 @@ fn parse(path: &Path, text: &str) -> Result<Chain, KeysError> {
     Chain::from_pem(text).map_err(|source| KeysError::Chain { path: path.to_owned(), source })
 }
 
-fn create(path: &Path) -> Result<Chain, KeysError> {
+fn create(path: &Path, events: &Events) -> Result<Chain, KeysError> {
     let file = |source| KeysError::File { path: path.to_owned(), source };
-    note(format_args!(
+    events.note(format_args!(
         "making the emulated platform's attestation keys in {} (once, some seconds)",
         path.display()
     ));
@@ -102,7 +102,8 @@ mod tests {
         let path = folder.join("keys.pem");
         fs::write(&path, "not keys").unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-        let message = load_or_create(&path).err().map(|e| e.to_string()).unwrap_or_default();
+        let message =
+            load_or_create(&path, &Events::silent()).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(message.contains("keys.pem") && message.contains("delete the file"), "{message}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "not keys");
         fs::remove_dir_all(&folder).unwrap();

@@ -26,6 +26,7 @@ use snp_model::vm::ApCreation;
 
 use super::vm::EmulatedVm;
 use super::*;
+use crate::events::Events;
 use crate::machine::dma::Dma;
 use crate::machine::ram::GuestRam;
 use crate::platform::ATTRIBUTE_PRIVATE;
@@ -62,7 +63,7 @@ pub(super) fn launching() -> Option<EmulatedVm> {
         product: None,
         keys,
     };
-    let platform = EmulatedPlatform::open(options).unwrap();
+    let platform = EmulatedPlatform::open(options, &Events::silent()).unwrap();
     let vm = platform.snp_vm(platform.kvm.create(VmKind::Plain).unwrap(), &CodeHints::default()).unwrap();
     vm.create_irqchip().unwrap();
     vm.sev_init2(&mut kvm_sev_init { ghcb_version: 2, ..Default::default() }).unwrap();

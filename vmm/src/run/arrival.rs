@@ -5,7 +5,7 @@ use super::error::RunError;
 use super::outcome::Outcome;
 
 /// What the main thread is told.
-pub(crate) enum Event {
+pub(crate) enum Arrival {
     /// A vCPU says how the guest ended.
     Ended {
         /// In which life: several vCPUs may say so, and only the first is heard.

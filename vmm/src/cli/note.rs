@@ -19,6 +19,10 @@ use rustix::event::PollFlags;
 use rustix::event::Timespec;
 use rustix::io::Errno;
 
+use crate::events::Event;
+use crate::events::Events;
+use crate::events::Sink;
+
 /// How long a reader may take to make room.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// A pipe that is writable has room for as much (`PIPE_BUF`).
@@ -37,6 +41,25 @@ pub fn warn(text: impl fmt::Display) {
 /// Says why the monitor ends.
 pub fn error(text: impl fmt::Display) {
     say(&format!("cvmm: error: {text}"));
+}
+
+/// Standard error as a sink of events.
+struct StandardError;
+
+impl Sink for StandardError {
+    fn event(&self, event: Event) {
+        match event {
+            Event::Note(text) => note(text),
+            Event::Warning(text) => warn(text),
+            // Whoever watches a guest sees its console.
+            Event::State(_) => {}
+        }
+    }
+}
+
+/// Events become lines on standard error.
+pub fn events() -> Events {
+    Events::to(StandardError)
 }
 
 fn say(text: &str) {
