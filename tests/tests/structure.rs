@@ -236,6 +236,24 @@ fn no_package_has_a_circle_of_files() {
     );
 }
 
+/// An option is the command line's; a library names fields, in backticks. Commands that are written out are no options.
+#[test]
+fn the_measurement_library_and_the_model_name_no_option() {
+    let commands = ["`cvmm measure --json`", "--only-section=.linux UKI KERNEL`"];
+    let mut files_read = Vec::new();
+    files(&root().join("snp/src"), &mut files_read);
+    files(&root().join("snp/model/src"), &mut files_read);
+    for file in files_read {
+        let text = std::fs::read_to_string(&file).unwrap();
+        for line in product_lines(&text).into_iter().filter(|line| !commands.iter().any(|c| line.contains(c)))
+        {
+            let option =
+                line.split("--").skip(1).any(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase()));
+            assert!(!option, "{}: {line}", file.display());
+        }
+    }
+}
+
 #[test]
 fn circles_are_found() {
     let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<String>>();

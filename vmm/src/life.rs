@@ -135,7 +135,12 @@ pub(crate) fn boot(
                 cpuid: &guest.cpuid,
             };
             if let Some(diff) = launch::launch_snp(prepared, &snp.options)? {
-                note(diff.accepted_note(snp.options.host_cpuid.as_ref()));
+                note(match diff.is_made_up(snp.options.host_cpuid.as_ref()) {
+                    true => diff.lost_note(),
+                    false => {
+                        format!("warning: --accept-cpuid: launched with the firmware's CPUID values:\n{diff}")
+                    }
+                });
             }
             Some(Conversions::new(Arc::clone(&vm), ram.clone(), memfds, &snp.staged.shared))
         }

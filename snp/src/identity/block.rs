@@ -77,8 +77,7 @@ pub enum IdError {
 pub enum IdMismatch {
     /// Another digest.
     #[error(
-        "the ID block is for launch digest {block}, this launch has {launch} (firmware would say BAD_MEASUREMENT, 11); \
-         `cvmm measure --diff` shows where the two launches part"
+        "the ID block is for launch digest {block}, this launch has {launch} (firmware would say BAD_MEASUREMENT, 11)"
     )]
     Digest {
         /// What the block says.
@@ -89,7 +88,7 @@ pub enum IdMismatch {
     /// Another policy.
     #[error(
         "the ID block is for guest policy {block}, this launch has {launch} (firmware would say POLICY_FAILURE, 7): \
-         launch with --policy {block}, or make a new block"
+         launch with `policy` {block}, or make a new block"
     )]
     Policy {
         /// What the block says.

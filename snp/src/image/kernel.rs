@@ -57,7 +57,7 @@ pub enum KernelError {
     /// A kernel in a wrapper.
     #[error(
         "a unified kernel image (UKI), which firmware starts; cvmm boots what is in it. Take it apart: `objcopy -O binary \
-         --only-section=.linux UKI KERNEL`, the same with .initrd for --initrd; .cmdline holds its command line"
+         --only-section=.linux UKI KERNEL`, the same with .initrd for `initrd`; .cmdline holds its command line"
     )]
     Unified,
     /// The file is shorter than it says.

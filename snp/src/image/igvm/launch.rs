@@ -154,7 +154,7 @@ impl Igvm {
             let covered = memory.iter().any(|ram| ram.start <= range.start && range.end <= ram.end);
             if !covered {
                 let reason = format!(
-                    "the file requires memory at {:#x}..{:#x}, which this guest does not have; give more --memory",
+                    "the file requires memory at {:#x}..{:#x}, which this guest does not have; give more `memory`",
                     range.start, range.end
                 );
                 return Err(IgvmError::Machine { offset: *offset, reason });
