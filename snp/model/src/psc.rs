@@ -10,12 +10,12 @@ use crate::exchange::Guest;
 use crate::outcome::MAP_GPA_ENCRYPTED;
 use crate::outcome::MAP_GPA_SIZE_2M;
 use crate::outcome::MapGpaRange;
-use crate::rmp::PAGE;
 use snp::ghcb::msr::PageOperation;
 use snp::ghcb::page;
 use snp::ghcb::psc;
 use snp::ghcb::psc::Entry;
 use snp::ghcb::psc::Header;
+use snp::plan::PAGE_SIZE;
 
 /// A buffer that is being worked on.
 #[derive(Debug)]
@@ -103,7 +103,7 @@ impl Psc {
             };
             let size = if start.huge { MAP_GPA_SIZE_2M } else { 0 };
             return Step::Exit(MapGpaRange {
-                gpa: (start.frame + u64::from(start.done)) * PAGE,
+                gpa: (start.frame + u64::from(start.done)) * PAGE_SIZE,
                 pages,
                 attributes: encrypted | size,
             });

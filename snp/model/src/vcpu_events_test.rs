@@ -284,7 +284,7 @@ fn certificates_are_asked_for_and_too_few_pages_are_reported() {
 fn launched() -> (Setup, [u8; 32]) {
     let mut s = Setup::new();
     s.vm.launch_start(&Start { policy: 0x3_0000, ..Start::default() }, &mut rand_core::OsRng).unwrap();
-    let mut update = Update { gfn_start: 0x50, uaddr: 0x7000, len: PAGE, page_type: 5, flags: 0 };
+    let mut update = Update { gfn_start: 0x50, uaddr: 0x7000, len: PAGE_SIZE, page_type: 5, flags: 0 };
     s.vm.launch_update(&mut update, &mut [0; 4096], &s.mem).unwrap();
     s.vm.launch_finish(&FinishArgs::default(), &[VmsaState::reset(), VmsaState::reset()]).unwrap();
     s.vm.pages.set_private(0x8000, 3, false);

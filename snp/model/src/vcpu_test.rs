@@ -50,7 +50,7 @@ impl Setup {
         vm.init2(&Init2::default()).unwrap();
         vm.create_vcpu(0).unwrap();
         vm.create_vcpu(1).unwrap();
-        vm.pages.set_private(0, RAM / PAGE, true);
+        vm.pages.set_private(0, RAM / PAGE_SIZE, true);
         vm.pages.set_private(GHCB, 1, false);
         let mut vcpu = VcpuModel::new(&vm, vec![]);
         vcpu.write_ghcb_msr(GHCB | 0x012);
@@ -521,7 +521,7 @@ proptest! {
             let mut outcome = s.vcpu.vmgexit(&s.vm, &s.mem);
             let mut rounds = 0;
             while let Outcome::MapGpaRange(range) = outcome {
-                prop_assert!(range.pages > 0 && range.gpa % PAGE == 0 && range.attributes & !0x11 == 0);
+                prop_assert!(range.pages > 0 && range.gpa % PAGE_SIZE == 0 && range.attributes & !0x11 == 0);
                 rounds += 1;
                 prop_assert!(rounds <= psc::MAX_ENTRIES, "the buffer has no more entries");
                 outcome = s.vcpu.complete(&s.vm, &s.mem, Reply::MapGpaRange { ret: 0 });

@@ -7,12 +7,12 @@ use super::file::Area;
 use super::file::Igvm;
 use super::file::Parameter;
 use super::header::Header;
-use super::header::bytes;
 use super::header::headers;
 use super::header::kind;
-use super::header::u32_at;
-use super::header::u64_at;
 use super::id_block;
+use crate::le::u16_at;
+use crate::le::u32_at;
+use crate::le::u64_at;
 use crate::plan::Bytes;
 use crate::plan::PAGE_SIZE;
 use crate::plan::PageType;
@@ -182,7 +182,7 @@ impl Builder<'_> {
             self.igvm.shared.push(Record::new(gpa, PageType::Unmeasured, contents, "shared page data"));
             return Ok(());
         }
-        let (page_type, name) = match u16::from_le_bytes(bytes(body, 20)) {
+        let (page_type, name) = match u16_at(body, 20) {
             0 if unmeasured => (PageType::Unmeasured, "unmeasured page data"),
             0 if no_data && self.igvm.zero_pages == ZeroPages::Zero => (PageType::Zero, "page without data"),
             0 if no_data => (PageType::Normal, "page without data"),
@@ -211,7 +211,7 @@ impl Builder<'_> {
             return Ok(());
         }
         let gpa = self.address(header, u64_at(header.body, 0))?;
-        let index = u16::from_le_bytes(bytes(header.body, 16));
+        let index = u16_at(header.body, 16);
         if index != 0 {
             self.refuse(|| format!("it has a save area of vCPU {index}, KVM takes that of vCPU 0 only"));
         }

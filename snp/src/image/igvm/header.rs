@@ -2,6 +2,7 @@
 //! The fixed header and the variable headers of an IGVM file, each with its offset.
 
 use super::error::IgvmError;
+use crate::le::u32_at;
 use crate::plan::PAGE_SIZE;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"IGVM");
@@ -30,18 +31,6 @@ pub(super) mod kind {
     pub const DEVICE_TREE: u32 = 0x312;
     pub const ENVIRONMENT_INFO: u32 = 0x313;
     pub const LAST_DIRECTIVE: u32 = 0x313;
-}
-
-pub(super) fn bytes<const N: usize>(data: &[u8], at: usize) -> [u8; N] {
-    data.get(at..).and_then(|d| d.first_chunk()).copied().unwrap_or([0; N])
-}
-
-pub(super) fn u32_at(data: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes(data, at))
-}
-
-pub(super) fn u64_at(data: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes(data, at))
 }
 
 /// One variable header.

@@ -3,13 +3,13 @@
 
 use super::error::IgvmError;
 use super::header::Header;
-use super::header::bytes;
-use super::header::u32_at;
 use crate::digest::LaunchDigest;
 use crate::identity::IdAuth;
 use crate::identity::IdBlock;
 use crate::identity::PublicKey;
 use crate::identity::Signature;
+use crate::le::array;
+use crate::le::u32_at;
 use crate::policy::GuestPolicy;
 
 /// Bytes of the header's value.
@@ -37,16 +37,16 @@ pub(super) fn read(header: &Header, policy: GuestPolicy) -> Result<(IdBlock, IdA
         PublicKey::decode(&form).map_err(part(what))
     };
     let signature =
-        |at: usize, what: &'static str| Signature::from_fields(&bytes(body, at)).map_err(part(what));
+        |at: usize, what: &'static str| Signature::from_fields(&array(body, at)).map_err(part(what));
     let author = match body[4] {
         0 => None,
         1 => Some((key(544, "author key")?, signature(400, "author key's signature")?)),
         other => return Err(header.error(4, "author key flag", other.into(), "0 or 1")),
     };
     let block = IdBlock {
-        launch_digest: LaunchDigest(bytes(body, 8)),
-        family_id: bytes(body, 56),
-        image_id: bytes(body, 72),
+        launch_digest: LaunchDigest(array(body, 8)),
+        family_id: array(body, 56),
+        image_id: array(body, 72),
         guest_svn: u32_at(body, 92),
         policy,
     };

@@ -2,6 +2,7 @@
 //! Fields of a kernel file, read within its length and held against what a bootable kernel has there.
 
 use super::error::KernelError;
+use crate::le;
 
 /// Lowest address at which anything of a kernel may be placed: what lies below belongs to the boot data.
 pub(super) const LOWEST_LOAD_ADDRESS: u64 = 0x10_0000;
@@ -15,7 +16,7 @@ impl Fields<'_> {
         what: &'static str,
         offset: usize,
     ) -> Result<[u8; N], KernelError> {
-        self.0.get(offset..offset + N).and_then(|b| b.try_into().ok()).ok_or(KernelError::Truncated {
+        le::get(self.0, offset).ok_or(KernelError::Truncated {
             what,
             needed: (offset + N) as u64,
             found: self.0.len() as u64,

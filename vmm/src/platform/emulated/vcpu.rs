@@ -41,7 +41,6 @@ use snp_model::outcome::Outcome;
 use snp_model::outcome::Reply;
 use snp_model::patch::Opcode;
 use snp_model::rmp::InstructionResult;
-use snp_model::rmp::PAGE;
 use snp_model::rmp::PAGES_2M;
 use snp_model::rmp::SUCCESS;
 use snp_model::vcpu::VcpuModel;
@@ -52,6 +51,7 @@ use super::vm::Stage;
 use super::wake::Order;
 use super::wake::Wake;
 use crate::cpuid;
+use crate::memory::PAGE;
 use crate::platform::CallError;
 use crate::platform::Exit;
 use crate::platform::HC_MAP_GPA_RANGE;
@@ -756,11 +756,9 @@ impl Vcpu for EmulatedVcpu {
                     }
                 }
                 Some(Told::Terminate { data }) => Exit::SystemEvent { kind: SEV_TERM, data: *data },
-                Some(Told::PrivateGhcb { gpa }) => {
-                    Exit::MemoryFault { flags: 0, gpa: *gpa, size: crate::memory::PAGE }
-                }
+                Some(Told::PrivateGhcb { gpa }) => Exit::MemoryFault { flags: 0, gpa: *gpa, size: PAGE },
                 Some(Told::Fault { gpa, .. }) => {
-                    Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: crate::memory::PAGE }
+                    Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: PAGE }
                 }
             }),
         }
