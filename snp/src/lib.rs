@@ -14,6 +14,7 @@ pub mod firmware_status;
 pub mod ghcb;
 pub mod identity;
 pub mod image;
+pub mod le;
 pub mod pages;
 pub mod plan;
 pub mod policy;

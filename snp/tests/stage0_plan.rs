@@ -52,7 +52,7 @@ fn a_small_guest_holds_a_distribution_kernel_and_its_initrd_twice() {
         assert!(shim(&image).shared.iter().all(|range| range.end <= 128 * MIB));
     }
     let error = boot(20 << 20, 60 << 20).image().unwrap_err();
-    assert!(error.to_string().starts_with("--memory: no room for a second copy of initrd"), "{error}");
+    assert!(error.to_string().starts_with("`memory`: no room for a second copy of initrd"), "{error}");
 }
 
 #[test]
@@ -172,7 +172,7 @@ fn acceptance_is_lazy_by_itself_only_for_a_large_guest_with_a_kernel_that_can() 
         ..Boot::default()
     }));
     let error = Boot { validation: LAZY, ..Boot::default() }.image().unwrap_err();
-    assert!(error.to_string().starts_with("--accept lazy: this kernel does not know"), "{error}");
+    assert!(error.to_string().starts_with("`accept` lazy: this kernel does not know"), "{error}");
 }
 
 #[test]

@@ -130,6 +130,6 @@ pub fn main() -> ExitCode {
         }
     };
     // The terminal is back in its usual mode by now.
-    note::error(message);
+    note::error(spec::with_options(&message));
     ExitCode::from(code)
 }

@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
@@ -63,9 +64,14 @@ fn memory() -> Memory {
     let private = files.filter(|path| {
         std::fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains("cvmm-private"))
     });
+    // A mapping of the file has a descriptor of its own.
+    let blocks: BTreeMap<u64, u64> = private
+        .map(|path| std::fs::metadata(path).unwrap())
+        .map(|meta| (meta.ino(), meta.blocks()))
+        .collect();
     Memory {
         anonymous: line.split_whitespace().nth(1).unwrap().parse().unwrap(),
-        private: private.map(|path| std::fs::metadata(path).unwrap().blocks() / 2).sum(),
+        private: blocks.values().sum::<u64>() / 2,
     }
 }
 

@@ -9,6 +9,12 @@
 use std::fmt;
 
 use rand_core::CryptoRngCore;
+use snp::digest::LaunchDigest;
+use snp::firmware_status::FwStatus;
+use snp::plan::PAGE_SIZE;
+use snp::plan::PageType;
+use snp::policy::GuestPolicy;
+use snp::vmsa::VmsaState;
 
 use crate::errno::Errno;
 use crate::faults::Injection;
@@ -21,14 +27,8 @@ use crate::launch::Launch;
 use crate::memory::GuestMemory;
 use crate::memory::View;
 use crate::rmp::AttributeChange;
-use crate::rmp::PAGE;
 use crate::vm::GHCB_VERSION_MAX;
 use crate::vm::VmModel;
-use snp::digest::LaunchDigest;
-use snp::firmware_status::FwStatus;
-use snp::plan::PageType;
-use snp::policy::GuestPolicy;
-use snp::vmsa::VmsaState;
 
 /// `KVM_MEMORY_ATTRIBUTE_PRIVATE`.
 pub const ATTRIBUTE_PRIVATE: u64 = 1 << 3;
@@ -189,13 +189,13 @@ impl VmModel {
         attributes: u64,
         flags: u64,
     ) -> Result<AttributeChange, Errno> {
-        let unaligned = !address.is_multiple_of(PAGE) || !size.is_multiple_of(PAGE);
+        let unaligned = !address.is_multiple_of(PAGE_SIZE) || !size.is_multiple_of(PAGE_SIZE);
         let wraps = size == 0 || address.checked_add(size).is_none();
         if flags != 0 || attributes & !ATTRIBUTE_PRIVATE != 0 || wraps || unaligned {
             return Err(Errno::EINVAL);
         }
         self.inject_error(Step::SetAttributes).map_err(|error| error.errno)?;
-        Ok(self.pages.set_private(address, size / PAGE, attributes != 0))
+        Ok(self.pages.set_private(address, size / PAGE_SIZE, attributes != 0))
     }
 
     /// `KVM_SEV_SNP_LAUNCH_START`: `snp_launch_start`. `rng` gives the guest's keys.
@@ -242,24 +242,24 @@ impl VmModel {
             _ => return Err(invalid),
         };
         // A length of 0 is EINVAL in 7.2 and 7.3; 6.12 does nothing and succeeds.
-        if args.len == 0 || !args.len.is_multiple_of(PAGE) || args.flags != 0 {
+        if args.len == 0 || !args.len.is_multiple_of(PAGE_SIZE) || args.flags != 0 {
             return Err(invalid);
         }
         // The source is pinned page by page in 7.2 and 7.3 (`kvm_gmem_populate`), so its address is one of a page; 6.12 copies
         // from any address. ZERO pages have no source.
-        if page_type != PageType::Zero && (args.uaddr == 0 || !args.uaddr.is_multiple_of(PAGE)) {
+        if page_type != PageType::Zero && (args.uaddr == 0 || !args.uaddr.is_multiple_of(PAGE_SIZE)) {
             return Err(invalid);
         }
         // The memslot of the first page must exist; a call ends at the end of it.
-        let first = args.gfn_start.checked_mul(PAGE).filter(|gpa| self.pages.state(*gpa).is_some());
+        let first = args.gfn_start.checked_mul(PAGE_SIZE).filter(|gpa| self.pages.state(*gpa).is_some());
         let Some(first) = first else { return Err(invalid) };
-        let pages = (args.len / PAGE).min(self.pages.run_in_slot(first));
+        let pages = (args.len / PAGE_SIZE).min(self.pages.run_in_slot(first));
         let mut done = 0;
         let mut error = None;
         while done < pages {
-            let at = usize::try_from(done * PAGE).unwrap_or(usize::MAX);
-            let page = source.get_mut(at..).and_then(|rest| rest.first_chunk_mut::<{ PAGE as usize }>());
-            if let Err(why) = self.update_page(context, page_type, first + done * PAGE, page, mem) {
+            let at = usize::try_from(done * PAGE_SIZE).unwrap_or(usize::MAX);
+            let page = source.get_mut(at..).and_then(|rest| rest.first_chunk_mut::<{ PAGE_SIZE as usize }>());
+            if let Err(why) = self.update_page(context, page_type, first + done * PAGE_SIZE, page, mem) {
                 error = Some(why);
                 break;
             }
@@ -271,9 +271,9 @@ impl VmModel {
             return Err(error);
         }
         args.gfn_start += done;
-        args.len -= done * PAGE;
+        args.len -= done * PAGE_SIZE;
         if page_type != PageType::Zero {
-            args.uaddr = args.uaddr.wrapping_add(done * PAGE);
+            args.uaddr = args.uaddr.wrapping_add(done * PAGE_SIZE);
         }
         Ok(())
     }
@@ -296,7 +296,7 @@ impl VmModel {
         }
         // Private by attribute, and not populated before.
         self.pages.launchable(gpa).map_err(|_| hidden)?;
-        let mut page = [0; PAGE as usize];
+        let mut page = [0; PAGE_SIZE as usize];
         let source = match (page_type, source) {
             (PageType::Zero, _) => None,
             (_, None) => return Err(hidden),

@@ -5,6 +5,9 @@ use p384::ecdsa::SigningKey;
 use p384::ecdsa::signature::Signer as _;
 use proptest::prelude::*;
 use rand_core::OsRng;
+use snp::attest::report::Report;
+use snp::identity::block::IdAuth;
+use snp::identity::block::IdBlock;
 
 use super::*;
 use crate::faults::CommandFault;
@@ -16,9 +19,6 @@ use crate::firmware::testing::platform;
 use crate::memory::testing::TestMemory;
 use crate::rmp::TwoMib;
 use crate::vm::VmConfig;
-use snp::attest::report::Report;
-use snp::identity::block::IdAuth;
-use snp::identity::block::IdBlock;
 
 const RAM: u64 = 0x40_0000;
 /// Two slots, without a gap.
@@ -55,7 +55,13 @@ fn started_with(commands: Vec<CommandFault>) -> (VmModel, TestMemory) {
 }
 
 fn update(gpa: u64, pages: u64, page_type: PageType) -> Update {
-    Update { gfn_start: gpa / PAGE, uaddr: 0x7000, len: pages * PAGE, page_type: page_type as u8, flags: 0 }
+    Update {
+        gfn_start: gpa / PAGE_SIZE,
+        uaddr: 0x7000,
+        len: pages * PAGE_SIZE,
+        page_type: page_type as u8,
+        flags: 0,
+    }
 }
 
 fn kvm(errno: Errno) -> CommandError {
@@ -130,7 +136,7 @@ fn update_refuses_bad_arguments() {
         Update { page_type: 0, ..good },
         Update { page_type: 2, ..good },
         Update { page_type: 7, ..good },
-        Update { gfn_start: RAM / PAGE, ..good },
+        Update { gfn_start: RAM / PAGE_SIZE, ..good },
         Update { gfn_start: u64::MAX, ..good },
     ];
     for mut args in bad {
@@ -181,7 +187,7 @@ fn a_vcpu_can_be_created_after_the_launch_and_is_not_measured() {
 #[test]
 fn kvm_hides_why_it_refuses_the_first_page() {
     let (vm, mem) = started();
-    vm.set_attributes(0x8000, PAGE, 0, 0).unwrap();
+    vm.set_attributes(0x8000, PAGE_SIZE, 0, 0).unwrap();
     let mut shared = update(0x8000, 1, PageType::Normal);
     assert_eq!(vm.launch_update(&mut shared, &mut [0; 4096], &mem), Err(kvm(Errno::EIO)));
     // No source bytes: a pointer to nowhere.
@@ -194,14 +200,14 @@ fn kvm_hides_why_it_refuses_the_first_page() {
 #[test]
 fn update_advances_its_arguments_and_stops_at_the_end_of_a_slot() {
     let (vm, mem) = started();
-    let mut args = update(SLOT - PAGE, 3, PageType::Normal);
+    let mut args = update(SLOT - PAGE_SIZE, 3, PageType::Normal);
     let mut source = vec![7; 3 * 4096];
     vm.launch_update(&mut args, &mut source, &mem).unwrap();
-    assert_eq!((args.gfn_start, args.uaddr, args.len), (SLOT / PAGE, 0x8000, 2 * PAGE));
+    assert_eq!((args.gfn_start, args.uaddr, args.len), (SLOT / PAGE_SIZE, 0x8000, 2 * PAGE_SIZE));
     vm.launch_update(&mut args, &mut source[4096..], &mem).unwrap();
     assert_eq!(args.len, 0);
-    assert_eq!(mem.bytes::<1>(SLOT + PAGE, View::Private), [7]);
-    assert!(vm.pages.all(SLOT - PAGE, 3 * PAGE, |s| s.usable() && s.launched()));
+    assert_eq!(mem.bytes::<1>(SLOT + PAGE_SIZE, View::Private), [7]);
+    assert!(vm.pages.all(SLOT - PAGE_SIZE, 3 * PAGE_SIZE, |s| s.usable() && s.launched()));
 }
 
 #[test]
@@ -215,11 +221,11 @@ fn zero_pages_need_no_source_and_do_not_move_uaddr() {
 #[test]
 fn a_bad_page_after_good_ones_is_partial_progress_and_then_an_error() {
     let (vm, mem) = started();
-    vm.set_attributes(0x2000, PAGE, 0, 0).unwrap();
+    vm.set_attributes(0x2000, PAGE_SIZE, 0, 0).unwrap();
     let mut args = update(0, 4, PageType::Normal);
     let mut source = vec![1; 4 * 4096];
     vm.launch_update(&mut args, &mut source, &mem).unwrap();
-    assert_eq!(args.len, 2 * PAGE);
+    assert_eq!(args.len, 2 * PAGE_SIZE);
     assert_eq!(vm.launch_update(&mut args, &mut source[8192..], &mem), Err(kvm(Errno::EIO)));
 }
 
@@ -272,16 +278,16 @@ fn attributes_must_be_known_aligned_and_not_wrap() {
     let (vm, _) = vm();
     for (address, size, attributes, flags) in [
         (0, 0, 8, 0),
-        (1, PAGE, 8, 0),
+        (1, PAGE_SIZE, 8, 0),
         (0, 100, 8, 0),
-        (!0xfff, 2 * PAGE, 8, 0),
-        (0, PAGE, 4, 0),
-        (0, PAGE, 8, 1),
+        (!0xfff, 2 * PAGE_SIZE, 8, 0),
+        (0, PAGE_SIZE, 4, 0),
+        (0, PAGE_SIZE, 8, 1),
     ] {
         assert_eq!(vm.set_attributes(address, size, attributes, flags), Err(Errno::EINVAL));
     }
     // Memory that is not there can have attributes.
-    assert_eq!(vm.set_attributes(RAM, 2 * PAGE, 8, 0).unwrap().outside_ram, 2);
+    assert_eq!(vm.set_attributes(RAM, 2 * PAGE_SIZE, 8, 0).unwrap().outside_ram, 2);
 }
 
 #[test]
@@ -299,7 +305,7 @@ fn each_step_can_be_made_to_fail() {
     assert_eq!(vm.create_vcpu(0), Err(Errno::ENOMEM));
 
     let (vm, _) = vm_with(fault(Step::SetAttributes, Injection::Errno(Errno::ENOMEM)));
-    assert_eq!(vm.set_attributes(0, PAGE, 8, 0), Err(Errno::ENOMEM));
+    assert_eq!(vm.set_attributes(0, PAGE_SIZE, 8, 0), Err(Errno::ENOMEM));
 
     let (vm, _) = started_with(fault(Step::Finish, Injection::Firmware(FwStatus::BAD_MEASUREMENT)));
     assert_eq!(vm.launch_finish(&FinishArgs::default(), &[]), Err(firmware(FwStatus::BAD_MEASUREMENT)));
@@ -319,7 +325,7 @@ fn a_signal_or_eagain_in_the_middle_of_an_update_is_partial_progress() {
         let mut args = update(0, 4, PageType::Normal);
         let mut source = vec![1; 4 * 4096];
         vm.launch_update(&mut args, &mut source, &mem).unwrap();
-        assert_eq!(args.len, 2 * PAGE);
+        assert_eq!(args.len, 2 * PAGE_SIZE);
         assert_eq!(vm.launch_update(&mut args, &mut source[8192..], &mem), Err(error));
         vm.launch_update(&mut args, &mut source[8192..], &mem).unwrap();
         assert_eq!(args.len, 0);
@@ -482,7 +488,7 @@ proptest! {
     #[test]
     fn no_arguments_panic(
         gfn in prop_oneof![any::<u64>(), 0u64..0x500],
-        len in prop_oneof![any::<u64>(), (0u64..40).prop_map(|p| p * PAGE)],
+        len in prop_oneof![any::<u64>(), (0u64..40).prop_map(|p| p * PAGE_SIZE)],
         page_type: u8,
         flags in 0u16..2,
         source in proptest::collection::vec(any::<u8>(), 0..9000),

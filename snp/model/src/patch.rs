@@ -11,6 +11,8 @@ mod kernel;
 mod stage0;
 
 pub use code::CodeMemory;
+pub use code::HANDOVER;
+pub use code::HOOK;
 pub use code::Opcode;
 pub use code::PatchError;
 pub use code::Ports;

@@ -6,16 +6,17 @@
 //! GHCB's shared buffer, and what does not fit behind it is not read. One difference: entries are copied once, where KVM reads
 //! them again for each range.
 
-use crate::exchange::Guest;
-use crate::outcome::MAP_GPA_ENCRYPTED;
-use crate::outcome::MAP_GPA_SIZE_2M;
-use crate::outcome::MapGpaRange;
-use crate::rmp::PAGE;
 use snp::ghcb::msr::PageOperation;
 use snp::ghcb::page;
 use snp::ghcb::psc;
 use snp::ghcb::psc::Entry;
 use snp::ghcb::psc::Header;
+use snp::plan::PAGE_SIZE;
+
+use crate::exchange::Guest;
+use crate::outcome::MAP_GPA_ENCRYPTED;
+use crate::outcome::MAP_GPA_SIZE_2M;
+use crate::outcome::MapGpaRange;
 
 /// A buffer that is being worked on.
 #[derive(Debug)]
@@ -103,7 +104,7 @@ impl Psc {
             };
             let size = if start.huge { MAP_GPA_SIZE_2M } else { 0 };
             return Step::Exit(MapGpaRange {
-                gpa: (start.frame + u64::from(start.done)) * PAGE,
+                gpa: (start.frame + u64::from(start.done)) * PAGE_SIZE,
                 pages,
                 attributes: encrypted | size,
             });

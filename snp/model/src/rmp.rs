@@ -17,8 +17,8 @@ use std::sync::atomic::AtomicU8;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
-/// Bytes of a small page.
-pub const PAGE: u64 = 4096;
+use snp::plan::PAGE_SIZE;
+
 /// 4 KiB pages of a 2 MiB page.
 pub const PAGES_2M: u64 = 512;
 /// Memory slots that KVM takes on x86: `KVM_USER_MEM_SLOTS`, that is `SHRT_MAX` without the three that KVM keeps for itself
@@ -314,7 +314,7 @@ impl PageStates {
     /// pages; of overlapping ranges the first one counts.
     #[must_use]
     pub fn add_ram(&self, range: Range<u64>) -> bool {
-        let (first, end) = (range.start.div_ceil(PAGE), range.end / PAGE);
+        let (first, end) = (range.start.div_ceil(PAGE_SIZE), range.end / PAGE_SIZE);
         let mut pages = Vec::new();
         pages.resize_with(usize::try_from(end.saturating_sub(first)).unwrap_or(0), AtomicU8::default);
         let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
@@ -333,7 +333,7 @@ impl PageStates {
 
     /// Pages from `gpa` to the end of its memory slot; 0 outside of RAM.
     pub(crate) fn run_in_slot(&self, gpa: u64) -> u64 {
-        self.slice(gpa / PAGE, u64::MAX).map_or(0, |slice| slice.len() as u64)
+        self.slice(gpa / PAGE_SIZE, u64::MAX).map_or(0, |slice| slice.len() as u64)
     }
 
     /// The bytes of up to `pages` pages from `frame` on that lie in one region; `None` outside of RAM.
@@ -347,7 +347,7 @@ impl PageStates {
     }
 
     fn page(&self, gpa: u64) -> Option<&AtomicU8> {
-        self.slice(gpa / PAGE, 1)?.first()
+        self.slice(gpa / PAGE_SIZE, 1)?.first()
     }
 
     /// State of the page that holds `gpa`; `None` outside of RAM.
@@ -364,7 +364,7 @@ impl PageStates {
     pub fn all(&self, gpa: u64, len: u64, test: impl Fn(PageState) -> bool) -> bool {
         let Some(last) = len.checked_sub(1).map(|last| gpa.checked_add(last)) else { return true };
         let Some(last) = last else { return false };
-        let (mut frame, end) = (gpa / PAGE, last / PAGE + 1);
+        let (mut frame, end) = (gpa / PAGE_SIZE, last / PAGE_SIZE + 1);
         while frame < end {
             let Some(slice) = self.slice(frame, end - frame) else { return false };
             if !slice.iter().all(|page| test(PageState(page.load(Relaxed)))) {
@@ -384,8 +384,8 @@ impl PageStates {
     pub fn for_each_run_in(&self, range: Range<u64>, mut f: impl FnMut(Range<u64>, PageState)) {
         for region in self.regions() {
             let end = region.first + region.pages.len() as u64;
-            let first = range.start.div_ceil(PAGE).clamp(region.first, end);
-            let last = range.end.div_ceil(PAGE).clamp(first, end);
+            let first = range.start.div_ceil(PAGE_SIZE).clamp(region.first, end);
+            let last = range.end.div_ceil(PAGE_SIZE).clamp(first, end);
             let [from, to] = [first, last].map(|frame| (frame - region.first) as usize);
             let mut frame = first;
             // Each page is looked at once: a vCPU may change it meanwhile, and a run must not be told in a state that only one of its
@@ -397,7 +397,7 @@ impl PageStates {
                 while states.next_if_eq(&state).is_some() {
                     end += 1;
                 }
-                f(frame * PAGE..end * PAGE, PageState(state));
+                f(frame * PAGE_SIZE..end * PAGE_SIZE, PageState(state));
                 frame = end;
             }
         }
@@ -407,7 +407,7 @@ impl PageStates {
     /// becomes shared loses its RMP entry. A page that becomes private is not assigned and not validated.
     pub fn set_private(&self, gpa: u64, pages: u64, private: bool) -> AttributeChange {
         let mut change = AttributeChange::default();
-        let (mut frame, mut left) = (gpa / PAGE, pages);
+        let (mut frame, mut left) = (gpa / PAGE_SIZE, pages);
         while left > 0 {
             let Some(slice) = self.slice(frame, left) else {
                 // On to the next region, or to the end of the range.
@@ -421,10 +421,10 @@ impl PageStates {
                 let old = if private { page.fetch_or(PRIVATE, Relaxed) } else { page.swap(0, Relaxed) };
                 change.changed += u64::from((old & PRIVATE != 0) != private);
                 if !private && old & VALIDATED != 0 {
-                    self.report(Finding::ToSharedWhileValidated { gpa: (frame + i) * PAGE });
+                    self.report(Finding::ToSharedWhileValidated { gpa: (frame + i) * PAGE_SIZE });
                 }
                 if !private && old & VMSA != 0 {
-                    self.report(Finding::ToSharedWhileVmsa { gpa: (frame + i) * PAGE });
+                    self.report(Finding::ToSharedWhileVmsa { gpa: (frame + i) * PAGE_SIZE });
                 }
             }
             (frame, left) = (frame + slice.len() as u64, left - slice.len() as u64);
@@ -458,8 +458,8 @@ impl PageStates {
         count(&self.counters.pvalidate_calls, 1);
         // Bit 0 of ECX and of EDX counts. Linux leaves the rest of EDX undefined: it passes a bool in DL.
         let (huge, validate) = (rcx & 1 == 1, rdx & 1 == 1);
-        let gpa = gpa & !(PAGE - 1);
-        if huge && !gpa.is_multiple_of(PAGES_2M * PAGE) {
+        let gpa = gpa & !(PAGE_SIZE - 1);
+        if huge && !gpa.is_multiple_of(PAGES_2M * PAGE_SIZE) {
             return InstructionResult::done(FAIL_INPUT);
         }
         if !c_bit {
@@ -485,7 +485,7 @@ impl PageStates {
             count(&self.counters.pvalidate_size_mismatch, 1);
             InstructionResult::done(FAIL_SIZE_MISMATCH)
         };
-        let Some(slice) = self.slice(gpa / PAGE, PAGES_2M) else { return self.not_private(gpa) };
+        let Some(slice) = self.slice(gpa / PAGE_SIZE, PAGES_2M) else { return self.not_private(gpa) };
         let first = slice.first().map_or(0, |page| page.load(Relaxed));
         if first & PRIVATE == 0 {
             return self.not_private(gpa);
@@ -513,10 +513,10 @@ impl PageStates {
     pub fn rmpadjust(&self, gpa: u64, c_bit: bool, rcx: u64, rdx: u64) -> InstructionResult {
         count(&self.counters.rmpadjust_calls, 1);
         let (target, vmsa) = (rdx as u8, rdx >> 16 & 1 != 0);
-        let gpa = gpa & !(PAGE - 1);
+        let gpa = gpa & !(PAGE_SIZE - 1);
         // Reserved bits, a VMPL that does not exist, a VMSA of 2 MiB. Of RCX bit 0 counts, as for PVALIDATE.
         let huge = rcx & 1 == 1;
-        let unaligned = !gpa.is_multiple_of(PAGES_2M * PAGE);
+        let unaligned = !gpa.is_multiple_of(PAGES_2M * PAGE_SIZE);
         if rdx >> 17 != 0 || target > 3 || (huge && (vmsa || unaligned)) {
             return InstructionResult::done(FAIL_INPUT);
         }

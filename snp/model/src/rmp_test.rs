@@ -12,7 +12,7 @@ const RAM: [Range<u64>; 2] = [0..0x40_0000, 0x1_0000_0000..0x1_0020_0000];
 fn private(two_mib: TwoMib) -> PageStates {
     let pages = PageStates::new(&RAM, two_mib);
     for range in RAM {
-        pages.set_private(range.start, (range.end - range.start) / PAGE, true);
+        pages.set_private(range.start, (range.end - range.start) / PAGE_SIZE, true);
     }
     pages
 }
@@ -142,10 +142,10 @@ fn rmpadjust_cannot_target_its_own_or_an_unknown_level() {
 #[test]
 fn an_attribute_range_may_span_ram_and_holes() {
     let pages = PageStates::new(&RAM, TwoMib::Accept);
-    let change = pages.set_private(0x3f_f000, 0x1_0000_0000 / PAGE, true);
+    let change = pages.set_private(0x3f_f000, 0x1_0000_0000 / PAGE_SIZE, true);
     // One page of the low region, and the high region up to 0x1_003f_f000.
-    assert_eq!(change.changed, 1 + 0x20_0000 / PAGE);
-    assert_eq!(change.changed + change.outside_ram, 0x1_0000_0000 / PAGE);
+    assert_eq!(change.changed, 1 + 0x20_0000 / PAGE_SIZE);
+    assert_eq!(change.changed + change.outside_ram, 0x1_0000_0000 / PAGE_SIZE);
     assert!(!pages.all_shared(0x3f_e000, 0x2000));
     assert!(pages.all_shared(0x3f_e000, 0x1000));
 }
@@ -182,7 +182,7 @@ fn of_many_vcpus_that_validate_one_page_exactly_one_changes_it() {
         for _ in 0..4 {
             scope.spawn(|| {
                 for frame in 0..1024 {
-                    if pages.pvalidate(frame * PAGE, true, 0, 1) == DONE {
+                    if pages.pvalidate(frame * PAGE_SIZE, true, 0, 1) == DONE {
                         changed.fetch_add(1, Relaxed);
                     }
                 }
@@ -199,7 +199,7 @@ fn of_many_vcpus_that_validate_one_page_exactly_one_changes_it() {
 fn sixteen_gib_are_validated_in_2m_pages_and_found_in_few_runs() {
     let pages = PageStates::new(&[0..0xc000_0000, 0x1_0000_0000..0x4_4000_0000], TwoMib::Accept);
     for range in [0..0xc000_0000, 0x1_0000_0000..0x4_4000_0000u64] {
-        pages.set_private(range.start, (range.end - range.start) / PAGE, true);
+        pages.set_private(range.start, (range.end - range.start) / PAGE_SIZE, true);
         for gpa in range.step_by(0x20_0000) {
             assert_eq!(pages.pvalidate(gpa, true, 1, 1), DONE);
         }
@@ -214,12 +214,15 @@ fn sixteen_gib_are_validated_in_2m_pages_and_found_in_few_runs() {
 fn slots_can_be_added_up_to_a_limit() {
     let pages = PageStates::new(&[], TwoMib::Accept);
     for i in 0..MAX_SLOTS as u64 {
-        assert!(pages.add_ram(i * 0x10_0000..i * 0x10_0000 + PAGE));
+        assert!(pages.add_ram(i * 0x10_0000..i * 0x10_0000 + PAGE_SIZE));
     }
     let after = MAX_SLOTS as u64 * 0x10_0000;
-    assert!(!pages.add_ram(after..after + PAGE));
+    assert!(!pages.add_ram(after..after + PAGE_SIZE));
     for i in [0, 1, 31, 32, 95, 96, MAX_SLOTS as u64 - 1] {
-        assert!(pages.state(i * 0x10_0000).is_some() && pages.state(i * 0x10_0000 + PAGE).is_none(), "{i}");
+        assert!(
+            pages.state(i * 0x10_0000).is_some() && pages.state(i * 0x10_0000 + PAGE_SIZE).is_none(),
+            "{i}"
+        );
     }
     assert!(pages.state(after).is_none());
 }

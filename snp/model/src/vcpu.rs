@@ -6,6 +6,19 @@
 //! either the guest is answered and resumes, or the monitor has to do something and answers by [`VcpuModel::complete`].
 //! The GHCB page is copied once; only the fields that KVM would write are written back, before the guest resumes.
 
+use snp::ghcb::exit::Malformed;
+use snp::ghcb::exit::guest_request;
+use snp::ghcb::exit::info1;
+use snp::ghcb::msr;
+use snp::ghcb::msr::PageOperation;
+use snp::ghcb::msr::Request;
+use snp::ghcb::msr::Response;
+use snp::ghcb::page;
+use snp::ghcb::page::Field;
+use snp::ghcb::psc;
+use snp::pages::cpuid_entry::CpuidEntry;
+use snp::plan::PAGE_SIZE;
+
 use crate::cpuid::lookup;
 use crate::errno::Errno;
 use crate::exchange::Exchange;
@@ -21,26 +34,14 @@ use crate::outcome::Outcome;
 use crate::outcome::Reply;
 use crate::psc::Psc;
 use crate::psc::Step;
-use crate::rmp::PAGE;
 use crate::vm::VmModel;
-use snp::ghcb::exit::Malformed;
-use snp::ghcb::exit::guest_request;
-use snp::ghcb::exit::info1;
-use snp::ghcb::msr;
-use snp::ghcb::msr::PageOperation;
-use snp::ghcb::msr::Request;
-use snp::ghcb::msr::Response;
-use snp::ghcb::page;
-use snp::ghcb::page::Field;
-use snp::ghcb::psc;
-use snp::pages::cpuid_entry::CpuidEntry;
 
 /// The error of an unsuccessful MSR page-state change: KVM sets the highest bit of the answer.
 const PSC_MSR_ERROR: u32 = 1 << 31;
 /// `-KVM_ENOSYS`, the answer to a hypercall that KVM does not know.
 const KVM_ENOSYS: i64 = 1000;
 /// KVM hands string I/O to the monitor in pieces of at most a page.
-const IO_PIECE: usize = PAGE as usize;
+const IO_PIECE: usize = PAGE_SIZE as usize;
 /// Offset of the type in a guest message, and the type that certificates go with.
 const MESSAGE_TYPE: usize = 0x34;
 const MESSAGE_REPORT_REQUEST: u8 = 5;
@@ -64,7 +65,7 @@ enum Pending {
 /// A guest request, its message copied.
 #[derive(Debug)]
 struct GuestRequest {
-    message: Box<[u8; PAGE as usize]>,
+    message: Box<[u8; PAGE_SIZE as usize]>,
     response: u64,
 }
 
@@ -121,7 +122,7 @@ impl VcpuModel {
     pub fn private_ghcb(&self, vm: &VmModel) -> Option<u64> {
         match Request::decode(self.ghcb_msr) {
             Request::GhcbPage { gpa } if self.registered == Some(gpa) => {
-                (!vm.pages.all_shared(gpa, PAGE)).then_some(gpa)
+                (!vm.pages.all_shared(gpa, PAGE_SIZE)).then_some(gpa)
             }
             _ => None,
         }
@@ -165,7 +166,7 @@ impl VcpuModel {
                 Response::RegisterGhcb { frame: frame ^ 1 }
             }
             Request::RegisterGhcb { frame } => {
-                self.registered = Some(frame * PAGE);
+                self.registered = Some(frame * PAGE_SIZE);
                 Response::RegisterGhcb { frame }
             }
             Request::PageStateChange { frame, operation } => return self.psc_msr(vm, frame, operation),
@@ -191,7 +192,7 @@ impl VcpuModel {
             return self.finish_psc_msr(false);
         }
         self.pending = Some(Pending::PscMsr);
-        Outcome::MapGpaRange(MapGpaRange { gpa: frame * PAGE, pages: 1, attributes: encrypted })
+        Outcome::MapGpaRange(MapGpaRange { gpa: frame * PAGE_SIZE, pages: 1, attributes: encrypted })
     }
 
     fn finish_psc_msr(&mut self, success: bool) -> Outcome {
@@ -350,7 +351,7 @@ impl VcpuModel {
             x.set(Field::ExitInfo2, guest_request::BUSY << 32);
             return x.resume(guest);
         }
-        let mut message = Box::new([0; PAGE as usize]);
+        let mut message = Box::new([0; PAGE_SIZE as usize]);
         // KVM reads the shared side of the page. Where the page is private that side is empty, and so is this message.
         if !guest.read(request, message.as_mut_slice()) && vm.pages.state(request).is_none() {
             return Outcome::RunFails(Errno::EIO);
@@ -362,7 +363,7 @@ impl VcpuModel {
         }
         let (gpa, npages) = (inputs.registers.rax, inputs.registers.rbx);
         let valid = inputs.valid.has(Field::Rax) && inputs.valid.has(Field::Rbx);
-        if !valid || !gpa.is_multiple_of(PAGE) {
+        if !valid || !gpa.is_multiple_of(PAGE_SIZE) {
             return x.refuse(guest, Malformed::InvalidInput);
         }
         if vm.certs_enabled() {

@@ -2,6 +2,8 @@
 //! Events of the GHCB page as a guest sees them: AP creation, instructions in the guest's name, guest requests, and what
 //! injected faults make of them. One test per rule.
 
+use snp::vmsa::VmsaState;
+
 use super::*;
 use crate::commands::FinishArgs;
 use crate::commands::Start;
@@ -11,7 +13,6 @@ use crate::firmware::message;
 use crate::firmware::message::Message;
 use crate::vm::ApAction;
 use crate::vm::ApCreation;
-use snp::vmsa::VmsaState;
 
 // --- AP creation
 
@@ -284,7 +285,7 @@ fn certificates_are_asked_for_and_too_few_pages_are_reported() {
 fn launched() -> (Setup, [u8; 32]) {
     let mut s = Setup::new();
     s.vm.launch_start(&Start { policy: 0x3_0000, ..Start::default() }, &mut rand_core::OsRng).unwrap();
-    let mut update = Update { gfn_start: 0x50, uaddr: 0x7000, len: PAGE, page_type: 5, flags: 0 };
+    let mut update = Update { gfn_start: 0x50, uaddr: 0x7000, len: PAGE_SIZE, page_type: 5, flags: 0 };
     s.vm.launch_update(&mut update, &mut [0; 4096], &s.mem).unwrap();
     s.vm.launch_finish(&FinishArgs::default(), &[VmsaState::reset(), VmsaState::reset()]).unwrap();
     s.vm.pages.set_private(0x8000, 3, false);

@@ -3,6 +3,9 @@
 //! and arbitrary bytes for all of it. Events that do something in the guest's name are in `vcpu_events_test.rs`.
 
 use proptest::prelude::*;
+use snp::ghcb::exit;
+use snp::ghcb::psc::Entry;
+use snp::policy::PolicyRules;
 
 use super::*;
 use crate::commands::Init2;
@@ -14,9 +17,6 @@ use crate::outcome::MAP_GPA_SIZE_2M;
 use crate::rmp::Finding;
 use crate::rmp::TwoMib;
 use crate::vm::VmConfig;
-use snp::ghcb::exit;
-use snp::ghcb::psc::Entry;
-use snp::policy::PolicyRules;
 
 #[path = "vcpu_events_test.rs"]
 mod events;
@@ -50,7 +50,7 @@ impl Setup {
         vm.init2(&Init2::default()).unwrap();
         vm.create_vcpu(0).unwrap();
         vm.create_vcpu(1).unwrap();
-        vm.pages.set_private(0, RAM / PAGE, true);
+        vm.pages.set_private(0, RAM / PAGE_SIZE, true);
         vm.pages.set_private(GHCB, 1, false);
         let mut vcpu = VcpuModel::new(&vm, vec![]);
         vcpu.write_ghcb_msr(GHCB | 0x012);
@@ -521,7 +521,7 @@ proptest! {
             let mut outcome = s.vcpu.vmgexit(&s.vm, &s.mem);
             let mut rounds = 0;
             while let Outcome::MapGpaRange(range) = outcome {
-                prop_assert!(range.pages > 0 && range.gpa % PAGE == 0 && range.attributes & !0x11 == 0);
+                prop_assert!(range.pages > 0 && range.gpa % PAGE_SIZE == 0 && range.attributes & !0x11 == 0);
                 rounds += 1;
                 prop_assert!(rounds <= psc::MAX_ENTRIES, "the buffer has no more entries");
                 outcome = s.vcpu.complete(&s.vm, &s.mem, Reply::MapGpaRange { ret: 0 });

@@ -15,6 +15,14 @@ use std::sync::atomic::AtomicU16;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
+use snp::ghcb::exit::ap_creation;
+use snp::ghcb::exit::features;
+use snp::plan::PAGE_SIZE;
+use snp::policy::PolicyRules;
+use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
+use snp::vmsa::VmsaState;
+use snp::vmsa::decode::VmsaRefusal;
+
 use crate::faults::Faults;
 use crate::firmware::Platform;
 use crate::launch::Launch;
@@ -23,17 +31,10 @@ use crate::memory::View;
 use crate::rmp::FAIL_PERMISSION;
 use crate::rmp::FAIL_SIZE_MISMATCH;
 use crate::rmp::InstructionResult;
-use crate::rmp::PAGE;
 use crate::rmp::PAGES_2M;
 use crate::rmp::PageStates;
 use crate::rmp::SUCCESS;
 use crate::rmp::TwoMib;
-use snp::ghcb::exit::ap_creation;
-use snp::ghcb::exit::features;
-use snp::policy::PolicyRules;
-use snp::vmsa::SEV_FEATURE_SNP_ACTIVE;
-use snp::vmsa::VmsaState;
-use snp::vmsa::decode::VmsaRefusal;
 
 /// Lowest GHCB protocol version that KVM tells a guest (`GHCB_VERSION_MIN`).
 const GHCB_VERSION_MIN: u16 = 1;
@@ -289,7 +290,7 @@ impl VmModel {
             _ => return (None, false),
         };
         // An unaligned page; and one where a 2 MiB page would collide with the VMSA's RMP entry (an erratum of the CPU).
-        let unusable = !vmsa_gpa.is_multiple_of(PAGE) || vmsa_gpa.is_multiple_of(PAGE * PAGES_2M);
+        let unusable = !vmsa_gpa.is_multiple_of(PAGE_SIZE) || vmsa_gpa.is_multiple_of(PAGE_SIZE * PAGES_2M);
         if action != ApAction::Stop && unusable {
             return (None, false);
         }
@@ -306,7 +307,7 @@ impl VmModel {
         if !(state.usable() && state.vmsa()) {
             return Err(VmsaLoadError::PageState { gpa, state: format!("{state:?}") });
         }
-        let mut page = [0; PAGE as usize];
+        let mut page = [0; PAGE_SIZE as usize];
         mem.read(gpa, View::Private, &mut page).map_err(|_| VmsaLoadError::OutsideRam { gpa })?;
         let vmsa = VmsaState::decode(&page)
             .and_then(|vmsa| vmsa.check_loadable().map(|()| vmsa))

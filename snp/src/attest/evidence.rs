@@ -19,6 +19,7 @@ use super::cert_table::TableError;
 use super::report::REPORT_LEN;
 use super::report::Report;
 use super::report::ReportError;
+use crate::le;
 
 /// First bytes of an envelope.
 const ENVELOPE: &[u8; 4] = b"HCLA";
@@ -146,7 +147,7 @@ fn certificates_of(table: Vec<(Kind, &[u8])>) -> Result<Vec<Cert>, EvidenceError
 
 fn word(file: &[u8], offset: usize) -> Result<u32, EvidenceError> {
     let cut = EvidenceError::Envelope { offset, reason: "expected four more bytes, found the end" };
-    file.get(offset..).and_then(<[u8]>::first_chunk).map(|bytes| u32::from_le_bytes(*bytes)).ok_or(cut)
+    le::get(file, offset).map(u32::from_le_bytes).ok_or(cut)
 }
 
 fn envelope(file: &[u8]) -> Result<Collected, EvidenceError> {

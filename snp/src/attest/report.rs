@@ -278,9 +278,13 @@ impl Report {
 
 impl fmt::Debug for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Report(version {}, policy {:#x}, measurement ", self.version(), self.policy())?;
-        self.measurement().iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
-        f.write_str(")")
+        let measurement = hex::encode(self.measurement());
+        write!(
+            f,
+            "Report(version {}, policy {:#x}, measurement {measurement})",
+            self.version(),
+            self.policy()
+        )
     }
 }
 

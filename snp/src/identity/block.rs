@@ -12,6 +12,9 @@ use super::keys::PublicKey;
 use super::keys::SIGNATURE_LEN;
 use super::keys::Signature;
 use crate::digest::LaunchDigest;
+use crate::le::array;
+use crate::le::u32_at;
+use crate::le::u64_at;
 use crate::policy::GuestPolicy;
 
 /// Length of an ID block.
@@ -77,8 +80,7 @@ pub enum IdError {
 pub enum IdMismatch {
     /// Another digest.
     #[error(
-        "the ID block is for launch digest {block}, this launch has {launch} (firmware would say BAD_MEASUREMENT, 11); \
-         `cvmm measure --diff` shows where the two launches part"
+        "the ID block is for launch digest {block}, this launch has {launch} (firmware would say BAD_MEASUREMENT, 11)"
     )]
     Digest {
         /// What the block says.
@@ -89,7 +91,7 @@ pub enum IdMismatch {
     /// Another policy.
     #[error(
         "the ID block is for guest policy {block}, this launch has {launch} (firmware would say POLICY_FAILURE, 7): \
-         launch with --policy {block}, or make a new block"
+         launch with `policy` {block}, or make a new block"
     )]
     Policy {
         /// What the block says.
@@ -137,7 +139,7 @@ impl IdBlock {
     pub fn decode(bytes: &[u8]) -> Result<Self, IdError> {
         let wrong = IdError::Length { what: "ID block", found: bytes.len(), expected: BLOCK_LEN };
         let bytes: &[u8; BLOCK_LEN] = bytes.try_into().map_err(|_| wrong)?;
-        let version = u32::from_le_bytes(array(bytes, 80));
+        let version = u32_at(bytes, 80);
         if version != BLOCK_VERSION {
             let (found, expected) = (version.into(), BLOCK_VERSION.into());
             return Err(IdError::Field { offset: 80, what: "ID block version", found, expected });
@@ -146,17 +148,13 @@ impl IdBlock {
             launch_digest: LaunchDigest(array(bytes, 0)),
             family_id: array(bytes, 48),
             image_id: array(bytes, 64),
-            guest_svn: u32::from_le_bytes(array(bytes, 84)),
-            policy: GuestPolicy(u64::from_le_bytes(array(bytes, 88))),
+            guest_svn: u32_at(bytes, 84),
+            policy: GuestPolicy(u64_at(bytes, 88)),
         })
     }
 }
 
 /// `N` bytes at `offset`; zeros beyond the end, which no caller asks for.
-fn array<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
-    bytes.get(offset..).and_then(|b| b.first_chunk()).copied().unwrap_or([0; N])
-}
-
 /// The signatures of an ID block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdAuth {
@@ -196,7 +194,7 @@ impl IdAuth {
         let wrong = IdError::Length { what: "ID auth page", found: bytes.len(), expected: AUTH_LEN };
         let page: &[u8; AUTH_LEN] = bytes.try_into().map_err(|_| wrong)?;
         let algorithm = |offset: usize, what: &'static str| {
-            let found = u32::from_le_bytes(array(page, offset));
+            let found = u32_at(page, offset);
             if found != ALGORITHM {
                 return Err(IdError::Field { offset, what, found: found.into(), expected: ALGORITHM.into() });
             }

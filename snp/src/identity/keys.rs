@@ -16,6 +16,7 @@ use sha2::Digest as _;
 use sha2::Sha384;
 
 use crate::attest::cert::printable;
+use crate::le;
 
 /// Length of a public key as the firmware takes and hashes it.
 pub const PUBLIC_KEY_LEN: usize = 1028;
@@ -74,8 +75,8 @@ fn field_error(offset: usize, what: &'static str, found: String, expected: &'sta
 
 /// The 48 bytes of a number, big-endian, from its field at `offset` in `bytes`.
 fn number(bytes: &[u8], offset: usize, what: &'static str) -> Result<[u8; NUMBER], KeyError> {
-    let field = bytes.get(offset..).and_then(|b| b.first_chunk::<FIELD>());
-    let field = field.ok_or_else(|| field_error(offset, what, "cut off".into(), "72 bytes"))?;
+    let field: [u8; FIELD] =
+        le::get(bytes, offset).ok_or_else(|| field_error(offset, what, "cut off".into(), "72 bytes"))?;
     let (low, high) = field.split_at(NUMBER);
     if high.iter().any(|b| *b != 0) {
         return Err(field_error(
@@ -156,7 +157,7 @@ impl PublicKey {
 
     /// Reads the firmware's form.
     pub fn decode(bytes: &[u8; PUBLIC_KEY_LEN]) -> Result<Self, KeyError> {
-        let curve = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        let curve = le::u32_at(bytes, 0);
         if curve != CURVE_P384 {
             return Err(field_error(0, "curve", curve.to_string(), "2 (P-384)"));
         }

@@ -296,7 +296,7 @@ impl DirectBoot<'_> {
             _ => {
                 let most = layout::HOLE_START.min(self.kernel.initrd_addr_max().saturating_add(1));
                 let advice = match end < most && floor.saturating_add(len) <= most {
-                    true => " or more --memory",
+                    true => " or more `memory`",
                     false => {
                         ". More memory does not help: the kernel, or the device gap, leaves no more room for it"
                     }

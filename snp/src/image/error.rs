@@ -11,15 +11,15 @@ use crate::stage0::TooMany;
 /// Most vCPUs of an image: their ids are xAPIC ids, of which 255 is the broadcast address.
 pub const VCPUS_MAX: u32 = 255;
 
-/// Why there is no image. Messages begin with the option that has to change.
+/// Why there is no image. Messages begin with the field of the request that has to change, and have fields in backticks.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ImageError {
     /// The kernel file is no good.
-    #[error("--kernel: {0}")]
+    #[error("`kernel`: {0}")]
     Kernel(#[from] KernelError),
     /// Memory size that is not possible.
     #[error(
-        "--memory: {found} bytes; give a multiple of 4 KiB from {min_mib} MiB to {max_mib} MiB",
+        "`memory`: {found} bytes; give a multiple of 4 KiB from {min_mib} MiB to {max_mib} MiB",
         min_mib = layout::MEMORY_MIN >> 20,
         max_mib = .max >> 20
     )]
@@ -30,10 +30,10 @@ pub enum ImageError {
         max: u64,
     },
     /// vCPU count that is not possible.
-    #[error("--cpus: {0}; give 1 to {VCPUS_MAX}")]
+    #[error("`cpus`: {0}; give 1 to {VCPUS_MAX}")]
     Vcpus(u32),
     /// The command line does not fit.
-    #[error("--cmdline: {found} bytes, but this kernel takes at most {max}; shorten it")]
+    #[error("`cmdline`: {found} bytes, but this kernel takes at most {max}; shorten it")]
     CmdlineLength {
         /// Its length in bytes.
         found: usize,
@@ -41,11 +41,11 @@ pub enum ImageError {
         max: u32,
     },
     /// The kernel would stop reading at a zero byte.
-    #[error("--cmdline: contains a zero byte at offset {0}; remove it")]
+    #[error("`cmdline`: contains a zero byte at offset {0}; remove it")]
     CmdlineNul(usize),
     /// The kernel does not fit.
     #[error(
-        "--memory: the kernel works in addresses {start:#x} to {end:#x}, but RAM below the device gap ends at {top:#x}; \
+        "`memory`: the kernel works in addresses {start:#x} to {end:#x}, but RAM below the device gap ends at {top:#x}; \
          give more memory"
     )]
     KernelFit {
@@ -58,7 +58,7 @@ pub enum ImageError {
     },
     /// The initrd does not fit between the kernel and the end of low RAM.
     #[error(
-        "--initrd: {len} bytes do not fit between the kernel's end {start:#x} and {end:#x}; \
+        "`initrd`: {len} bytes do not fit between the kernel's end {start:#x} and {end:#x}; \
          give a smaller initrd{advice}"
     )]
     InitrdFit {
@@ -72,7 +72,7 @@ pub enum ImageError {
         advice: &'static str,
     },
     /// An empty initrd is a mistake.
-    #[error("--initrd: the file is empty; leave the option out or give an initrd")]
+    #[error("`initrd`: the file is empty; leave the option out or give an initrd")]
     InitrdEmpty,
     /// C-bit that no table entry or plan can have.
     #[error("C-bit {c_bit}: the CPUID table says {table:?}; expected the same position, from 32 to 51")]
@@ -87,8 +87,8 @@ pub enum ImageError {
     Cpuid(#[from] CpuidError),
     /// There is no room to hand the files over.
     #[error(
-        "--memory: no room for a second copy of {name} ({len} bytes), which stage0 needs until it has checked it; \
-         give more memory or a smaller --initrd"
+        "`memory`: no room for a second copy of {name} ({len} bytes), which stage0 needs until it has checked it; \
+         give more memory or a smaller `initrd`"
     )]
     StagingFit {
         /// What does not fit.
@@ -97,17 +97,17 @@ pub enum ImageError {
         len: u64,
     },
     /// An ELF kernel with more parts than the inputs page takes.
-    #[error("--kernel: {0}; use the bzImage of this kernel")]
+    #[error("`kernel`: {0}; use the bzImage of this kernel")]
     TooMany(#[from] TooMany),
     /// Lazy acceptance with a kernel that cannot do it.
     #[error(
-        "--accept lazy: this kernel does not know unaccepted memory (Linux before 6.6, or built without it); \
-         use --accept auto or eager"
+        "`accept` lazy: this kernel does not know unaccepted memory (Linux before 6.6, or built without it); \
+         use `accept` auto or eager"
     )]
     NotLazy,
     /// More memory than stage0's table of unaccepted memory has bits for.
     #[error(
-        "--accept lazy: {0} bytes of --memory, but the kernel can be told of {max} bytes at most; use --accept auto or eager",
+        "`accept` lazy: {0} bytes of `memory`, but the kernel can be told of {max} bytes at most; use `accept` auto or eager",
         max = lazy::MEMORY_MAX
     )]
     LazyMemory(u64),

@@ -5,6 +5,8 @@
 //! ends 32 bytes before the end of the file and is read backwards: each entry is its data, then its whole length (u16),
 //! then its GUID. The file is hostile input: every offset and length comes from it, and nothing is believed unchecked.
 
+use crate::le;
+
 /// Bytes between the table's end and the file's end.
 const TABLE_END_FROM_FILE_END: usize = 32;
 /// Most sections of SEV metadata: edk2's firmware has about ten.
@@ -111,10 +113,6 @@ pub struct GuidTable {
     pub sections: Vec<Section>,
 }
 
-fn u32_at(data: &[u8], offset: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*data.get(offset..)?.first_chunk()?))
-}
-
 /// Fills `slot` from an entry at `offset` with `len` bytes of data, once.
 fn once<T>(
     slot: &mut Option<T>,
@@ -180,7 +178,9 @@ impl GuidTable {
         let mut end = footer;
         while end > start {
             let (guid, data, len) = entry_before(file, start, end)?;
-            let word = |i: usize| (len >= i * 4 + 4).then(|| u32_at(file, data + i * 4)).flatten();
+            let word = |i: usize| {
+                (len >= i * 4 + 4).then(|| le::get(file, data + i * 4)).flatten().map(u32::from_le_bytes)
+            };
             match guid {
                 SEV_METADATA => once(&mut metadata, data, "SEV metadata", len, word(0))?,
                 SEV_ES_RESET_BLOCK => once(&mut table.reset_eip, data, "SEV-ES reset block", len, word(0))?,
@@ -207,7 +207,7 @@ fn sections(file: &[u8], from_end: u32) -> Result<Vec<Section>, TableError> {
         found: from_end.into(),
         expected: format!("16 to {}", file.len()),
     })?;
-    let word = |i: usize| u32_at(file, start + i * 4).unwrap_or_default();
+    let word = |i: usize| le::u32_at(file, start + i * 4);
     let signature: [u8; 4] = word(0).to_le_bytes();
     if signature != *b"ASEV" {
         return Err(TableError::Signature { offset: start, found: signature });
@@ -229,7 +229,7 @@ fn sections(file: &[u8], from_end: u32) -> Result<Vec<Section>, TableError> {
     }
     let section = |i: usize| {
         let offset = start + 16 + i * 12;
-        let word = |i: usize| u32_at(file, offset + i * 4).unwrap_or_default();
+        let word = |i: usize| le::u32_at(file, offset + i * 4);
         Section { offset, gpa: word(0), size: word(1), kind: word(2) }
     };
     Ok((0..count as usize).map(section).collect())

@@ -43,7 +43,7 @@ pub enum RegionError {
     },
     /// Too many pieces.
     #[error(
-        "pages lie in more than {EXTRA_MAX} places outside of RAM, the last at {gpa:#x}; give more --memory"
+        "pages lie in more than {EXTRA_MAX} places outside of RAM, the last at {gpa:#x}; give more `memory`"
     )]
     Scattered {
         /// Where the last one is.

@@ -52,7 +52,7 @@ impl Shim {
              copy has this SHA-384.\n",
         );
         for (item, name) in self.inputs.items.iter().zip(&self.names) {
-            let hash: String = item.hash.iter().map(|byte| format!("{byte:02x}")).collect();
+            let hash = hex::encode(item.hash);
             text.push_str(&format!("  {:#012x} {:>10} bytes  {name:<28} {hash}\n", item.target, item.len));
         }
         let pages = |ranges: &[Range<u64>]| ranges.iter().map(|r| (r.end - r.start) >> 20).sum::<u64>();

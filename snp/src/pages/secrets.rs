@@ -4,6 +4,7 @@
 //! SEV-SNP Firmware ABI 1.58, section 8.17.2.5, and Linux `struct snp_secrets_page`. On hardware the firmware writes it; the
 //! software model builds the same page here. The guest owns the OS area and may write anything there.
 
+use crate::le;
 use crate::plan::PAGE_SIZE;
 
 /// Version of the layout without SVSM fields filled in.
@@ -50,14 +51,10 @@ impl SecretsPage {
 
     /// Reads a page back. Total: every page is some secrets page.
     pub fn decode(page: &[u8; PAGE_SIZE as usize]) -> SecretsPage {
-        let word = |offset: usize| {
-            u32::from_le_bytes([page[offset], page[offset + 1], page[offset + 2], page[offset + 3]])
-        };
-        let mut gosvw = [0; 16];
-        gosvw.copy_from_slice(&page[0x10..0x20]);
+        let word = |offset| le::u32_at(page, offset);
         let mut vmpck = [[0; 32]; VMPCK_COUNT];
         vmpck.as_flattened_mut().copy_from_slice(&page[VMPCK..OS_AREA]);
-        SecretsPage { version: word(0), flags: word(4), fms: word(8), gosvw, vmpck }
+        SecretsPage { version: word(0), flags: word(4), fms: word(8), gosvw: le::array(page, 0x10), vmpck }
     }
 }
 

@@ -8,6 +8,7 @@
 use super::EFER_SVME;
 use super::Segment;
 use super::VmsaState;
+use crate::le;
 use crate::plan::page::PAGE_SIZE;
 
 /// Why a VMSA cannot be loaded.
@@ -43,9 +44,9 @@ const VMPL: usize = 0xca;
 impl VmsaState {
     /// Reads `page`. Fails if it holds state that this type does not have, or values with which no vCPU can run.
     pub fn decode(page: &[u8; PAGE_SIZE as usize]) -> Result<Self, VmsaRefusal> {
-        let u16_at = |at: usize| u16::from_le_bytes([page[at], page[at + 1]]);
-        let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
-        let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+        let u16_at = |at| le::u16_at(page, at);
+        let u32_at = |at| le::u32_at(page, at);
+        let u64_at = |at| le::u64_at(page, at);
         let segment = |i: usize| {
             let at = i * 16;
             Segment::new(u16_at(at), u16_at(at + 2), u32_at(at + 4), u64_at(at + 8))

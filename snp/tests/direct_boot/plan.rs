@@ -127,24 +127,24 @@ fn each_refusal_names_the_option_and_what_to_do() {
     let large = Kernel::parse(large.bytes()).unwrap();
     for (expected, error) in [
         (
-            "--memory: 1048576 bytes; give a multiple of 4 KiB from 128 MiB to",
+            "`memory`: 1048576 bytes; give a multiple of 4 KiB from 128 MiB to",
             refuse(DirectBoot { memory: MIB, ..base.clone() }),
         ),
-        ("--memory: 134217729 bytes", refuse(DirectBoot { memory: 128 * MIB + 1, ..base.clone() })),
-        ("--memory: 18446744073709551615 bytes", refuse(DirectBoot { memory: u64::MAX, ..base.clone() })),
-        ("--cpus: 0; give 1 to 255", refuse(DirectBoot { vcpus: 0, ..base.clone() })),
-        ("--cpus: 10000; give 1 to 255", refuse(DirectBoot { vcpus: 10_000, ..base.clone() })),
+        ("`memory`: 134217729 bytes", refuse(DirectBoot { memory: 128 * MIB + 1, ..base.clone() })),
+        ("`memory`: 18446744073709551615 bytes", refuse(DirectBoot { memory: u64::MAX, ..base.clone() })),
+        ("`cpus`: 0; give 1 to 255", refuse(DirectBoot { vcpus: 0, ..base.clone() })),
+        ("`cpus`: 10000; give 1 to 255", refuse(DirectBoot { vcpus: 10_000, ..base.clone() })),
         (
-            "--cmdline: 2048 bytes, but this kernel takes at most 2047",
+            "`cmdline`: 2048 bytes, but this kernel takes at most 2047",
             refuse(DirectBoot { cmdline: &long, ..base.clone() }),
         ),
         (
-            "--cmdline: contains a zero byte at offset 1",
+            "`cmdline`: contains a zero byte at offset 1",
             refuse(DirectBoot { cmdline: "a\0b", ..base.clone() }),
         ),
-        ("--initrd: the file is empty", refuse(DirectBoot { initrd: Some(Arc::default()), ..base.clone() })),
+        ("`initrd`: the file is empty", refuse(DirectBoot { initrd: Some(Arc::default()), ..base.clone() })),
         (
-            "--initrd: 134217728 bytes do not fit",
+            "`initrd`: 134217728 bytes do not fit",
             refuse(DirectBoot {
                 initrd: Some(Arc::new(vec![0; 128 << 20])),
                 memory: 128 * MIB,
@@ -152,7 +152,7 @@ fn each_refusal_names_the_option_and_what_to_do() {
             }),
         ),
         (
-            "--memory: the kernel works in addresses 0x1000000 to 0xc1000000, but RAM below the device gap ends at 0xc0000000",
+            "`memory`: the kernel works in addresses 0x1000000 to 0xc1000000, but RAM below the device gap ends at 0xc0000000",
             refuse(DirectBoot { kernel: &large, memory: 8 * GIB, ..base.clone() }),
         ),
         ("C-bit 47: the CPUID table says Some(51)", refuse(DirectBoot { guest: other_c_bit, ..base })),
@@ -183,7 +183,7 @@ fn the_longest_command_line_and_the_largest_initrd_fit() {
     );
     let error = DirectBoot { initrd: initrd(room + 1), ..base.clone() }.image().unwrap_err();
     assert!(matches!(error, ImageError::InitrdFit { .. }), "{error}");
-    assert!(error.to_string().ends_with("give a smaller initrd or more --memory"), "{error}");
+    assert!(error.to_string().ends_with("give a smaller initrd or more `memory`"), "{error}");
     // The kernel takes it below 2 GiB only, however much memory there is.
     for memory in [128 * MIB, 8 << 30] {
         let error = DirectBoot { initrd: Some(Arc::new(vec![0; 2 << 30])), memory, ..base.clone() };

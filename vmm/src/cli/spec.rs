@@ -32,6 +32,14 @@ fn option(field: &str) -> String {
     format!("--{}", name.unwrap_or_else(|| last.replace('_', "-")))
 }
 
+/// Fields that libraries name in their messages, in backticks.
+const NAMED: [&str; 7] = ["accept", "cmdline", "cpus", "initrd", "kernel", "memory", "policy"];
+
+/// A library's message as the user of the command line reads it: with options where it names fields.
+pub(super) fn with_options(message: &str) -> String {
+    NAMED.iter().fold(message.to_owned(), |text, field| text.replace(&format!("`{field}`"), &option(field)))
+}
+
 impl From<SpecError> for Failure {
     fn from(error: SpecError) -> Self {
         let option =
@@ -65,4 +73,20 @@ pub fn read(path: &Path) -> Result<VmSpec, Failure> {
 pub fn print(spec: &VmSpec) -> Result<u8, Failure> {
     std::io::stdout().write_all(spec.to_json().as_bytes()).map_err(Failure::monitor)?;
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use snp::image::error::ImageError;
+
+    #[test]
+    fn the_user_reads_options_where_a_library_names_fields() {
+        let told = |error: ImageError| with_options(&error.to_string());
+        assert_eq!(told(ImageError::Vcpus(0)), "--cpus: 0; give 1 to 255");
+        let lazy = told(ImageError::LazyMemory(1 << 50));
+        assert!(lazy.starts_with("--accept lazy: 1125899906842624 bytes of --memory, but"), "{lazy}");
+        assert!(lazy.ends_with("use --accept auto or eager"), "{lazy}");
+        assert_eq!(with_options("`objcopy` of `Memory`"), "`objcopy` of `Memory`");
+    }
 }

@@ -75,10 +75,19 @@ pub(super) fn identity(
     }
     if let Some((block, auth)) = &image.identity {
         auth.check(block, measured.digest(), policy)
-            .map_err(|e| PrepareError::Request(format!("the ID block in the IGVM file: {e}")))?;
+            .map_err(|e| PrepareError::Request(format!("the ID block in the IGVM file: {}", told(&e))))?;
         image.notes.push("the launch uses the ID block in the IGVM file".into());
     }
     Ok(image.identity.clone())
+}
+
+/// What does not match.
+fn told(mismatch: &IdMismatch) -> String {
+    let more = match mismatch {
+        IdMismatch::Digest { .. } => "; `cvmm measure --diff` shows where the two launches part",
+        _ => "",
+    };
+    format!("{mismatch}{more}")
 }
 
 /// Finds out what the firmware would answer, before anything is launched; a digest that differs is explained.
@@ -95,7 +104,7 @@ fn check(
         Ok(()) => return Ok((block, auth)),
         Err(mismatch) => mismatch,
     };
-    let mut message = mismatch.to_string();
+    let mut message = told(&mismatch);
     if let (IdMismatch::Digest { .. }, Some(path)) = (&mismatch, &files.reference) {
         const FIELD: &str = "snp.id_block.reference";
         let text = read(FIELD, path, events)?;

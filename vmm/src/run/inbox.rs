@@ -18,7 +18,6 @@ use super::signals::SignalThread;
 use crate::events::Events;
 use crate::run::arrival::Arrival;
 use crate::run::error::MonitorError;
-use crate::run::event::Event;
 use crate::threads::spawn;
 
 /// How long the monitor waits for something without saying so.
@@ -65,7 +64,7 @@ impl Inbox {
     }
 
     /// Waits for the next event.
-    pub(crate) fn next(&self) -> Result<Event, MonitorError> {
+    pub(crate) fn next(&self) -> Result<Arrival, MonitorError> {
         // There is always a sender: our own.
         self.receiver
             .recv()

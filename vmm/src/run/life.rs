@@ -139,7 +139,12 @@ pub(crate) fn boot(
                 cpuid: &guest.cpuid,
             };
             if let Some(diff) = launch::launch_snp(prepared, &snp.options)? {
-                host.events.note(diff.accepted_note(snp.options.host_cpuid.as_ref()));
+                match diff.is_made_up(snp.options.host_cpuid.as_ref()) {
+                    true => host.events.note(diff.lost_note()),
+                    false => host.events.warn(format_args!(
+                        "--accept-cpuid: launched with the firmware's CPUID values:\n{diff}"
+                    )),
+                }
             }
         }
     }

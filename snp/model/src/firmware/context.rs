@@ -8,16 +8,17 @@
 use rand_core::CryptoRngCore;
 use sha2::Digest as _;
 use sha2::Sha384;
+use snp::digest::LaunchDigest;
+use snp::digest::VMSA_GPA;
+use snp::firmware_status::FwStatus;
+use snp::plan::PAGE_SIZE;
+use snp::plan::PageType;
 use zeroize::Zeroizing;
 
 use crate::firmware::FIRMWARE_VERSION;
 use crate::firmware::Platform;
 use crate::firmware::cpuid_page;
 use crate::firmware::identity::Identity;
-use snp::digest::LaunchDigest;
-use snp::digest::VMSA_GPA;
-use snp::firmware_status::FwStatus;
-use snp::plan::PageType;
 
 /// Highest bit that a policy may have: 25, `PAGE_SWAP_DISABLE`.
 const POLICY_KNOWN: u64 = (1 << 26) - 1;
@@ -37,7 +38,7 @@ const SECRETS_VERSION: u32 = 3;
 const SECRETS_FMS: u32 = 0x00a0_0f11;
 
 /// A page of guest memory.
-pub type Page = [u8; 4096];
+pub type Page = [u8; PAGE_SIZE as usize];
 
 /// How far a guest is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

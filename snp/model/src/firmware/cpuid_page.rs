@@ -11,6 +11,9 @@
 
 mod rules;
 
+use snp::le;
+use snp::plan::PAGE_SIZE;
+
 use crate::cpuid::CpuidRegisters;
 use crate::firmware::product::Processor;
 
@@ -21,7 +24,6 @@ pub const ENTRIES: usize = 16;
 /// Length of an entry.
 pub const ENTRY_LEN: usize = 48;
 
-const PAGE: usize = 4096;
 /// Leaves that are looked at (`CPUID_STD_RANGE`, `CPUID_EXT_RANGE`). Others, those of hypervisors among them, may say anything.
 const RANGES: [std::ops::RangeInclusive<u32>; 2] = [0..=0xffff, 0x8000_0000..=0x8000_ffff];
 
@@ -40,8 +42,8 @@ pub struct Entry {
 impl Entry {
     /// Reads an entry.
     pub fn decode(bytes: &[u8; ENTRY_LEN]) -> Self {
-        let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+        let u32_at = |at| le::u32_at(bytes, at);
+        let u64_at = |at| le::u64_at(bytes, at);
         Entry {
             function: u32_at(0),
             index: u32_at(4),
@@ -72,8 +74,8 @@ impl Entry {
 ///
 /// A page with a wrong header comes back as it is. So does the reserved word of an entry, which alone gets a page refused. What
 /// lies behind the last entry is not looked at, and a leaf may be there twice.
-pub fn check(page: &mut [u8; PAGE], processor: &Processor, c_bit: u8) -> bool {
-    let count = u32::from_le_bytes([page[0], page[1], page[2], page[3]]) as usize;
+pub fn check(page: &mut [u8; PAGE_SIZE as usize], processor: &Processor, c_bit: u8) -> bool {
+    let count = le::u32_at(page, 0) as usize;
     if count > MAX_ENTRIES || page[4..ENTRIES].iter().any(|byte| *byte != 0) {
         return false;
     }

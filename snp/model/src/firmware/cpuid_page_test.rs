@@ -2,12 +2,12 @@
 //! The check of CPUID pages, rule by rule of AMD's published firmware (AMD-ASPFW, `cpuid_lookup.c` and `cpuid_lookup.h`).
 
 use proptest::prelude::*;
-
-use super::*;
 use snp::attest::tcb::Product;
 
-fn page(entries: &[Entry]) -> [u8; PAGE] {
-    let mut page = [0; PAGE];
+use super::*;
+
+fn page(entries: &[Entry]) -> [u8; PAGE_SIZE as usize] {
+    let mut page = [0; PAGE_SIZE as usize];
     page[..4].copy_from_slice(&(entries.len() as u32).to_le_bytes());
     for (i, entry) in entries.iter().enumerate() {
         page[ENTRIES + i * ENTRY_LEN..][..ENTRY_LEN].copy_from_slice(&entry.encode());
@@ -320,8 +320,8 @@ proptest! {
     }
 
     #[test]
-    fn any_page_is_checked(bytes in proptest::collection::vec(any::<u8>(), PAGE), count in 0u32..70, c_bit in 0u8..64) {
-        let mut p: [u8; PAGE] = bytes.try_into().unwrap();
+    fn any_page_is_checked(bytes in proptest::collection::vec(any::<u8>(), PAGE_SIZE as usize), count in 0u32..70, c_bit in 0u8..64) {
+        let mut p: [u8; PAGE_SIZE as usize] = bytes.try_into().unwrap();
         p[..4].copy_from_slice(&count.to_le_bytes());
         check(&mut p, &genoa(), c_bit);
     }

@@ -11,15 +11,17 @@ use p384::ecdsa::VerifyingKey;
 use p384::ecdsa::signature::Verifier as _;
 use sha2::Digest as _;
 use sha2::Sha384;
-
-use crate::firmware::identity::Identity;
 use snp::digest::LaunchDigest;
 use snp::firmware_status::FwStatus;
+use snp::le::u32_at;
+use snp::plan::PAGE_SIZE;
+
+use crate::firmware::identity::Identity;
 
 /// Length of an ID block.
 pub const BLOCK_LEN: usize = 96;
 /// Length of an ID authentication page.
-pub const AUTH_LEN: usize = 4096;
+pub const AUTH_LEN: usize = PAGE_SIZE as usize;
 /// Length of a public key structure.
 pub const KEY_LEN: usize = 1028;
 /// Length of a signature field.
@@ -48,10 +50,6 @@ mod auth {
     pub const ID_KEY: Range<usize> = 576..576 + super::KEY_LEN;
     pub const ID_KEY_SIGNATURE: usize = 1664;
     pub const AUTHOR_KEY: Range<usize> = 2176..2176 + super::KEY_LEN;
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
 }
 
 /// A little-endian integer of 72 bytes, as 48 big-endian ones; `None` if it is longer.

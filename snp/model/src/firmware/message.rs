@@ -11,11 +11,12 @@ use aes_gcm::KeyInit as _;
 use aes_gcm::Nonce;
 use aes_gcm::Tag;
 use aes_gcm::aead::AeadInPlace as _;
-
 use snp::firmware_status::FwStatus;
+use snp::le;
+use snp::plan::PAGE_SIZE;
 
 /// Length of the page that holds a message.
-pub const PAGE_LEN: usize = 4096;
+pub const PAGE_LEN: usize = PAGE_SIZE as usize;
 /// Length of the header; the payload follows.
 pub const HEADER_LEN: usize = 0x60;
 /// Longest payload. The page has room for more, but the specification's payload has 4000 bytes.
@@ -60,7 +61,7 @@ pub struct Header {
 
 /// Checks the fields of the header that decide how the message is opened.
 pub fn header(page: &[u8; PAGE_LEN]) -> Result<Header, FwStatus> {
-    let u16_at = |at: usize| u16::from_le_bytes([page[at], page[at + 1]]);
+    let u16_at = |at| le::u16_at(page, at);
     let payload_len = usize::from(u16_at(PAYLOAD_SIZE));
     let fits = page[ALGORITHM] == AES_256_GCM
         && page[HEADER_VERSION] == 1
@@ -70,9 +71,7 @@ pub fn header(page: &[u8; PAGE_LEN]) -> Result<Header, FwStatus> {
     if !fits {
         return Err(FwStatus::INVALID_PARAM);
     }
-    let mut sequence = [0; 8];
-    sequence.copy_from_slice(&page[SEQUENCE..SEQUENCE + 8]);
-    Ok(Header { sequence: u64::from_le_bytes(sequence), vmpck: page[VMPCK], payload_len })
+    Ok(Header { sequence: le::u64_at(page, SEQUENCE), vmpck: page[VMPCK], payload_len })
 }
 
 fn nonce(sequence: u64) -> Nonce<aes_gcm::aes::cipher::typenum::U12> {

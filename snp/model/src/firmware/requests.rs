@@ -6,6 +6,11 @@
 
 use sha2::Digest as _;
 use sha2::Sha384;
+use snp::attest::report::ReportBuilder;
+use snp::attest::report::field;
+use snp::firmware_status::FwStatus;
+use snp::le::u32_at;
+use snp::le::u64_at;
 
 use crate::faults::Faults;
 use crate::firmware::FIRMWARE_VERSION;
@@ -16,9 +21,6 @@ use crate::firmware::context::GuestContext;
 use crate::firmware::context::Page;
 use crate::firmware::message;
 use crate::firmware::message::Message;
-use snp::attest::report::ReportBuilder;
-use snp::attest::report::field;
-use snp::firmware_status::FwStatus;
 
 /// Report version: 3, with the processor's family, model and stepping.
 const REPORT_VERSION: u32 = 3;
@@ -73,15 +75,6 @@ impl GuestContext {
         }
         Ok(page)
     }
-}
-
-/// Bytes of a field of a request; requests are checked for their length first.
-fn u32_at(payload: &[u8], at: usize) -> u32 {
-    payload.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
-}
-
-fn u64_at(payload: &[u8], at: usize) -> u64 {
-    payload.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
 /// A response that says no.

@@ -1,55 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What an IGVM file needs at run time beside its measured pages: parameters that the loader fills in, shared pages, memory.
+//! What an IGVM file becomes at a launch by KVM: the plan, and parameters that the loader fills in, shared pages, memory.
 //!
 //! Parameter areas enter the guest as UNMEASURED pages, so what is written into them is the host's word and changes no
 //! digest. A parameter that this machine cannot answer is refused by name rather than left zero: the guest could not tell.
 
 use std::ops::Range;
 
-use super::Builder;
-use super::Header;
-use super::Igvm;
-use super::IgvmError;
-use super::header;
-use super::u32_at;
-use super::u64_at;
+use super::error::IgvmError;
+use super::file::Igvm;
+use super::file::Parameter;
+use super::header::kind;
 use crate::board::Board;
 use crate::board::acpi;
 use crate::board::layout;
+use crate::digest::VMSA_GPA;
 use crate::plan::Bytes;
 use crate::plan::LaunchPlan;
 use crate::plan::PAGE_SIZE;
 use crate::plan::PageType;
 use crate::plan::Record;
-
-/// Most bytes of parameters in a file: each area is held in memory, and each of its pages costs a link of the digest's chain.
-const PARAMETERS_MAX: u64 = 16 << 20;
-/// Most parameters that a file asks for: there are eleven kinds.
-const DIRECTIVES_MAX: usize = 4096;
-
-/// Most parameter areas of a file: each directive about one looks for it among all.
-const AREAS_MAX: usize = 256;
-
-/// A parameter area.
-#[derive(Clone, Debug)]
-pub(super) struct Area {
-    index: u32,
-    len: u64,
-    /// What it holds before parameters are written; empty for zeros.
-    initial: Bytes,
-    /// The record that it was inserted as.
-    record: Option<usize>,
-}
-
-/// A value that the loader writes into an area.
-#[derive(Clone, Debug)]
-pub(super) struct Parameter {
-    /// Offset of the directive in the file.
-    offset: usize,
-    kind: u32,
-    area: u32,
-    byte_offset: u32,
-}
+use crate::vmsa::CR4_MCE;
+use crate::vmsa::EFER_SVME;
+use crate::vmsa::VmsaState;
 
 /// What the loader tells the guest, and must have for it.
 #[derive(Clone, Debug)]
@@ -74,15 +46,15 @@ pub struct Loaded {
 /// The name of a parameter, as the specification has it.
 fn name(kind: u32) -> &'static str {
     match kind {
-        header::VP_COUNT => "VP_COUNT_PARAMETER",
-        header::SRAT => "SRAT",
-        header::MADT => "MADT",
-        header::MMIO_RANGES => "MMIO_RANGES",
-        header::MEMORY_MAP => "MEMORY_MAP",
-        header::COMMAND_LINE => "COMMAND_LINE",
-        header::SLIT => "SLIT",
-        header::PPTT => "PPTT",
-        header::DEVICE_TREE => "DEVICE_TREE",
+        kind::VP_COUNT => "VP_COUNT_PARAMETER",
+        kind::SRAT => "SRAT",
+        kind::MADT => "MADT",
+        kind::MMIO_RANGES => "MMIO_RANGES",
+        kind::MEMORY_MAP => "MEMORY_MAP",
+        kind::COMMAND_LINE => "COMMAND_LINE",
+        kind::SLIT => "SLIT",
+        kind::PPTT => "PPTT",
+        kind::DEVICE_TREE => "DEVICE_TREE",
         _ => "ENVIRONMENT_INFO",
     }
 }
@@ -96,22 +68,22 @@ impl Parameter {
     /// What is written, or `None` if this machine has no such thing.
     fn value(&self, facts: &Facts) -> Option<Vec<u8>> {
         match self.kind {
-            header::VP_COUNT => Some(facts.board.vcpus.to_le_bytes().to_vec()),
-            header::MADT => Some(acpi::madt(facts.board)),
-            header::MMIO_RANGES => {
+            kind::VP_COUNT => Some(facts.board.vcpus.to_le_bytes().to_vec()),
+            kind::MADT => Some(acpi::madt(facts.board)),
+            kind::MMIO_RANGES => {
                 // Room for two; the second is empty.
                 let mut value = pages(&(layout::HOLE_START..layout::HOLE_END)).concat();
                 value.resize(32, 0);
                 Some(value)
             }
-            header::MEMORY_MAP => {
+            kind::MEMORY_MAP => {
                 // Type, flags and reserved are 0: ordinary memory. An entry of no pages ends the map.
                 let entry = |range: &Range<u64>| [pages(range).concat(), vec![0; 8]].concat();
                 Some(facts.board.ram().iter().map(entry).chain([vec![0; 24]]).flatten().collect())
             }
-            header::COMMAND_LINE => Some([facts.cmdline.as_bytes(), &[0]].concat()),
+            kind::COMMAND_LINE => Some([facts.cmdline.as_bytes(), &[0]].concat()),
             // Bit 0: memory is shared until the guest accepts it. Here it is private.
-            header::ENVIRONMENT_INFO => Some(vec![0; 4]),
+            kind::ENVIRONMENT_INFO => Some(vec![0; 4]),
             _ => None,
         }
     }
@@ -141,9 +113,37 @@ impl Parameter {
 }
 
 impl Igvm {
-    /// All pages that enter the guest, measured or not; a save area is none of its memory.
-    pub fn pages(&self) -> impl Iterator<Item = &Record> {
-        self.records.iter().filter(|r| r.page_type != PageType::Vmsa).chain(&self.shared)
+    /// The plan with which KVM launches this file, if it can.
+    pub fn kvm_plan(&self) -> Result<LaunchPlan, IgvmError> {
+        let refuse = |reason: String| Err(IgvmError::Kvm(reason));
+        if let Some(reason) = self.refusals.first() {
+            return refuse(reason.clone());
+        }
+        let Some((vmsa, pages)) =
+            self.records.split_last().filter(|(last, _)| last.page_type == PageType::Vmsa)
+        else {
+            return refuse("its last page is no save area (VP_CONTEXT); KVM adds the save area last".into());
+        };
+        if let Some(other) = pages.iter().find(|record| record.page_type == PageType::Vmsa) {
+            return refuse(format!(
+                "it has a second save area, at {:#x}; KVM takes one, of the first vCPU",
+                other.gpa
+            ));
+        }
+        if vmsa.gpa != VMSA_GPA {
+            return refuse(format!("its save area is at {:#x}; KVM measures it at {VMSA_GPA:#x}", vmsa.gpa));
+        }
+        let mut page = [0; PAGE_SIZE as usize];
+        vmsa.read_page(0, &mut page);
+        let state = kvm_state(&page).map_err(IgvmError::Kvm)?;
+        let plan = LaunchPlan { records: pages.to_vec(), vcpus: vec![state] };
+        plan.check()?;
+        if !self.shared.is_empty() {
+            // A page is private or shared. One that is both would fail in the middle of the launch, without a reason.
+            let all = plan.records.iter().chain(&self.shared).cloned().collect();
+            LaunchPlan { records: all, vcpus: plan.vcpus.clone() }.check()?;
+        }
+        Ok(plan)
     }
 
     /// The file as it is launched on a machine with `facts`, if KVM and the machine can.
@@ -154,7 +154,7 @@ impl Igvm {
             let covered = memory.iter().any(|ram| ram.start <= range.start && range.end <= ram.end);
             if !covered {
                 let reason = format!(
-                    "the file requires memory at {:#x}..{:#x}, which this guest does not have; give more --memory",
+                    "the file requires memory at {:#x}..{:#x}, which this guest does not have; give more `memory`",
                     range.start, range.end
                 );
                 return Err(IgvmError::Machine { offset: *offset, reason });
@@ -175,82 +175,39 @@ impl Igvm {
     }
 }
 
-impl Builder<'_> {
-    pub(super) fn parameter_area(&mut self, header: &Header) -> Result<(), IgvmError> {
-        header.expect_len(16)?;
-        let (len, index) = (u64_at(header.body, 0), u32_at(header.body, 8));
-        let total: u64 = self.igvm.areas.iter().map(|area| area.len).sum();
-        if len == 0 || !len.is_multiple_of(PAGE_SIZE) || len > PARAMETERS_MAX - total.min(PARAMETERS_MAX) {
-            let expected = "whole pages, all areas together at most 16 MiB";
-            return Err(header.error(0, "size of a parameter area", len, expected));
-        }
-        if self.igvm.areas.len() == AREAS_MAX {
-            let expected = format!("at most {AREAS_MAX} areas");
-            return Err(header.error(8, "index of one parameter area more", index.into(), expected));
-        }
-        if self.igvm.areas.iter().any(|area| area.index == index) {
-            return Err(header.error(8, "index of a parameter area", index.into(), "a new one"));
-        }
-        let initial = match u32_at(header.body, 12) {
-            0 => Bytes::from(Vec::new()),
-            _ => self.data(header, 12, len as usize)?,
-        };
-        self.igvm.areas.push(Area { index, len, initial, record: None });
-        Ok(())
+/// The registers in a save area, or what KVM could not put into the page that it builds.
+fn kvm_state(page: &[u8; PAGE_SIZE as usize]) -> Result<VmsaState, String> {
+    let state = VmsaState::decode(page).map_err(|refusal| format!("its save area: {refusal}"))?;
+    if let Some(at) = state.encode().iter().zip(page).position(|(ours, file)| ours != file) {
+        return Err(format!(
+            "its save area sets byte {at:#x} to {:#x}, which the monitor cannot import",
+            page[at]
+        ));
     }
-
-    pub(super) fn parameter_insert(&mut self, header: &Header) -> Result<(), IgvmError> {
-        header.expect_len(16)?;
-        if u32_at(header.body, 8) & self.mask == 0 {
-            return Ok(());
-        }
-        let gpa = self.address(header, u64_at(header.body, 0))?;
-        let index = u32_at(header.body, 12);
-        let next = self.igvm.records.len();
-        let area = self.igvm.areas.iter_mut().find(|area| area.index == index);
-        let area = area.ok_or_else(|| {
-            header.error(12, "index of a parameter area", index.into(), "one that was declared before")
-        })?;
-        if area.record.is_some() {
-            let expected = "an area that is inserted once";
-            return Err(header.error(12, "index of a parameter area", index.into(), expected));
-        }
-        area.record = Some(next);
-        self.igvm.records.push(Record::empty(gpa, area.len, PageType::Unmeasured, "parameters"));
-        Ok(())
+    if state.sev_features & 2 != 0 {
+        return Err("its save area uses virtual top of memory (sev_features bit 1), KVM does not".into());
     }
-
-    pub(super) fn parameter(&mut self, header: &Header) -> Result<(), IgvmError> {
-        header.expect_len(8)?;
-        let (area, byte_offset) = (u32_at(header.body, 0), u32_at(header.body, 4));
-        if !self.igvm.areas.iter().any(|known| known.index == area) {
-            let expected = "one that was declared before";
-            return Err(header.error(0, "index of a parameter area", area.into(), expected));
-        }
-        if self.igvm.parameters.len() == DIRECTIVES_MAX {
-            let expected = format!("at most {DIRECTIVES_MAX} parameters");
-            return Err(header.error(0, "area of one parameter more", area.into(), expected));
-        }
-        self.igvm.parameters.push(Parameter {
-            offset: header.offset,
-            kind: header.kind(),
-            area,
-            byte_offset,
-        });
-        Ok(())
+    if state.sev_features & 1 == 0 {
+        return Err("its save area lacks sev_features bit 0 (SNP), which KVM sets".into());
     }
-
-    pub(super) fn required_memory(&mut self, header: &Header) -> Result<(), IgvmError> {
-        header.expect_len(24)?;
-        if u32_at(header.body, 8) & self.mask != 0 {
-            let start = self.address(header, u64_at(header.body, 0))?;
-            let len = u64::from(u32_at(header.body, 12));
-            if self.igvm.required.len() == DIRECTIVES_MAX {
-                let expected = format!("at most {DIRECTIVES_MAX} ranges");
-                return Err(header.error(0, "address of one range of required memory more", start, expected));
-            }
-            self.igvm.required.push((header.offset, start..start.saturating_add(len)));
-        }
-        Ok(())
+    if state.efer & EFER_SVME == 0 || state.cr4 & CR4_MCE == 0 {
+        return Err("its save area lacks EFER.SVME (0x1000) or CR4.MCE (0x40), which KVM sets".into());
     }
+    if state.cr0 != 0x31 && state.cr0 != 0x30 && state.cr0 & (1 << 31) == 0 {
+        return Err(format!("its save area has CR0 {:#x}, expected 0x30, 0x31 or paging", state.cr0));
+    }
+    if state.dr7 != 0x400 {
+        return Err(format!("its save area has DR7 {:#x}, KVM refuses all but 0x400", state.dr7));
+    }
+    let reset = VmsaState::reset();
+    for (name, found, kept) in
+        [("DR6", state.dr6, reset.dr6), ("MXCSR", state.mxcsr.into(), reset.mxcsr.into())]
+    {
+        if found != kept {
+            return Err(format!(
+                "its save area has {name} {found:#x}; KVM keeps its reset value {kept:#x} and has no call to set it"
+            ));
+        }
+    }
+    Ok(state)
 }

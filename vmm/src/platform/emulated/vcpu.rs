@@ -40,7 +40,6 @@ use snp_model::outcome::Outcome;
 use snp_model::outcome::Reply;
 use snp_model::patch::Opcode;
 use snp_model::rmp::InstructionResult;
-use snp_model::rmp::PAGE;
 use snp_model::rmp::PAGES_2M;
 use snp_model::rmp::SUCCESS;
 use snp_model::vcpu::VcpuModel;
@@ -60,6 +59,7 @@ use crate::platform::kvm::KvmVcpu;
 use crate::platform::kvm::MsrAccess;
 use crate::platform::kvm::decode;
 use crate::platform::kvm::msr_access;
+use crate::platform::mapping::PAGE;
 use crate::platform::registers;
 
 /// Bit of a memory fault's flags: the access was to the private side.
@@ -756,14 +756,10 @@ impl Vcpu for EmulatedVcpu {
                     }
                 }
                 Some(Told::Terminate { data }) => Exit::SystemEvent { kind: SEV_TERM, data: *data },
-                Some(Told::PrivateGhcb { gpa }) => {
-                    Exit::MemoryFault { flags: 0, gpa: *gpa, size: crate::platform::mapping::PAGE }
+                Some(Told::PrivateGhcb { gpa }) => Exit::MemoryFault { flags: 0, gpa: *gpa, size: PAGE },
+                Some(Told::Fault { gpa, .. }) => {
+                    Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: PAGE }
                 }
-                Some(Told::Fault { gpa, .. }) => Exit::MemoryFault {
-                    flags: FAULT_PRIVATE,
-                    gpa: *gpa,
-                    size: crate::platform::mapping::PAGE,
-                },
             }),
         }
     }
