@@ -4,6 +4,7 @@
 mod certs;
 mod doctor;
 mod emulated;
+mod fields;
 mod firmware;
 mod help;
 mod id_block;
@@ -130,6 +131,6 @@ pub fn main() -> ExitCode {
         }
     };
     // The terminal is back in its usual mode by now.
-    note::error(spec::with_options(&message));
+    note::error(fields::with_options(&message));
     ExitCode::from(code)
 }

@@ -112,7 +112,7 @@ pub fn platform(spec: &VmSpec, events: &Events) -> Result<Box<dyn Platform>, Pre
             platform.check_snp().map_err(PrepareError::host)?;
             if snp.certs.is_some() && platform.capabilities().req_certs != Some(1) {
                 return Err(PrepareError::Host(
-                    "--certs: this kernel's KVM does not ask the monitor for certificates (Linux 7.0 does). Without the option, \
+                    "`certs`: this kernel's KVM does not ask the monitor for certificates (Linux 7.0 does). Without it, \
                      guests get an empty table and fetch certificates themselves"
                         .into(),
                 ));
@@ -270,7 +270,7 @@ fn check_features(plan: &LaunchPlan, platform: &dyn Platform) -> Result<(), Prep
         return Ok(());
     }
     let secure_tsc = if asked & !offered & SEV_FEATURE_SECURE_TSC != 0 {
-        "; --secure-tsc needs Linux 6.18 or later and a CPU with Secure TSC (EPYC 7003 and 9004 have it), and does not work on the \
+        "; `secure_tsc` needs Linux 6.18 or later and a CPU with Secure TSC (EPYC 7003 and 9004 have it), and does not work on the \
          emulated platform"
     } else {
         ""

@@ -21,6 +21,10 @@ use test_support::monitor::BeforeLife;
 use test_support::monitor::Capture;
 use test_support::tiny::emulated_guest;
 use test_support::tiny::plain_guest;
+use vmm::events::Event;
+use vmm::events::Events;
+use vmm::events::Sink;
+use vmm::events::State;
 use vmm::machine::Machine;
 use vmm::machine::companion::Companion;
 use vmm::machine::companion::Work;
@@ -99,6 +103,32 @@ fn fifty_snp_lives_leave_nothing_behind() {
         let Some((platform, guest)) = emulated_guest(&touch_and_reset(), backing) else { return };
         fifty_lives(&platform, guest);
     }
+}
+
+/// What is told of a run, in order.
+#[derive(Clone, Default)]
+struct Told(Arc<Mutex<Vec<Event>>>);
+
+impl Sink for Told {
+    fn event(&self, event: Event) {
+        self.0.lock().unwrap().push(event);
+    }
+}
+
+#[test]
+fn whoever_asked_for_the_guest_is_told_of_each_of_its_lives() {
+    let _alone = alone();
+    let Some((platform, guest)) = plain_guest(&touch_and_reset(), 1) else { return };
+    let told = Told::default();
+    let host = Host { events: Events::to(told.clone()), ..host(&Capture::default(), Some(2), |_| Ok(())) };
+    assert_eq!(monitor::run(&platform, guest, host).unwrap(), Outcome::Rebooted);
+    let life = |life| {
+        [State::Launching { life }, State::Running { life }, State::Stopped { life }]
+            .map(Event::State)
+            .to_vec()
+    };
+    let reset = Event::Note("the guest asked for a reset: VM number 2 follows".into());
+    assert_eq!(*told.0.lock().unwrap(), [life(1), vec![reset], life(2)].concat());
 }
 
 #[test]

@@ -168,7 +168,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         out.push_str(&pcr_list(&explanation.pcrs));
     }
     for note in &measured.notes {
-        note::note(note);
+        note::events().note(note);
     }
     std::io::stdout().write_all(out.as_bytes()).map_err(Failure::monitor)?;
     Ok(0)

@@ -19,6 +19,7 @@ use rustix::event::PollFlags;
 use rustix::event::Timespec;
 use rustix::io::Errno;
 
+use super::fields::with_options;
 use crate::events::Event;
 use crate::events::Events;
 use crate::events::Sink;
@@ -49,8 +50,8 @@ struct StandardError;
 impl Sink for StandardError {
     fn event(&self, event: Event) {
         match event {
-            Event::Note(text) => note(text),
-            Event::Warning(text) => warn(text),
+            Event::Note(text) => note(with_options(&text)),
+            Event::Warning(text) => warn(with_options(&text)),
             // Whoever watches a guest sees its console.
             Event::State(_) => {}
         }

@@ -170,10 +170,10 @@ fn cause(error: &SevError) -> &'static str {
 
 fn advice(diff: &CpuidDiff) -> &'static str {
     if diff.is_acceptable() {
-        "Every change is on the list of acceptable ones; --accept-cpuid launches with the firmware's values. The CPUID page \
+        "Every change is on the list of acceptable ones; `accept_cpuid` launches with the firmware's values. The CPUID page \
          is not measured"
     } else {
-        "Not every change may be accepted, so --accept-cpuid would not help: this host's firmware and its KVM disagree \
+        "Not every change may be accepted, so `accept_cpuid` would not help: this host's firmware and its KVM disagree \
          about what guests may see"
     }
 }

@@ -93,7 +93,7 @@ impl CertFile {
         let (table, _held) = file.read()?;
         if table.len() as u64 > LINUX_GUEST_LIMIT {
             events.warn(format_args!(
-                "--certs {}: {} bytes, Linux guests have room for {LINUX_GUEST_LIMIT}",
+                "`certs` {}: {} bytes, Linux guests have room for {LINUX_GUEST_LIMIT}",
                 path.display(),
                 table.len()
             ));

@@ -153,13 +153,13 @@ pub(super) fn firmware(
         spec.cpus
     )];
     notes.push(
-        "warning: --firmware: this machine has no fw_cfg, no PCI host bridge and no variable store, which OVMF needs to get beyond its \
+        "warning: `firmware`: this machine has no fw_cfg, no PCI host bridge and no variable store, which OVMF needs to get beyond its \
          first phase: it is launched and measured, but will not boot a system"
             .into(),
     );
     if files.kernel.is_some() {
         notes.push(
-            "warning: --kernel with --firmware: its hashes are measured, but without fw_cfg the firmware cannot fetch it"
+            "warning: `kernel` with `firmware`: its hashes are measured, but without fw_cfg the firmware cannot fetch it"
                 .into(),
         );
     }
@@ -182,7 +182,7 @@ pub(super) fn igvm(
     let path: &Path = &file.image;
     if spec.cpus != 1 {
         let reason =
-            "the file has one save area, and KVM would measure one more for each further vCPU: use --cpus 1";
+            "the file has one save area, and KVM would measure one more for each further vCPU: use `cpus` 1";
         return Err(PrepareError::file(IGVM, path)(reason));
     }
     let board = Board::new(spec.memory, spec.cpus);
@@ -193,7 +193,7 @@ pub(super) fn igvm(
         cpuid: table.page().map_err(PrepareError::host)?.to_vec().into(),
     };
     let loaded = igvm.launch(&facts).map_err(PrepareError::file(IGVM, path))?;
-    let mut notes = vec![format!("pages without data are {}; choose with --zero-pages", igvm.zero_pages)];
+    let mut notes = vec![format!("pages without data are {}; choose with `zero_pages`", igvm.zero_pages)];
     if loaded.plan.vcpus.iter().any(|vcpu| vcpu.cr0 & PAGING != 0) {
         let c_bit = target.c_bit;
         notes.push(format!(

@@ -69,7 +69,7 @@ pub(super) fn identity(
             }
             image
                 .notes
-                .push("--id-block says the same as the ID block in the IGVM file; its keys are used".into());
+                .push("`id_block` says the same as the ID block in the IGVM file; its keys are used".into());
         }
         return Ok(Some(identity));
     }

@@ -142,7 +142,7 @@ pub(crate) fn boot(
                 match diff.is_made_up(snp.options.host_cpuid.as_ref()) {
                     true => host.events.note(diff.lost_note()),
                     false => host.events.warn(format_args!(
-                        "--accept-cpuid: launched with the firmware's CPUID values:\n{diff}"
+                        "`accept_cpuid`: launched with the firmware's CPUID values:\n{diff}"
                     )),
                 }
             }

@@ -42,7 +42,7 @@ pub enum VtpmError {
         status: ExitStatus,
     },
     /// A socket that somebody else serves.
-    #[error("--vtpm-socket {path}: {source}")]
+    #[error("`vtpm_socket` {path}: {source}")]
     Socket {
         /// The socket.
         path: PathBuf,
@@ -70,7 +70,7 @@ pub enum VtpmError {
     #[error("measuring the boot: {0}")]
     Command(#[from] CommandError),
     /// A TPM that forgets cannot be made.
-    #[error("--vtpm without a file: {what}: {reason}")]
+    #[error("`tpm` without a file: {what}: {reason}")]
     Fresh {
         /// What was being done.
         what: &'static str,

@@ -23,7 +23,7 @@ pub enum MeasuredError {
     Image(#[from] ImageError),
     /// No room beside the ACPI tables.
     #[error(
-        "--vtpm: the event log has {found} bytes, but there is room for {LOG_MAX}: \
+        "`tpm`: the event log has {found} bytes, but there is room for {LOG_MAX}: \
          most of it is the command line; shorten it"
     )]
     LogLength {

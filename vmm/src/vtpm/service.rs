@@ -94,7 +94,7 @@ fn spawn(options: &Options) -> Result<Started, VtpmError> {
         program: name.clone(),
         hint: match source.kind() {
             io::ErrorKind::NotFound => {
-                ": it is neither beside cvmm nor in PATH; install it, or give --vtpm-svc FILE"
+                ": it is neither beside cvmm nor in PATH; install it, or give `vtpm_svc` FILE"
             }
             _ => "",
         },

@@ -44,13 +44,13 @@ pub struct NoSnp(pub Vec<Finding>);
 
 impl fmt::Display for NoSnp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "--snp: this host cannot launch SEV-SNP guests:")?;
+        write!(f, "`snp`: this host cannot launch SEV-SNP guests:")?;
         for missing in &self.0 {
             write!(f, "\n  - {}: {}. {}", missing.what, missing.found, missing.fix)?;
         }
         write!(
             f,
-            "\n`cvmm doctor` looks for the causes. To develop and test without SNP hardware, add --platform emulated: it runs \
+            "\n`cvmm doctor` looks for the causes. To develop and test without SNP hardware, add `platform` emulated: it runs \
              the same guest on a software model, which protects nothing"
         )
     }
