@@ -9,6 +9,7 @@ pub mod implicit;
 pub mod interrupts;
 pub mod ram;
 pub mod slots;
+pub mod window;
 
 use std::io::Write;
 use std::ops::Range;
@@ -24,11 +25,13 @@ use devices::serial::Serial;
 use snp::board::Board;
 use snp::board::Power;
 use snp::board::Reset;
+use snp::board::pci;
 
 use self::dma::Dma;
 use self::interrupts::InterruptError;
 use self::interrupts::Interrupts;
 use self::slots::Slots;
+use self::window::Window;
 use crate::platform::Vm;
 
 /// What stands around a VM's vCPUs. Everything that devices need of the VM is given out here.
@@ -45,6 +48,8 @@ pub struct Machine {
     pub dma: Dma,
     /// Memory of devices in the guest.
     pub slots: Slots,
+    /// Addresses of devices that have none by custom.
+    pub addresses: Window,
     /// Interrupts of devices.
     pub interrupts: Arc<Interrupts>,
     /// The VM, for doorbells ([`Vm::register_ioevent`]).
@@ -92,6 +97,16 @@ impl Machine {
         insert(keyboard..keyboard + 1, Arc::new(Mutex::new(i8042::ResetLine)))?;
         insert(southbridge..southbridge + 1, Arc::new(Mutex::new(power::ResetControl::default())))?;
         let slots = Slots::new(vm, dma.regions());
-        Ok(Machine { pio, mmio: Bus::default(), serial, rtc, dma, slots, interrupts, vm: Arc::clone(vm) })
+        Ok(Machine {
+            pio,
+            mmio: Bus::default(),
+            serial,
+            rtc,
+            dma,
+            slots,
+            addresses: Window::new(pci::BARS),
+            interrupts,
+            vm: Arc::clone(vm),
+        })
     }
 }

@@ -114,6 +114,8 @@ fn memory_of_a_device_is_there_until_it_is_taken_away() {
         page.write(0, b"m").unwrap();
         let theirs = Arc::clone(&page);
         let console = run(platform, guest, move |machine| {
+            assert_eq!(machine.addresses.take(0x1000), Some(DOORBELL.into()));
+            assert_eq!(machine.addresses.take(0x1000), Some(MEMORY.into()));
             machine.slots.add(MEMORY.into(), &theirs)?;
             let gone = machine.slots.add(u64::from(MEMORY) + 0x1000, &theirs)?;
             Ok(machine.slots.remove(gone)?)

@@ -55,6 +55,12 @@ const AMOUNTS: &[Amount] = &[
         why: "seconds of a guest that floods, for each of four ways of not being read",
     },
     Amount {
+        variable: "CVMM_DMA_STEPS",
+        usual: "200000",
+        long: "10000000",
+        why: "accesses of a device against conversions of the same pages, strict and single",
+    },
+    Amount {
         variable: "CVMM_IMAGE_LAYOUTS",
         usual: "100",
         long: "2000",
