@@ -26,7 +26,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::mmap::MmapRegionError;
 
 /// Page size of the guest's page states.
-pub const PAGE: u64 = 4096;
+pub const PAGE: u64 = snp::plan::PAGE_SIZE;
 
 /// Memory mapped into this process, unmapped when dropped.
 #[derive(Clone, Debug)]
