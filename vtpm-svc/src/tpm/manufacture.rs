@@ -8,6 +8,29 @@
 //!
 //! TCG EK Credential Profile 2.5 (templates L-1 and L-2, NV indices, certificate fields).
 
+use x509_cert::attr::AttributeTypeAndValue;
+use x509_cert::der;
+use x509_cert::der::Encode;
+use x509_cert::der::Tag;
+use x509_cert::der::asn1::Any;
+use x509_cert::der::asn1::BitString;
+use x509_cert::der::asn1::Ia5String;
+use x509_cert::der::asn1::SetOfVec;
+use x509_cert::der::asn1::UintRef;
+use x509_cert::der::oid::ObjectIdentifier;
+use x509_cert::ext::Extension;
+use x509_cert::ext::pkix::BasicConstraints;
+use x509_cert::ext::pkix::ExtendedKeyUsage;
+use x509_cert::ext::pkix::KeyUsage;
+use x509_cert::ext::pkix::KeyUsages;
+use x509_cert::ext::pkix::SubjectAltName;
+use x509_cert::ext::pkix::name::GeneralName;
+use x509_cert::name::RdnSequence;
+use x509_cert::name::RelativeDistinguishedName;
+use x509_cert::spki::AlgorithmIdentifierOwned;
+use x509_cert::spki::SubjectPublicKeyInfoOwned;
+
+use self::certificate::extension;
 use crate::tpm::commands;
 use crate::tpm::commands::Bytes;
 use crate::tpm::commands::CommandError;
@@ -18,7 +41,6 @@ use crate::vmgs::mark::uuid_text;
 
 mod authority;
 mod certificate;
-mod der;
 mod error;
 pub mod platform_certificate;
 
@@ -48,6 +70,10 @@ const EK_POLICY: [u8; 32] = [
 const EK_ATTRIBUTES: u32 = 0x0003_00b2;
 /// fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, noDA, restricted, sign.
 const AK_ATTRIBUTES: u32 = 0x0005_0472;
+/// rsaEncryption (RFC 8017), id-ecPublicKey and prime256v1 (RFC 5480).
+const RSA_KEY: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
+const EC_KEY: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
+const P_256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
 const RSA: u16 = 0x0001;
 const ECC: u16 = 0x0023;
 const NULL: u16 = 0x0010;
@@ -71,7 +97,7 @@ fn ak() -> Vec<u8> {
 }
 
 /// `SubjectPublicKeyInfo` of the public area that was made from `template`.
-fn spki_of(template: &[u8], public: &[u8]) -> Result<Vec<u8>, ManufactureError> {
+fn spki_of(template: &[u8], public: &[u8]) -> Result<SubjectPublicKeyInfoOwned, ManufactureError> {
     let fail = ManufactureError::PublicKey;
     let number = |at: usize| Some(usize::from(*public.get(at)?) << 8 | usize::from(*public.get(at + 1)?));
     // Everything up to the unique field is as in the template.
@@ -88,9 +114,11 @@ fn spki_of(template: &[u8], public: &[u8]) -> Result<Vec<u8>, ManufactureError> 
     };
     let Some((first, next)) = field(unique) else { return Err(fail) };
     if rsa {
-        let key = der::sequence(&[&der::unsigned(first), &der::unsigned(&[1, 0, 1])]);
-        let algorithm = der::sequence(&[&der::oid(&[1, 2, 840, 113549, 1, 1, 1]), &der::tagged(5, &[])]);
-        return Ok(der::sequence(&[&algorithm, &der::bits(0, &key)]));
+        let key = vec![UintRef::new(first)?, UintRef::new(&[1, 0, 1])?].to_der()?;
+        return Ok(SubjectPublicKeyInfoOwned {
+            algorithm: AlgorithmIdentifierOwned { oid: RSA_KEY, parameters: Some(Any::null()) },
+            subject_public_key: BitString::from_bytes(&key)?,
+        });
     }
     let Some((second, _)) = field(next) else { return Err(fail) };
     if first.len() > 32 || second.len() > 32 {
@@ -100,9 +128,10 @@ fn spki_of(template: &[u8], public: &[u8]) -> Result<Vec<u8>, ManufactureError> 
     point[0] = 4;
     point[33 - first.len()..33].copy_from_slice(first);
     point[65 - second.len()..].copy_from_slice(second);
-    let algorithm =
-        der::sequence(&[&der::oid(&[1, 2, 840, 10045, 2, 1]), &der::oid(&[1, 2, 840, 10045, 3, 1, 7])]);
-    Ok(der::sequence(&[&algorithm, &der::bits(0, &point)]))
+    Ok(SubjectPublicKeyInfoOwned {
+        algorithm: AlgorithmIdentifierOwned { oid: EC_KEY, parameters: Some(Any::encode_from(&P_256)?) },
+        subject_public_key: BitString::from_bytes(&point)?,
+    })
 }
 
 /// Bytes of an RSA template's unique field, its length included.
@@ -124,25 +153,30 @@ pub struct Subject {
 
 /// The subject alternative name of a TPM's certificate: who made it, what it is, which version; and whose it is, without which
 /// a quote of one VM could be shown for another's.
-fn tpm_name(subject: Subject) -> Vec<u8> {
+fn tpm_name(subject: Subject) -> der::Result<SubjectAltName> {
     let Subject { version, vm } = subject;
-    let name = der::name(&[
-        (&[2, 23, 133, 2, 1], "id:49424D00"),
-        (&[2, 23, 133, 2, 2], "cvmm host-served vTPM"),
-        (&[2, 23, 133, 2, 3], &format!("id:{version:08X}")),
+    let part = |oid: &str, text: &str| -> der::Result<RelativeDistinguishedName> {
+        let oid = ObjectIdentifier::new(oid)?;
+        let value = Any::new(Tag::Utf8String, text.as_bytes())?;
+        Ok(RelativeDistinguishedName(SetOfVec::try_from(vec![AttributeTypeAndValue { oid, value }])?))
+    };
+    let name = RdnSequence(vec![
+        part("2.23.133.2.1", "id:49424D00")?,
+        part("2.23.133.2.2", "cvmm host-served vTPM")?,
+        part("2.23.133.2.3", &format!("id:{version:08X}"))?,
     ]);
-    // directoryName and uniformResourceIdentifier (RFC 9562, section 4).
-    let vm = format!("urn:uuid:{}", uuid_text(&vm));
-    der::sequence(&[&der::tagged(0xa4, &name), &der::tagged(0x86, vm.as_bytes())])
+    // RFC 9562, section 4.
+    let vm = Ia5String::new(&format!("urn:uuid:{}", uuid_text(&vm)))?;
+    Ok(SubjectAltName(vec![GeneralName::DirectoryName(name), GeneralName::UniformResourceIdentifier(vm)]))
 }
 
-fn extensions(subject: Subject, usage: (u8, u8), purpose: &[u32]) -> [Vec<u8>; 4] {
-    [
-        der::extension(&[2, 5, 29, 17], true, &tpm_name(subject)),
-        der::extension(&[2, 5, 29, 19], true, &der::sequence(&[])),
-        der::extension(&[2, 5, 29, 15], true, &der::bits(usage.0, &[usage.1])),
-        der::extension(&[2, 5, 29, 37], false, &der::sequence(&[&der::oid(purpose)])),
-    ]
+fn extensions(subject: Subject, usage: KeyUsages, purpose: &str) -> der::Result<[Extension; 4]> {
+    Ok([
+        extension(true, &tpm_name(subject)?)?,
+        extension(true, &BasicConstraints { ca: false, path_len_constraint: None })?,
+        extension(true, &KeyUsage(usage.into()))?,
+        extension(false, &ExtendedKeyUsage(vec![ObjectIdentifier::new(purpose)?]))?,
+    ])
 }
 
 /// Finishes a TPM that has just been manufactured and started. It must be powered off and on afterwards.
@@ -185,18 +219,17 @@ fn certify_keys(
     authority: &Authority,
     subject: Subject,
 ) -> Result<(), ManufactureError> {
-    const EK_PURPOSE: &[u32] = &[2, 23, 133, 8, 1];
-    const AK_PURPOSE: &[u32] = &[2, 23, 133, 8, 3];
-    // Key usage: unused bits and the byte. keyEncipherment, keyAgreement, digitalSignature.
+    const EK_PURPOSE: &str = "2.23.133.8.1";
+    const AK_PURPOSE: &str = "2.23.133.8.3";
     let keys = [
-        (ek_rsa(), (5, 0x20), EK_PURPOSE, place::EK_RSA_CERTIFICATE, Some(place::EK_RSA)),
-        (ek_ecc(), (3, 0x08), EK_PURPOSE, place::EK_ECC_CERTIFICATE, None),
-        (ak(), (7, 0x80), AK_PURPOSE, place::AK_CERTIFICATE, Some(place::AK)),
+        (ek_rsa(), KeyUsages::KeyEncipherment, EK_PURPOSE, place::EK_RSA_CERTIFICATE, Some(place::EK_RSA)),
+        (ek_ecc(), KeyUsages::KeyAgreement, EK_PURPOSE, place::EK_ECC_CERTIFICATE, None),
+        (ak(), KeyUsages::DigitalSignature, AK_PURPOSE, place::AK_CERTIFICATE, Some(place::AK)),
     ];
     for (template, usage, purpose, index, persistent) in keys {
         let (object, public) = commands::create_primary(tpm, handle::ENDORSEMENT, &template)?;
         let spki = spki_of(&template, &public)?;
-        let certificate = authority.issue(&der::name(&[]), &spki, &extensions(subject, usage, purpose))?;
+        let certificate = authority.issue(spki, extensions(subject, usage, purpose)?)?;
         commands::nv_store(tpm, index, &certificate)?;
         if let Some(at) = persistent {
             commands::persist(tpm, object, at)?;

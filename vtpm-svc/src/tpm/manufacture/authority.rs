@@ -14,6 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -22,17 +23,24 @@ use p384::pkcs8::DecodePrivateKey;
 use p384::pkcs8::EncodePrivateKey;
 use p384::pkcs8::LineEnding;
 use x509_cert::Certificate;
-use x509_cert::der::Decode;
 use x509_cert::der::DecodePem;
 use x509_cert::der::Encode;
 use x509_cert::der::EncodePem;
+use x509_cert::ext::Extension;
+use x509_cert::ext::pkix::AuthorityKeyIdentifier;
+use x509_cert::ext::pkix::BasicConstraints;
+use x509_cert::ext::pkix::KeyUsage;
+use x509_cert::ext::pkix::KeyUsages;
+use x509_cert::ext::pkix::SubjectKeyIdentifier;
+use x509_cert::name::Name;
+use x509_cert::spki::SubjectPublicKeyInfoOwned;
 use zeroize::Zeroizing;
 
 use super::certificate::certify;
+use super::certificate::extension;
 use super::certificate::key_id;
 use super::certificate::public_key;
 use super::certificate::random;
-use super::der;
 use super::error::ManufactureError;
 
 /// Neither file is anywhere near as large.
@@ -78,17 +86,16 @@ impl Authority {
 
     /// The authority of a key. Its name comes from the key, so that a certificate that is made again has the same one.
     fn of_key(key: SigningKey) -> Result<Self, ManufactureError> {
-        let spki = public_key(&key)?;
-        let mark: String = key_id(&spki)[..4].iter().map(|b| format!("{b:02x}")).collect();
-        let name = der::name(&[(&[2, 5, 4, 3], &format!("cvmm vTPM CA {mark}"))]);
-        let extensions = [
-            der::extension(&[2, 5, 29, 14], false, &der::octets(&key_id(&spki))),
-            der::extension(&[2, 5, 29, 19], true, &der::sequence(&[&der::boolean(true)])),
-            // keyCertSign, cRLSign
-            der::extension(&[2, 5, 29, 15], true, &der::bits(1, &[0x06])),
+        let public = public_key(&key)?;
+        let id = key_id(&public)?;
+        let mark: String = id.as_bytes()[..4].iter().map(|b| format!("{b:02x}")).collect();
+        let name = Name::from_str(&format!("CN=cvmm vTPM CA {mark}"))?;
+        let extensions = vec![
+            extension(false, &SubjectKeyIdentifier(id))?,
+            extension(true, &BasicConstraints { ca: true, path_len_constraint: None })?,
+            extension(true, &KeyUsage(KeyUsages::KeyCertSign | KeyUsages::CRLSign))?,
         ];
-        let bytes = certify(&key, &name, &name, &spki, &extensions)?;
-        let certificate = Certificate::from_der(&bytes).map_err(|_| ManufactureError::PublicKey)?;
+        let certificate = certify(&key, &name, &name, public, extensions)?;
         Ok(Self { key, certificate })
     }
 
@@ -99,27 +106,22 @@ impl Authority {
 
     /// Whether the certificate is that of the key.
     fn belongs_together(&self) -> Result<bool, ManufactureError> {
-        let certified = self.certificate.tbs_certificate.subject_public_key_info.to_der();
-        Ok(certified.map_err(|_| ManufactureError::PublicKey)? == public_key(&self.key)?)
+        Ok(self.certificate.tbs_certificate.subject_public_key_info == public_key(&self.key)?)
     }
 
     /// A certificate for a key of a TPM.
     pub(super) fn issue(
         &self,
-        subject: &[u8],
-        spki: &[u8],
-        extensions: &[Vec<u8>],
+        key: SubjectPublicKeyInfoOwned,
+        extensions: impl IntoIterator<Item = Extension>,
     ) -> Result<Vec<u8>, ManufactureError> {
-        let issuer =
-            self.certificate.tbs_certificate.subject.to_der().map_err(|_| ManufactureError::PublicKey)?;
-        let own = public_key(&self.key)?;
-        let mut all = vec![der::extension(
-            &[2, 5, 29, 35],
-            false,
-            &der::sequence(&[&der::tagged(0x80, &key_id(&own))]),
-        )];
-        all.extend_from_slice(extensions);
-        certify(&self.key, &issuer, subject, spki, &all)
+        let issuer = AuthorityKeyIdentifier {
+            key_identifier: Some(key_id(&public_key(&self.key)?)?),
+            ..AuthorityKeyIdentifier::default()
+        };
+        let extensions = std::iter::once(extension(false, &issuer)?).chain(extensions).collect();
+        let name = &self.certificate.tbs_certificate.subject;
+        Ok(certify(&self.key, name, &Name::default(), key, extensions)?.to_der()?)
     }
 }
 

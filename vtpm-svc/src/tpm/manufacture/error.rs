@@ -23,6 +23,9 @@ pub enum ManufactureError {
     /// A public area that is not what the template asked for.
     #[error("the TPM returned a public key that does not fit its template")]
     PublicKey,
+    /// A certificate that cannot be written down.
+    #[error("a certificate in DER: {0}")]
+    Der(#[from] x509_cert::der::Error),
     /// The platform certificate.
     #[error(transparent)]
     Platform(#[from] PlatformError),
