@@ -17,10 +17,8 @@ use crate::plan::LaunchPlan;
 use crate::plan::PageType;
 use crate::plan::PlanError;
 use crate::plan::Record;
+use crate::vmsa::VMSA_GPA;
 use crate::vmsa::VmsaState;
-
-/// The address at which every VMSA is measured, whatever the vCPU.
-pub const VMSA_GPA: u64 = 0xffff_ffff_f000;
 
 /// A SHA-384 launch digest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]

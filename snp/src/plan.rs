@@ -10,13 +10,12 @@
 
 pub mod bytes;
 pub mod dump;
-pub mod page;
 
 use std::borrow::Cow;
 
+pub use crate::page::PAGE_SIZE;
+pub use crate::page::PageType;
 pub use bytes::Bytes;
-pub use page::PAGE_SIZE;
-pub use page::PageType;
 
 use crate::vmsa::VmsaState;
 

@@ -8,7 +8,10 @@
 
 pub mod decode;
 
-use crate::plan::page::PAGE_SIZE;
+use crate::page::PAGE_SIZE;
+
+/// The address at which every VMSA is measured, whatever the vCPU.
+pub const VMSA_GPA: u64 = 0xffff_ffff_f000;
 
 /// A segment in VMCB form.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -20,6 +20,7 @@ use snp::attest::tcb::Product;
 use snp::policy::GuestPolicy;
 
 use crate::launch::tamper::Tamper;
+pub use crate::platform::emulated::Backing;
 
 /// Most vCPUs of a guest that is run.
 pub const VCPUS_MAX: u32 = 16;
@@ -187,17 +188,6 @@ pub struct EmulatedSpec {
     /// Say at the end what the guest did with its pages.
     #[serde(skip_serializing_if = "is_false")]
     pub statistics: bool,
-}
-
-/// What backs the two views of a page.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Backing {
-    /// One memory: fast, finds no access through the wrong view.
-    #[default]
-    Single,
-    /// One for each view: finds them, takes up to twice the memory.
-    Split,
 }
 
 /// Answer to `PVALIDATE` of 2 MiB.

@@ -36,9 +36,6 @@ pub mod kind {
     pub const EFI_PLATFORM_FIRMWARE_BLOB: u32 = 0x8000_0008;
 }
 
-/// The PCR banks that events are logged for; a TPM made by this service has no others.
-pub const BANKS: [(u16, usize); 2] = [(alg::SHA256, 32), (alg::SHA384, 48)];
-
 /// One event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
@@ -46,7 +43,7 @@ pub struct Event {
     pub pcr: u32,
     /// Event type.
     pub kind: u32,
-    /// Digest per bank, in the order of [`BANKS`].
+    /// Digest per bank, in the order of [`BANKS`](crate::tpm::commands::BANKS).
     pub digests: Vec<(u16, Vec<u8>)>,
     /// Event data.
     pub data: Vec<u8>,

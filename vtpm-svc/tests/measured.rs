@@ -73,7 +73,7 @@ fn the_tpm_holds_what_the_log_says_and_the_guest_cannot_use_the_platform_hierarc
     let events = boot(&kernel).events();
     measured::extend(&mut |c: &[u8]| client.execute(0, c).map_err(|e| e.to_string()), &events)
         .expect("extend");
-    for (bank, size) in measured::BANKS {
+    for (bank, size) in vtpm_svc::tpm::commands::BANKS {
         let expected = measured::replay(&events, bank);
         assert_eq!(expected.keys().copied().collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 6, 7, 9, 12]);
         for n in 0..16 {

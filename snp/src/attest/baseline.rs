@@ -14,9 +14,9 @@ use serde::Deserialize;
 use serde::Deserializer;
 use serde::de::Error as _;
 
-use super::cert::printable;
 use super::named::PlatformBit;
 use super::tcb::Product;
+use crate::printable::printable;
 
 /// One demand of one bulletin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -32,6 +32,7 @@ use x509_cert::spki::SubjectPublicKeyInfoOwned;
 
 use super::tcb::Product;
 use super::tcb::Tcb;
+use crate::printable::printable;
 
 /// Largest certificate or list that is read; AMD's are below 8 KiB.
 const MAX_LEN: usize = 1 << 20;
@@ -414,12 +415,6 @@ fn common_name(name: &x509_cert::name::Name) -> String {
     let attributes = name.0.iter().flat_map(|part| part.0.iter());
     let value = attributes.filter(|a| a.oid == COMMON_NAME).map(|a| a.value.value()).next();
     printable(&value.map_or_else(|| name.to_string(), |bytes| String::from_utf8_lossy(bytes).into_owned()))
-}
-
-/// The text with everything replaced that could move a terminal's cursor: certificates come from strangers, and a name must not
-/// be able to paint another verdict over ours.
-pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '\u{fffd}' }).collect()
 }
 
 /// The bytes of a signature; none if it claims unused bits in the last one, which no signature has.

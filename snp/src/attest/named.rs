@@ -159,7 +159,7 @@ impl FromStr for Version {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let error =
-            || format!("'{:.20}' is no version such as 1.55 or 1.55.38", super::cert::printable(text));
+            || format!("'{:.20}' is no version such as 1.55 or 1.55.38", crate::printable::printable(text));
         let parts: Vec<u8> =
             text.split('.').map(|part| part.parse().map_err(|_| error())).collect::<Result<_, _>>()?;
         match parts.as_slice() {
@@ -200,7 +200,7 @@ impl FromStr for Interface {
             Some([major, minor]) => Ok(Interface { major: *major, minor: *minor }),
             _ => Err(format!(
                 "'{:.20}' is no interface version such as 1.55; builds belong into minimum_firmware",
-                super::cert::printable(text)
+                crate::printable::printable(text)
             )),
         }
     }

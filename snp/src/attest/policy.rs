@@ -15,7 +15,6 @@ use serde::Deserializer;
 use serde::de::Error as _;
 
 use super::baseline::Baseline;
-use super::cert::printable;
 use super::named::Bits;
 use super::named::GuestBit;
 use super::named::Interface;
@@ -24,6 +23,7 @@ use super::named::PlatformBit;
 use super::named::Version;
 use super::tcb::Product;
 use super::tcb::Tcb;
+use crate::printable::printable;
 
 /// Largest policy or measurement set that is read.
 const MAX_LEN: u64 = 64 << 20;

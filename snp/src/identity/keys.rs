@@ -15,8 +15,8 @@ use p384::pkcs8::DecodePublicKey as _;
 use sha2::Digest as _;
 use sha2::Sha384;
 
-use crate::attest::cert::printable;
 use crate::le;
+use crate::printable::printable;
 
 /// Length of a public key as the firmware takes and hashes it.
 pub const PUBLIC_KEY_LEN: usize = 1028;

@@ -5,6 +5,7 @@
 //! ends 32 bytes before the end of the file and is read backwards: each entry is its data, then its whole length (u16),
 //! then its GUID. The file is hostile input: every offset and length comes from it, and nothing is believed unchecked.
 
+use crate::guid::Guid;
 use crate::le;
 
 /// Bytes between the table's end and the file's end.
@@ -13,18 +14,6 @@ const TABLE_END_FROM_FILE_END: usize = 32;
 const SECTIONS_MAX: u32 = 256;
 /// Length and GUID of an entry.
 const ENTRY_HEADER: usize = 18;
-
-/// A GUID in the byte order of the file: the first three groups are little-endian.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Guid(pub [u8; 16]);
-
-impl Guid {
-    /// The GUID that is written as `a-b-c-d`, the last two groups together as `d`.
-    pub const fn new(a: u32, b: u16, c: u16, d: u64) -> Self {
-        let (a, b, c, d) = (a.to_le_bytes(), b.to_le_bytes(), c.to_le_bytes(), d.to_be_bytes());
-        Guid([a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]])
-    }
-}
 
 const TABLE_FOOTER: Guid = Guid::new(0x96b5_82de, 0x1fb2, 0x45f7, 0xbaea_a366_c55a_082d);
 const SEV_METADATA: Guid = Guid::new(0xdc88_6566, 0x984a, 0x4798, 0xa75e_5585_a7bf_67cc);

@@ -8,7 +8,7 @@
 use sha2::Digest as _;
 use sha2::Sha256;
 
-use crate::image::guid_table::Guid;
+use crate::guid::Guid;
 
 const HEADER: Guid = Guid::new(0x9438_d606, 0x4f22, 0x4cc9, 0xb479_a793_d411_fd21);
 const CMDLINE: Guid = Guid::new(0x97d0_2dd8, 0xbd20, 0x4c94, 0xaa78_e771_4d36_ab2a);

@@ -18,7 +18,7 @@ use std::io::Write;
 use super::LaunchPlan;
 use super::PAGE_SIZE;
 use super::PageType;
-use crate::digest::VMSA_GPA;
+use crate::vmsa::VMSA_GPA;
 
 #[derive(serde::Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]

@@ -9,7 +9,7 @@ use super::EFER_SVME;
 use super::Segment;
 use super::VmsaState;
 use crate::le;
-use crate::plan::page::PAGE_SIZE;
+use crate::page::PAGE_SIZE;
 
 /// Why a VMSA cannot be loaded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -10,7 +10,6 @@ use std::path::PathBuf;
 
 use snp::digest::LaunchDigest;
 use snp::digest::Trace;
-use snp::digest::VMSA_GPA;
 use snp::digest::trace;
 use snp::explain::CountDigest;
 use snp::explain::Explanation;
@@ -21,9 +20,10 @@ use snp::image::vmm_type::VcpuSetup;
 use snp::image::vmm_type::VmmType;
 use snp::plan::LaunchPlan;
 use snp::plan::PageType;
-use vtpm_svc::measured::BANKS;
+use snp::vmsa::VMSA_GPA;
 use vtpm_svc::measured::Event;
 use vtpm_svc::measured::replay;
+use vtpm_svc::tpm::commands::BANKS;
 use vtpm_svc::tpm::commands::alg;
 
 use super::Failure;

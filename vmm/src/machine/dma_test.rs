@@ -20,11 +20,11 @@ use crate::launch;
 use crate::platform::Platform;
 use crate::platform::Vm;
 use crate::platform::VmKind;
+use crate::platform::emulated::Backing;
 use crate::platform::emulated::EmulatedOptions;
 use crate::platform::emulated::EmulatedPlatform;
 use crate::platform::mapping::PAGE;
 use crate::platform::scripted::ScriptedVm;
-use crate::spec::Backing;
 
 /// Where RAM is: above the first MiB, which has one memory for both sides also with split backing.
 const START: u64 = 2 << 20;

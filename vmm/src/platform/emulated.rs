@@ -27,6 +27,7 @@ use std::sync::Mutex;
 
 pub use keys::default_path as default_keys_path;
 use kvm_bindings::kvm_cpuid_entry2;
+pub use options::Backing;
 pub use options::EmulatedOptions;
 use options::POLICY_RULES;
 use options::VMSA_FEATURES;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The event log as bytes: the crypto-agile format of the TCG PC Client Platform Firmware Profile, section 10.
 
-use super::BANKS;
 use super::Event;
 use super::kind;
+use crate::tpm::commands::BANKS;
 
 const SIGNATURE: &[u8; 16] = b"Spec ID Event03\0";
 

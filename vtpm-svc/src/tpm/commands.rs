@@ -3,6 +3,9 @@
 //!
 //! All with empty passwords: they are sent while the TPM is being made or before the guest runs.
 
+/// The PCR banks that events are logged for; a TPM made by this service has no others.
+pub const BANKS: [(u16, usize); 2] = [(alg::SHA256, 32), (alg::SHA384, 48)];
+
 /// Hierarchies and permanent handles.
 pub mod handle {
     #![allow(missing_docs)]

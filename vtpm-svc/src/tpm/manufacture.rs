@@ -195,7 +195,7 @@ pub fn finish(
     if let Some(certificate) = platform_certificate {
         commands::nv_store(tpm, platform_certificate::INDEX, certificate)?;
     }
-    commands::pcr_allocate(tpm, &crate::measured::BANKS.map(|(bank, _)| bank))?;
+    commands::pcr_allocate(tpm, &commands::BANKS.map(|(bank, _)| bank))?;
     commands::shutdown_clear(tpm)?;
     Ok(())
 }

@@ -9,10 +9,10 @@ use rand_core::CryptoRngCore;
 use sha2::Digest as _;
 use sha2::Sha384;
 use snp::digest::LaunchDigest;
-use snp::digest::VMSA_GPA;
 use snp::firmware_status::FwStatus;
 use snp::plan::PAGE_SIZE;
 use snp::plan::PageType;
+use snp::vmsa::VMSA_GPA;
 use zeroize::Zeroizing;
 
 use crate::firmware::FIRMWARE_VERSION;

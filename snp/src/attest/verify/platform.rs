@@ -5,7 +5,6 @@ use super::Checks;
 use crate::attest::baseline::Baseline;
 use crate::attest::baseline::Demand;
 use crate::attest::baseline::Line;
-use crate::attest::cert::printable;
 use crate::attest::chain::Chain;
 use crate::attest::chain::kind_of;
 use crate::attest::named::Mitigations;
@@ -16,6 +15,7 @@ use crate::attest::report::Report;
 use crate::attest::report::Signer;
 use crate::attest::tcb::Product;
 use crate::attest::tcb::Tcb;
+use crate::printable::printable;
 
 /// The rules of the platform, its own first.
 pub(super) fn check(report: &Report, policy: &Policy, chain: &Chain, checks: &mut Checks) {

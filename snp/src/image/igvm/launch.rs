@@ -13,7 +13,6 @@ use super::header::kind;
 use crate::board::Board;
 use crate::board::acpi;
 use crate::board::layout;
-use crate::digest::VMSA_GPA;
 use crate::plan::Bytes;
 use crate::plan::LaunchPlan;
 use crate::plan::PAGE_SIZE;
@@ -21,6 +20,7 @@ use crate::plan::PageType;
 use crate::plan::Record;
 use crate::vmsa::CR4_MCE;
 use crate::vmsa::EFER_SVME;
+use crate::vmsa::VMSA_GPA;
 use crate::vmsa::VmsaState;
 
 /// What the loader tells the guest, and must have for it.

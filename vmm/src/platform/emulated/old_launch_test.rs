@@ -31,6 +31,7 @@ use crate::machine::dma::Dma;
 use crate::machine::ram::GuestRam;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::Vcpu;
+use crate::platform::emulated::Backing;
 use crate::platform::error::SevError;
 use crate::platform::exit::Exit;
 use crate::platform::mapping::Mapping;
@@ -38,7 +39,6 @@ use crate::platform::memory::MemorySlot;
 use crate::platform::registers;
 use crate::platform::sev::Snp as _;
 use crate::run::vcpu;
-use crate::spec::Backing;
 
 pub(super) const MEMORY: u64 = 1 << 20;
 const VMSA: u64 = 0x3000;

@@ -3,16 +3,27 @@
 
 use std::path::PathBuf;
 
+use serde::Deserialize;
+use serde::Serialize;
 use snp::attest::tcb::Product;
 use snp::policy::PolicyRules;
 use snp_model::rmp::TwoMib;
-
-use crate::spec::Backing;
 
 /// The kernel that the model stands for.
 pub const POLICY_RULES: PolicyRules = PolicyRules::LINUX_6_12;
 /// SEV features that guests may have beside SNP.
 pub const VMSA_FEATURES: u64 = 0;
+
+/// What backs the two views of a page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Backing {
+    /// One memory: fast, finds no access through the wrong view.
+    #[default]
+    Single,
+    /// One for each view: finds them, takes up to twice the memory.
+    Split,
+}
 
 /// How the platform behaves.
 #[derive(Clone, Debug)]

@@ -31,6 +31,7 @@ use snp_model::memory::OutsideRam;
 use snp_model::memory::View;
 use snp_model::rmp::PageStates;
 
+use super::options::Backing;
 use super::options::EmulatedOptions;
 use super::region::LOW_END;
 use super::region::Region;
@@ -40,7 +41,6 @@ use crate::platform::error::CallError;
 use crate::platform::kvm::KvmVm;
 use crate::platform::mapping::Mapping;
 use crate::platform::memory::MemorySlot;
-use crate::spec::Backing;
 
 /// Most memory slots at a time: each change of a page rebuilds them while the views are aliased, and KVM has 32,764. A guest that
 /// alternates shared and private pages needs one for each; Linux' decompressor needs a few.
