@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The KVM platform: every operation of the seam is the ioctl of the same name, and nothing else. What the host can do is found out
-//! beside them ([`check`], [`ask`], [`host_cpuid`]).
+//! beside them ([`check`], [`ask`], [`mod@host_cpuid`]).
 
 mod ask;
 mod check;
