@@ -381,3 +381,34 @@ fn single_no_access_to_a_private_page() {
     let Some(b) = Bench::emulated(Backing::Single, false) else { return };
     collide(&b, true);
 }
+
+/// What a copy of 16 bytes costs, by `vm-memory` alone, in a plain guest and in an SNP guest: `cargo test --release -p vmm --lib
+/// what_a_copy_costs -- --ignored --nocapture`.
+#[test]
+#[ignore = "measures, and asserts nothing"]
+fn what_a_copy_costs() {
+    fn nanoseconds(memory: &impl GuestMemory) -> (u128, u128) {
+        const TIMES: u128 = 1_000_000;
+        let mut buffer = [0; 16];
+        let mut measured = |write: bool| {
+            let once = || {
+                let begun = std::time::Instant::now();
+                for i in 0..TIMES as u64 {
+                    let address = at(i % 4096 * 16);
+                    match write {
+                        true => memory.write_slice(&buffer, address).unwrap(),
+                        false => memory.read_slice(&mut buffer, address).unwrap(),
+                    }
+                }
+                begun.elapsed().as_nanos()
+            };
+            std::iter::repeat_with(once).take(7).min().unwrap() / TIMES
+        };
+        (measured(false), measured(true))
+    }
+    let b = Bench::scripted();
+    b.share(0, PAGES);
+    println!("vm-memory: read, write {:?} ns", nanoseconds(b.ram.memory()));
+    println!("plain guest: {:?} ns", nanoseconds(&Dma::new(b.ram.clone(), None)));
+    println!("SNP guest: {:?} ns", nanoseconds(&b.dma));
+}
