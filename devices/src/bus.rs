@@ -32,7 +32,7 @@ struct Range {
     device: Shared,
 }
 
-/// Two devices at one address.
+/// Two devices at one address, or a device at none: its range is empty, or ends beyond the last address.
 #[derive(Debug, thiserror::Error)]
 #[error("two devices at {base:#x}..{end:#x}")]
 pub struct Overlap {
@@ -104,13 +104,17 @@ impl Bus {
 
 /// Adds a range in its place.
 fn place(ranges: &mut Vec<Range>, new: Range) -> Result<(), Overlap> {
-    let end = new.base.saturating_add(new.len);
+    // Guests choose addresses, also the last ones.
+    let overlap = Overlap { base: new.base, end: new.base.saturating_add(new.len) };
+    let Some(last) = new.len.checked_sub(1).and_then(|rest| new.base.checked_add(rest)) else {
+        return Err(overlap);
+    };
     let at = ranges.partition_point(|r| r.base < new.base);
-    let after_next = ranges.get(at).is_some_and(|next| next.base < end);
+    let after_next = ranges.get(at).is_some_and(|next| next.base <= last);
     let in_previous =
-        at.checked_sub(1).and_then(|i| ranges.get(i)).is_some_and(|p| p.base + p.len > new.base);
+        at.checked_sub(1).and_then(|i| ranges.get(i)).is_some_and(|p| new.base - p.base < p.len);
     if after_next || in_previous {
-        return Err(Overlap { base: new.base, end });
+        return Err(overlap);
     }
     ranges.insert(at, new);
     Ok(())
@@ -176,6 +180,29 @@ mod tests {
         assert!(bus.remove(0x12).is_some());
         assert!(!bus.read(0x12, &mut byte));
         assert!(bus.insert(0x10, 4, echo(1)).is_ok());
+    }
+
+    #[test]
+    fn the_last_addresses_are_addresses_and_what_lies_beyond_is_not() {
+        let bus = Bus::default();
+        bus.insert(u64::MAX - 3, 4, echo(1)).unwrap();
+        assert!(bus.read(u64::MAX, &mut [0]));
+        assert!(bus.insert(u64::MAX, 1, echo(1)).is_err());
+        bus.insert(0x10, 4, echo(1)).unwrap();
+        assert!(bus.relocate(0x10, u64::MAX - 2).is_err());
+        assert!(bus.remove(u64::MAX - 3).is_some());
+        assert!(bus.relocate(0x10, u64::MAX - 2).is_err());
+        assert!(bus.read(0x10, &mut [0]), "it has stayed");
+    }
+
+    /// One in the way of another would hide it: the one that begins last answers.
+    #[test]
+    fn a_device_without_addresses_has_no_place() {
+        let bus = Bus::default();
+        assert!(bus.insert(0x10, 0, echo(1)).is_err());
+        bus.insert(0x10, 4, echo(1)).unwrap();
+        assert!(bus.insert(0x12, 0, echo(1)).is_err());
+        assert!(bus.read(0x13, &mut [0]));
     }
 
     /// What a configuration space does when the guest writes a base address register.

@@ -217,6 +217,10 @@ impl Conversions {
         let end = gpa.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
         let _alone = self.busy.lock(gpa..end, Use::Conversion);
         for Part { region, offset, done, len } in self.ram.parts(gpa, len)? {
+            // Devices are kept away before the page is closed to them, and stay away if that fails half-way.
+            if private {
+                self.private.set(region, offset, len, true);
+            }
             self.vm
                 .set_memory_attributes(kvm_memory_attributes {
                     address: gpa + done,
@@ -226,10 +230,12 @@ impl Conversions {
                 })
                 .map_err(|e| e.source)?;
             // KVM's state has changed, whatever becomes of the stale side.
-            self.private.set(region, offset, len, private);
             if private {
                 self.ram.regions()[region].mapping.discard(offset, len)?;
-            } else if let Some(memfd) = self.memfds.get(region) {
+                continue;
+            }
+            self.private.set(region, offset, len, false);
+            if let Some(memfd) = self.memfds.get(region) {
                 rustix::fs::fallocate(
                     memfd,
                     FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
@@ -254,12 +260,16 @@ impl Conversions {
         if !self.apart || matches!(self.state(gpa, len), RangeState::Shared | RangeState::NotRam) {
             return Ok(());
         }
-        let end = gpa.checked_add(len).ok_or(io::ErrorKind::InvalidInput)?;
-        let _alone = self.busy.lock(gpa..end, Use::Conversion);
         for Part { region, offset, len, .. } in self.ram.parts(gpa, len)? {
-            let pages = offset / PAGE..(offset + len).div_ceil(PAGE);
-            for page in pages.filter(|page| self.private.page(region, *page) == Some(true)) {
-                self.ram.regions()[region].mapping.discard(page * PAGE, PAGE)?;
+            let known = &self.ram.regions()[region];
+            let private = |page| self.private.page(region, page) == Some(true);
+            for page in (offset / PAGE..(offset + len).div_ceil(PAGE)).filter(|page| private(*page)) {
+                // Each alone: a private page is never held for a copy, but its neighbours may be, by the caller too.
+                let start = known.gpa + page * PAGE;
+                let _alone = self.busy.lock(start..start + PAGE, Use::Conversion);
+                if private(page) {
+                    known.mapping.discard(page * PAGE, PAGE)?;
+                }
             }
         }
         Ok(())

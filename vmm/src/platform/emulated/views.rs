@@ -114,9 +114,13 @@ impl Views {
     /// Adds memory that the guest can only see as shared: KVM's slot without a guest_memfd.
     pub fn add_shared_only(&self, vm: &KvmVm, slot: MemorySlot) -> Result<(), CallError> {
         let mut slots = lock(&self.slots);
-        let shown = Slot::of(&slot);
-        self.shared_only.write().unwrap_or_else(PoisonError::into_inner).push(slot);
-        slots.insert(vm, shown)
+        let mut memory = self.shared_only.write().unwrap_or_else(PoisonError::into_inner);
+        if memory.iter().any(|known| known.slot == slot.slot) {
+            return Err(CallError::errno("KVM_SET_USER_MEMORY_REGION2 (a slot that is there)", libc::EINVAL));
+        }
+        slots.insert(vm, Slot::of(&slot))?;
+        memory.push(slot);
+        Ok(())
     }
 
     /// Takes memory away that was added by [`Views::add_shared_only`] with this slot number.
@@ -262,7 +266,7 @@ impl Views {
             return Ok(false);
         }
         let mut slots = lock(&self.slots);
-        let mut wanted = self.shared_only();
+        let mut wanted = Vec::new();
         for region in self.regions().iter() {
             states.for_each_run_in(region.range(), |run, state| {
                 let (low, high) = (run.start..run.end.min(LOW_END), run.start.max(LOW_END)..run.end);
@@ -280,6 +284,8 @@ impl Views {
                 }
             });
         }
+        // Last, so that none of RAM's slots continues one that can be taken away.
+        wanted.extend(self.shared_only());
         slots.replace(vm, &wanted, |_| false)?;
         Ok(true)
     }
@@ -415,11 +421,11 @@ impl Slot {
 
 impl Slots {
     fn insert(&mut self, vm: &KvmVm, slot: Slot) -> Result<(), CallError> {
-        let free = self.free.pop();
+        let free = self.free.last().copied();
         let number = free.unwrap_or(self.used.len());
         // SAFETY: the regions keep their mappings as long as this object, which lives as long as the VM.
         unsafe { vm.set_slot(number as u32, slot.gpa, slot.host, slot.len) }?;
-        match free.and_then(|i| self.used.get_mut(i)) {
+        match self.free.pop().and_then(|i| self.used.get_mut(i)) {
             Some(place) => *place = Some(slot),
             None => self.used.push(Some(slot)),
         }

@@ -57,6 +57,36 @@ fn too_many_slots_end_the_run_with_the_reason_and_take_nothing_away() {
     assert_eq!(slots.used.iter().flatten().count(), 10);
 }
 
+/// KVM refuses two slots at one address. What was refused is not there, and its number is free.
+#[test]
+fn memory_that_kvm_refused_is_not_remembered() {
+    let Some(vm) = kvm() else { return };
+    let options = EmulatedOptions {
+        backing: Backing::Split,
+        strict: false,
+        two_mib: snp_model::rmp::TwoMib::Accept,
+        statistics: false,
+        product: None,
+        keys: std::path::PathBuf::new(),
+    };
+    let views = Views::new(options, 51);
+    let memory = |slot, gpa| MemorySlot {
+        slot,
+        gpa,
+        shared: Arc::new(Mapping::anonymous(0x1000).unwrap()),
+        private: None,
+    };
+    views.add_shared_only(&vm, memory(1, 0x1000)).unwrap();
+    assert!(views.add_shared_only(&vm, memory(1, 0x3000)).is_err(), "the slot is there");
+    assert!(views.add_shared_only(&vm, memory(2, 0x1000)).is_err(), "other memory is there");
+    assert!(views.remove_shared_only(&vm, 2).is_err(), "it was never there");
+    views.add_shared_only(&vm, memory(2, 0x2000)).unwrap();
+    views.remove_shared_only(&vm, 1).unwrap();
+    assert!(views.add_shared_only(&vm, memory(3, 0x2000)).is_err(), "slot 2 is still there");
+    views.add_shared_only(&vm, memory(4, 0x4000)).unwrap();
+    assert_eq!(lock(&views.slots).used.len(), 2, "no number is lost");
+}
+
 /// Each run of pages in one state is a mapping of the process; the host limits them (65,530 by default).
 #[test]
 fn too_many_mappings_of_a_strict_guest_are_named_as_its_alternating_pages() {
