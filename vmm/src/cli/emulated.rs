@@ -12,10 +12,10 @@ use crate::spec::Pvalidate2m;
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Emulated platform")]
 pub struct EmulatedArgs {
-    /// One memory for both views of a page, or one for each
-    #[arg(long, value_enum, default_value = "single")]
-    backing: Backing,
-    /// Stop at the first access through the wrong view, or to memory that the guest has not validated (needs split backing)
+    /// One memory for both views of a page, or one for each [default: single; split with --strict]
+    #[arg(long, value_enum)]
+    backing: Option<Backing>,
+    /// Stop at the first access through the wrong view, or to memory that the guest has not validated
     #[arg(long)]
     strict: bool,
     /// How PVALIDATE of 2 MiB is answered
@@ -24,7 +24,7 @@ pub struct EmulatedArgs {
     /// Processor that the guest is told of, and whose firmware checks its CPUID page
     #[arg(long, value_enum, default_value = "genoa")]
     product: EmulatedProduct,
-    /// File with the platform's attestation keys, made if absent [default: ~/.local/state/cvmm/emulated-platform.pem]
+    /// File with the platform's attestation keys, made if absent [default: emulated-platform.pem in $XDG_STATE_HOME/cvmm, or in ~/.local/state/cvmm without that variable]
     #[arg(long, value_name = "FILE")]
     emulated_keys: Option<PathBuf>,
 }
@@ -33,7 +33,7 @@ impl EmulatedArgs {
     /// What these options ask for.
     pub fn spec(&self, statistics: bool) -> EmulatedSpec {
         EmulatedSpec {
-            backing: self.backing,
+            backing: self.backing.unwrap_or(if self.strict { Backing::Split } else { Backing::Single }),
             strict: self.strict,
             pvalidate_2m: self.pvalidate_2m,
             product: self.product,

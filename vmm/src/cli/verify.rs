@@ -39,6 +39,7 @@ struct Document<'a> {
 
 /// Options of `cvmm verify`.
 #[derive(clap::Args, Clone, Debug)]
+#[command(group = clap::ArgGroup::new("freshness").required(true))]
 pub struct Args {
     /// The report as the guest got it: 1184 bytes or their hexadecimal digits, also with a certificate table behind it (an extended
     /// report), or the envelope of an Azure confidential VM
@@ -55,10 +56,10 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     measurements: Vec<PathBuf>,
     /// What report_data must be, in hex, filled up with zeros to 64 bytes
-    #[arg(long, value_name = "HEX", required_unless_present = "any_nonce", value_parser = parse_nonce)]
+    #[arg(long, value_name = "HEX", group = "freshness", value_parser = parse_nonce)]
     nonce: Option<[u8; 64]>,
     /// Do not check report_data: freshness is proved in another way
-    #[arg(long, conflicts_with = "nonce")]
+    #[arg(long, group = "freshness")]
     any_nonce: bool,
     /// Revocation list of the root, DER or PEM
     #[arg(long, value_name = "FILE")]

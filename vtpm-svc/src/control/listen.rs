@@ -105,6 +105,9 @@ fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
         }
         std::fs::remove_file(path)?;
     }
+    if path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "its folder does not exist; make it first"));
+    }
     // From its first moment nobody else may connect; there is one thread yet, so the mask is nobody else's.
     let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o777 & !mode));
     let listener = UnixListener::bind(path);
