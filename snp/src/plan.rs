@@ -71,45 +71,27 @@ impl Record {
 
 /// Why a plan cannot be measured or launched.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PlanError {
     /// A record does not consist of whole pages.
     #[error(
         "{name}: address {gpa:#x} and length {len:#x} must be multiples of 4 KiB, and the length positive"
     )]
-    Unaligned {
-        /// The record.
-        name: String,
-        /// Its address.
-        gpa: u64,
-        /// Its length in bytes.
-        len: u64,
-    },
+    Unaligned { name: String, gpa: u64, len: u64 },
     /// A record reaches beyond the end of the address space, or its contents beyond the record.
     #[error("{name}: {len:#x} bytes at {gpa:#x} do not fit")]
-    TooLong {
-        /// The record.
-        name: String,
-        /// Its address.
-        gpa: u64,
-        /// Its length in bytes.
-        len: u64,
-    },
+    TooLong { name: String, gpa: u64, len: u64 },
     /// Two records share a page; the firmware accepts each page once.
     #[error("{first} and {second} both cover guest-physical address {gpa:#x}")]
     Overlap {
         /// The record that comes first in address order.
         first: String,
-        /// The other one.
         second: String,
-        /// First shared address.
         gpa: u64,
     },
     /// A VMSA page as a record: only `LAUNCH_FINISH` adds those.
     #[error("{name}: a VMSA page cannot be a record of a plan, KVM adds it when the launch finishes")]
-    VmsaRecord {
-        /// The record.
-        name: String,
-    },
+    VmsaRecord { name: String },
     /// A plan with no vCPU cannot run.
     #[error("the plan has no vCPU")]
     NoVcpu,

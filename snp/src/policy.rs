@@ -28,6 +28,7 @@ const BITS: [(u32, &str); 10] = [
 
 /// Why a policy cannot be launched.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PolicyError {
     /// Not a number.
     #[error("policy '{0}' is not a number of up to 64 bits in hexadecimal, such as 0x30000")]
@@ -37,42 +38,15 @@ pub enum PolicyError {
     NoPrefix(String),
     /// A policy that no firmware accepts.
     #[error("policy {policy:#x}: bit {bit} ({name}) must be {must}; no firmware accepts it otherwise")]
-    Reserved {
-        /// The policy asked for.
-        policy: u64,
-        /// The first offending bit.
-        bit: u32,
-        /// Its name.
-        name: &'static str,
-        /// What it has to be.
-        must: u8,
-    },
+    Reserved { policy: u64, bit: u32, name: &'static str, must: u8 },
     /// A bit that this host's KVM refuses.
     #[error(
         "policy {policy:#x}: bit {bit} ({name}) is not allowed by this host's KVM (it allows {allowed:#x})"
     )]
-    BitRefused {
-        /// The policy asked for.
-        policy: u64,
-        /// The first offending bit.
-        bit: u32,
-        /// Its name.
-        name: &'static str,
-        /// All bits that may be set.
-        allowed: u64,
-    },
+    BitRefused { policy: u64, bit: u32, name: &'static str, allowed: u64 },
     /// A bit that has to be set.
     #[error("policy {policy:#x}: bit {bit} ({name}) must be 1{why}; the default policy is 0x30000")]
-    BitRequired {
-        /// The policy asked for.
-        policy: u64,
-        /// The missing bit.
-        bit: u32,
-        /// Its name.
-        name: &'static str,
-        /// Where, if not everywhere.
-        why: &'static str,
-    },
+    BitRequired { policy: u64, bit: u32, name: &'static str, why: &'static str },
 }
 
 /// Policies that a kernel's KVM lets through: `sev.c:snp_launch_start`.

@@ -53,15 +53,11 @@ pub struct Machine {
 
 /// Why the machine could not be put together.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum MachineError {
     /// An interrupt could not be connected.
     #[error("cannot connect the interrupt of {device}: {source}")]
-    Interrupt {
-        /// Which device.
-        device: &'static str,
-        /// What failed.
-        source: InterruptError,
-    },
+    Interrupt { device: &'static str, source: InterruptError },
     /// A mistake in the table of addresses.
     #[error(transparent)]
     Overlap(#[from] Overlap),

@@ -64,55 +64,30 @@ impl KeyRequest<'_> {
 
 /// Why there is no key.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum KeyError {
     /// A file cannot be read.
     #[error("key {path}: {source}")]
-    Io {
-        /// The file or program.
-        path: PathBuf,
-        /// The operating system's answer.
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     /// Somebody else may have written it.
     #[error("key {path}: it belongs to user {owner}, and is taken only from this user or root")]
-    Foreign {
-        /// The file or program.
-        path: PathBuf,
-        /// Who owns it.
-        owner: u32,
-    },
+    Foreign { path: PathBuf, owner: u32 },
     /// Somebody else may change the program.
     #[error("key hook {path}: its mode {mode:#o} lets other users change it; run `chmod go-w {path}`")]
-    Writable {
-        /// The program.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-    },
+    Writable { path: PathBuf, mode: u32 },
     /// Others may read the file.
     #[error("key {path}: its mode {mode:#o} lets other users read it; run `chmod 600 {path}`")]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-    },
+    Exposed { path: PathBuf, mode: u32 },
     /// The contents are not a key.
     #[error("key {origin}: {found}; expected 32 bytes or 64 hexadecimal digits")]
     NotAKey {
-        /// Where it came from.
         origin: String,
         /// What was found instead, without showing it.
         found: String,
     },
     /// A passphrase that is no passphrase.
     #[error("the passphrase in {path} {why}")]
-    Passphrase {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: &'static str,
-    },
+    Passphrase { path: PathBuf, why: &'static str },
     /// Key derivation failed.
     #[error("deriving the key from the passphrase: {0}")]
     Derivation(String),
@@ -125,9 +100,7 @@ pub enum KeyError {
     /// The hook said no.
     #[error("key hook {program} failed ({status}): {message}")]
     Hook {
-        /// The program.
         program: PathBuf,
-        /// Exit status.
         status: String,
         /// What it printed on standard error, one line.
         message: String,
@@ -137,12 +110,7 @@ pub enum KeyError {
         "key hook {program} did not end within {seconds} seconds and was stopped; run it by hand with the request on its \
          standard input to see what it waits for"
     )]
-    HookSilent {
-        /// The program.
-        program: PathBuf,
-        /// How long it was waited for.
-        seconds: u64,
-    },
+    HookSilent { program: PathBuf, seconds: u64 },
     /// A key of zeros.
     #[error("the key is all zero")]
     Zero,

@@ -21,18 +21,14 @@ use rustix::fs::RenameFlags;
 
 /// Why a file did not get its place.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PlaceError {
     /// What was asked for cannot be done.
     #[error("{0}")]
     Usage(String),
     /// The operating system refused.
     #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: String,
-        /// The operating system's answer.
-        source: io::Error,
-    },
+    Io { path: String, source: io::Error },
 }
 
 fn io_at(path: &Path) -> impl FnOnce(io::Error) -> PlaceError {

@@ -87,39 +87,20 @@ pub struct ApCreation {
 
 /// Why a vCPU cannot start from a VMSA page. Hardware answers `VMEXIT_INVALID`; KVM fails the vCPU's `KVM_RUN`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum VmsaLoadError {
     /// Not RAM.
     #[error("VMSA at {gpa:#x}: not in guest RAM")]
-    OutsideRam {
-        /// Address of the VMSA.
-        gpa: u64,
-    },
+    OutsideRam { gpa: u64 },
     /// Private, validated and marked as VMSA is what the page has to be.
     #[error("VMSA at {gpa:#x}: the page is {state}, but must be private, validated and marked by RMPADJUST")]
-    PageState {
-        /// Address of the VMSA.
-        gpa: u64,
-        /// What the page is.
-        state: String,
-    },
+    PageState { gpa: u64, state: String },
     /// The vCPU's features are not the guest's.
     #[error("VMSA at {gpa:#x}: SEV features {found:#x}, but this guest has {expected:#x}")]
-    Features {
-        /// Address of the VMSA.
-        gpa: u64,
-        /// In the page.
-        found: u64,
-        /// The guest's.
-        expected: u64,
-    },
+    Features { gpa: u64, found: u64, expected: u64 },
     /// The registers cannot be loaded.
     #[error("VMSA at {gpa:#x}: {refusal}")]
-    State {
-        /// Address of the VMSA.
-        gpa: u64,
-        /// Which field, and why.
-        refusal: VmsaRefusal,
-    },
+    State { gpa: u64, refusal: VmsaRefusal },
 }
 
 /// One guest, as KVM, RMP and firmware see it. Shared by all vCPU threads.

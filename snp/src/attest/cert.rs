@@ -54,35 +54,17 @@ const CSP_ID: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.
 
 /// Why a certificate, or a signature with it, is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CertError {
     /// Neither PEM nor DER of a certificate.
     #[error("{what}: {reason}")]
-    Format {
-        /// What was expected.
-        what: &'static str,
-        /// What the decoder says.
-        reason: String,
-    },
+    Format { what: &'static str, reason: String },
     /// An extension that should say something about the chip does not.
     #[error("the certificate '{subject}' has no readable {what} (extension {oid})")]
-    Extension {
-        /// Common name of the certificate.
-        subject: String,
-        /// What the extension would say.
-        what: &'static str,
-        /// Its object identifier.
-        oid: String,
-    },
+    Extension { subject: String, what: &'static str, oid: String },
     /// A signature that does not hold.
     #[error("'{subject}' is not signed by '{issuer}': {reason}")]
-    NotSigned {
-        /// Common name of what is signed.
-        subject: String,
-        /// Common name of the supposed issuer.
-        issuer: String,
-        /// Why.
-        reason: String,
-    },
+    NotSigned { subject: String, issuer: String, reason: String },
 }
 
 /// A decoded signed structure: certificate or revocation list.

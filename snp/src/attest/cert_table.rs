@@ -64,48 +64,25 @@ impl fmt::Debug for Kind {
 
 /// Why bytes are no table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum TableError {
     /// It ends before the entry of zeros.
     #[error(
         "offset {offset:#x}: expected an entry of 24 bytes, or 24 zero bytes as the table's end; found the end"
     )]
-    NoEnd {
-        /// Where the entry should be.
-        offset: usize,
-    },
+    NoEnd { offset: usize },
     /// Too many.
     #[error("offset {offset:#x}: expected the end of the table after at most {MAX_ENTRIES} entries")]
-    TooMany {
-        /// Where the end should be.
-        offset: usize,
-    },
+    TooMany { offset: usize },
     /// An entry that points outside of the table's data.
     #[error(
         "offset {offset:#x}: the {kind} lies at {start:#x} with {len:#x} bytes; expected it between the table's end at \
          {first:#x} and the end of all at {last:#x}"
     )]
-    Outside {
-        /// Where the entry is.
-        offset: usize,
-        /// What it holds.
-        kind: Kind,
-        /// Where that should be.
-        start: u32,
-        /// And how long.
-        len: u32,
-        /// First offset that could be right.
-        first: usize,
-        /// Length of the whole.
-        last: usize,
-    },
+    Outside { offset: usize, kind: Kind, start: u32, len: u32, first: usize, last: usize },
     /// The same kind twice: which one is meant?
     #[error("offset {offset:#x}: a second {kind}; expected each kind once")]
-    Twice {
-        /// Where the entry is.
-        offset: usize,
-        /// What it holds.
-        kind: Kind,
-    },
+    Twice { offset: usize, kind: Kind },
 }
 
 /// The table of `entries`; its length says how many pages a guest has to offer.

@@ -32,6 +32,7 @@ const DATA_HEADER: usize = 0x14;
 
 /// Why bytes are no evidence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum EvidenceError {
     /// Of no form.
     #[error(
@@ -50,20 +51,10 @@ pub enum EvidenceError {
     Certificates(#[from] CertError),
     /// A certificate of a table.
     #[error("the table's {kind}: {source}")]
-    Cert {
-        /// Which one.
-        kind: Kind,
-        /// Why.
-        source: CertError,
-    },
+    Cert { kind: Kind, source: CertError },
     /// An envelope that is cut, or for something else.
     #[error("the envelope at offset {offset:#x}: {reason}")]
-    Envelope {
-        /// Where.
-        offset: usize,
-        /// What was expected.
-        reason: &'static str,
-    },
+    Envelope { offset: usize, reason: &'static str },
 }
 
 /// What a paravisor had signed along: `report_data` is its hash.

@@ -35,36 +35,20 @@ mod kind {
 
 /// Why a firmware file, or a launch with it, is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum OvmfError {
     /// The file's own structure.
     #[error(transparent)]
     Table(#[from] TableError),
     /// Not whole pages, or more than there is room for.
     #[error("the file has {len} bytes; expected a positive multiple of 4096, at most 4 GiB")]
-    Length {
-        /// Its length.
-        len: usize,
-    },
+    Length { len: usize },
     /// A section type of which nothing is known.
     #[error("offset {offset:#x}: SEV metadata section of type {kind:#x}, expected 1, 2, 3, 4 or 0x10")]
-    SectionType {
-        /// Where it is described in the file.
-        offset: usize,
-        /// The type.
-        kind: u32,
-    },
+    SectionType { offset: usize, kind: u32 },
     /// A section whose size would be measured differently by different monitors.
     #[error("offset {offset:#x}: section {name} has {size:#x} bytes, expected {expected}")]
-    SectionSize {
-        /// Where it is described in the file.
-        offset: usize,
-        /// The section.
-        name: &'static str,
-        /// Its size in bytes.
-        size: u32,
-        /// What would have been right.
-        expected: &'static str,
-    },
+    SectionSize { offset: usize, name: &'static str, size: u32, expected: &'static str },
     /// A kernel that would start unmeasured.
     #[error(
         "a kernel is given, but the firmware has no section for its hashes (SNP_KERNEL_HASHES, type 0x10), so the \
@@ -77,16 +61,7 @@ pub enum OvmfError {
         "offset {offset:#x}: the firmware reads kernel hashes at {base:#x} ({size} bytes), expected {TABLE_LEN} bytes \
          or more inside its KERNEL_HASHES section, the page at {section:#x}"
     )]
-    HashTablePlace {
-        /// Where the entry lies in the file.
-        offset: usize,
-        /// Address at which the firmware looks.
-        base: u32,
-        /// Room that it promises.
-        size: u32,
-        /// Address of the section.
-        section: u32,
-    },
+    HashTablePlace { offset: usize, base: u32, size: u32, section: u32 },
     /// The firmware does not say where it expects the hashes.
     #[error(
         "the firmware has a KERNEL_HASHES section, but no entry 7255371f-3a3b-4b04-927b-1da6efa8d454 that says where \
@@ -97,10 +72,7 @@ pub enum OvmfError {
     #[error(
         "{vcpus} vCPUs, but the firmware has no SEV-ES reset block that says where the second one starts"
     )]
-    NoResetBlock {
-        /// Number of vCPUs asked for.
-        vcpus: u32,
-    },
+    NoResetBlock { vcpus: u32 },
     /// An SVSM without a start address.
     #[error("the SVSM has no entry a789a612-0597-4c4b-a49f-cbb1fe9d1ddd that says where it starts")]
     NoSvsmEntry,
@@ -109,12 +81,7 @@ pub enum OvmfError {
         "an SVSM of {svsm:#x} bytes below a variable store of {vars:#x} bytes: expected whole pages that fit under the \
          firmware, and a start address below 4 GiB"
     )]
-    SvsmPlace {
-        /// Length of the SVSM file.
-        svsm: usize,
-        /// Length of the variable store.
-        vars: u64,
-    },
+    SvsmPlace { svsm: usize, vars: u64 },
     /// The plan as a whole.
     #[error(transparent)]
     Plan(#[from] PlanError),

@@ -91,23 +91,14 @@ fn is_snp_leaf(e: &CpuidEntry) -> bool {
 
 /// Why there is no table.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CpuidError {
     /// More leaves than the page holds.
     #[error("{count} CPUID leaves, but the CPUID page holds {MAX_ENTRIES}; the leaves are: {leaves}")]
-    TooMany {
-        /// How many there are.
-        count: usize,
-        /// All of them.
-        leaves: String,
-    },
+    TooMany { count: usize, leaves: String },
     /// A leaf without which an SNP guest does not start.
     #[error("the platform offers no CPUID leaf {leaf:#x}, which an SNP guest needs: {why}")]
-    Missing {
-        /// The leaf.
-        leaf: u32,
-        /// What for.
-        why: &'static str,
-    },
+    Missing { leaf: u32, why: &'static str },
     /// The guest's start-up check of the C-bit uses RDRAND.
     #[error("the platform does not offer RDRAND (CPUID leaf 0x1, ECX bit 30), which an SNP guest needs")]
     NoRdrand,

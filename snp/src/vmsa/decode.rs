@@ -13,27 +13,14 @@ use crate::plan::page::PAGE_SIZE;
 
 /// Why a VMSA cannot be loaded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum VmsaRefusal {
     /// A field that must have one value here.
     #[error("offset {offset:#x} ({field}) is {found:#x}, but only {expected} can be loaded")]
-    Value {
-        /// Offset in the page.
-        offset: usize,
-        /// The field's name.
-        field: &'static str,
-        /// What the page holds.
-        found: u64,
-        /// What it could hold.
-        expected: &'static str,
-    },
+    Value { offset: usize, field: &'static str, found: u64, expected: &'static str },
     /// A byte of the page that belongs to no field that can be loaded.
     #[error("offset {offset:#x} holds {found:#x}: this state cannot be loaded, it must be zero")]
-    Unsupported {
-        /// Offset in the page.
-        offset: usize,
-        /// What the page holds there.
-        found: u8,
-    },
+    Unsupported { offset: usize, found: u8 },
 }
 
 /// x87 tag word as Linux writes it for a vCPU to start (all registers "zero"), beside 0 for "all empty".

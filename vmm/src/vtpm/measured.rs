@@ -17,6 +17,7 @@ use vtpm_svc::measured::log;
 
 /// Why there is no event log.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum MeasuredError {
     /// The boot is not possible.
     #[error(transparent)]
@@ -26,10 +27,7 @@ pub enum MeasuredError {
         "--vtpm: the event log has {found} bytes, but there is room for {LOG_MAX}: \
          most of it is the command line; shorten it"
     )]
-    LogLength {
-        /// Its length.
-        found: usize,
-    },
+    LogLength { found: usize },
 }
 
 /// The monitor's identity in PCR 0.

@@ -233,15 +233,11 @@ enum Command {
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CliError {
     /// The image.
     #[error("{path}: {source}")]
-    Image {
-        /// The file.
-        path: String,
-        /// What is wrong.
-        source: VmgsError,
-    },
+    Image { path: String, source: VmgsError },
     /// The key.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -250,12 +246,7 @@ pub enum CliError {
     Anchor(#[from] AnchorError),
     /// Another file.
     #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: String,
-        /// The operating system's answer.
-        source: std::io::Error,
-    },
+    Io { path: String, source: std::io::Error },
     /// The command line.
     #[error("{0}")]
     Usage(String),

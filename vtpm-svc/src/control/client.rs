@@ -27,31 +27,17 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Why the TPM could not be driven.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ClientError {
     /// The socket.
     #[error("TPM {what}: {source}")]
-    Io {
-        /// What was being done.
-        what: &'static str,
-        /// The operating system's answer.
-        source: io::Error,
-    },
+    Io { what: &'static str, source: io::Error },
     /// The server's answer.
     #[error("the TPM service refused {what} with code {code:#x}")]
-    Refused {
-        /// What was asked.
-        what: &'static str,
-        /// Its answer.
-        code: u32,
-    },
+    Refused { what: &'static str, code: u32 },
     /// The server does not have what is needed.
     #[error("the TPM service at {path} lacks capabilities {missing:#x}")]
-    Capabilities {
-        /// The socket.
-        path: String,
-        /// Missing bits.
-        missing: u32,
-    },
+    Capabilities { path: String, missing: u32 },
     /// A response that is not one.
     #[error("the TPM service's response is malformed")]
     Malformed,

@@ -23,23 +23,14 @@ pub mod alg {
 
 /// Why a command of ours did not work.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CommandError {
     /// The way to the TPM.
     #[error("{what}: {problem}")]
-    Transport {
-        /// Which command.
-        what: &'static str,
-        /// What happened.
-        problem: String,
-    },
+    Transport { what: &'static str, problem: String },
     /// The TPM's answer.
     #[error("{what}: the TPM answered {code:#x}")]
-    Code {
-        /// Which command.
-        what: &'static str,
-        /// Response code.
-        code: u32,
-    },
+    Code { what: &'static str, code: u32 },
     /// It was not powered on just now.
     #[error(
         "Startup: the TPM runs already, so it continues from a state that somebody saved, and its PCRs are not those of this \

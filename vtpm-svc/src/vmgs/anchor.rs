@@ -32,26 +32,17 @@ use super::mark::uuid_text;
 
 /// Why the anchor refused.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum AnchorError {
     /// A second live copy.
     #[error("image {image} is in use by another instance ({holder}); two live copies of one TPM are refused")]
-    InUse {
-        /// Which image.
-        image: String,
-        /// Who holds the lease.
-        holder: String,
-    },
+    InUse { image: String, holder: String },
     /// The anchor has no record of the image.
     #[error(
         "no anchor record for image {image} in {folder}: the image comes from another host, or the record was \
          removed. If you know that this copy is the newest, say so with `vmgs restore` or --accept-rollback"
     )]
-    Unknown {
-        /// Which image.
-        image: String,
-        /// Where the record was looked for.
-        folder: PathBuf,
-    },
+    Unknown { image: String, folder: PathBuf },
     /// Neither copy of the record is readable.
     #[error(
         "the anchor record {0} is damaged, so nothing says which copy of the image is the newest. If you know that this one \
@@ -60,22 +51,10 @@ pub enum AnchorError {
     Damaged(PathBuf),
     /// Somebody else may change the records.
     #[error("the anchor folder {path} {why}, who could undo what it is for; {cure}")]
-    Folder {
-        /// The folder.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-        /// What to do.
-        cure: String,
-    },
+    Folder { path: PathBuf, why: String, cure: String },
     /// The operating system refused.
     #[error("anchor {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The operating system's answer.
-        source: io::Error,
-    },
+    Io { path: PathBuf, source: io::Error },
 }
 
 /// What an anchor knows when an image is opened.

@@ -90,6 +90,7 @@ pub struct Header {
 
 /// What is wrong with the bytes of a header slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum HeaderFault {
     /// The slot is all zero.
     #[error("is empty")]
@@ -104,14 +105,7 @@ pub enum HeaderFault {
     #[error(
         "has checksum {found:#010x} at offset 12, computed {computed:#010x} (its sequence field says {sequence})"
     )]
-    Crc {
-        /// As stored.
-        found: u32,
-        /// As computed.
-        computed: u32,
-        /// The unproven sequence number.
-        sequence: u32,
-    },
+    Crc { found: u32, computed: u32, sequence: u32 },
     /// Offset 20: header size.
     #[error("has size {0} at offset 20, expected 168")]
     Size(u32),

@@ -121,32 +121,17 @@ pub trait CodeMemory {
 
 /// Why code was not patched. Nothing has been written then, unless a write itself failed.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PatchError {
     /// Other bytes than expected.
     #[error(
         "{what} at guest-physical address {gpa:#x} (offset {offset:#x}) should be {expected:02x?} but is {found:02x?}: \
          the code in memory is not the code that was scanned"
     )]
-    Mismatch {
-        /// The instruction.
-        what: String,
-        /// Its address.
-        gpa: u64,
-        /// Its offset from the load address.
-        offset: u64,
-        /// The bytes that were scanned.
-        expected: Vec<u8>,
-        /// The bytes that are there.
-        found: Vec<u8>,
-    },
+    Mismatch { what: String, gpa: u64, offset: u64, expected: Vec<u8>, found: Vec<u8> },
     /// Guest memory cannot be accessed.
     #[error("guest-physical address {gpa:#x}: {source}")]
-    Memory {
-        /// The address.
-        gpa: u64,
-        /// Why.
-        source: io::Error,
-    },
+    Memory { gpa: u64, source: io::Error },
 }
 
 pub(super) fn read<const N: usize>(memory: &mut impl CodeMemory, gpa: u64) -> Result<[u8; N], PatchError> {
@@ -220,35 +205,25 @@ impl SiteList {
 
 /// Why a kernel cannot run on the emulated platform.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum SiteError {
     /// No instruction of one kind: not a kernel that knows SNP.
     #[error(
         "no {opcode:?} instruction in {place}: the emulated platform needs a kernel that was built with \
          CONFIG_AMD_MEM_ENCRYPT, 6.1 or later"
     )]
-    NoSite {
-        /// The kind.
-        opcode: Opcode,
-        /// Where it was looked for.
-        place: &'static str,
-    },
+    NoSite { opcode: Opcode, place: &'static str },
     /// More than any kernel has.
     #[error(
         "{place} has more than {SITES_MAX} SNP instructions; Linux has about a hundred: this is no kernel"
     )]
-    TooMany {
-        /// Where they are.
-        place: &'static str,
-    },
+    TooMany { place: &'static str },
     /// The decompressor's end is not where it can be found.
     #[error(
         "the decompressor's last instructions (4c 89 fe ff e0) occur {found} times instead of once: \
          the emulated platform does not know this kernel; use its vmlinux"
     )]
-    Hook {
-        /// How often they occur.
-        found: usize,
-    },
+    Hook { found: usize },
     /// The kernel cannot be decompressed.
     #[error(transparent)]
     Decompress(#[from] DecompressError),

@@ -41,18 +41,14 @@ enum Format {
 
 /// Why a payload cannot be decompressed. Offsets are in bytes from the start of the kernel file.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum DecompressError {
     /// No known signature.
     #[error(
         "the compressed kernel at offset {offset:#x} begins with {found:02x?}: \
          not zstd, xz, gzip or LZ4; use a kernel compressed by one of these, or its vmlinux"
     )]
-    UnknownFormat {
-        /// Where the payload begins.
-        offset: usize,
-        /// Its first bytes.
-        found: Vec<u8>,
-    },
+    UnknownFormat { offset: usize, found: Vec<u8> },
     /// A format of the kernel's build that is not supported.
     #[error("the kernel is compressed by {0}; use one compressed by zstd, xz, gzip or LZ4, or its vmlinux")]
     Unsupported(&'static str),
@@ -61,24 +57,13 @@ pub enum DecompressError {
         "the last four bytes of the compressed kernel say that it has {size} bytes, expected at most {limit}, as kernels have \
          that are compressed to this length"
     )]
-    TooLarge {
-        /// Most bytes for the payload's length.
-        limit: u64,
-        /// Its size in bytes.
-        size: u64,
-    },
+    TooLarge { limit: u64, size: u64 },
     /// The stream itself is broken.
     #[error("the compressed kernel at offset {offset:#x} does not decompress: {reason}")]
-    Broken {
-        /// Where the payload begins.
-        offset: usize,
-        /// What the decompressor says.
-        reason: String,
-    },
+    Broken { offset: usize, reason: String },
     /// The stream holds another number of bytes than the file says.
     #[error("the compressed kernel decompresses to {found} bytes, but its last four bytes say {expected}")]
     SizeMismatch {
-        /// As stored behind the stream.
         expected: u64,
         /// As decompressed; at most one more than expected.
         found: u64,

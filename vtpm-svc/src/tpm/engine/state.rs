@@ -31,34 +31,20 @@ const HEADER: usize = 32;
 
 /// Why a stored blob was not used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum FrameError {
     /// Too short or without the magic.
     #[error("{0} bytes that do not begin with the header of a vTPM state")]
     NotAFrame(usize),
     /// A version or an engine that is not ours.
     #[error("version {version}, engine `{engine}` (expected version 1, engine `ltpm`)")]
-    Foreign {
-        /// Version found.
-        version: u32,
-        /// Engine found.
-        engine: String,
-    },
+    Foreign { version: u32, engine: String },
     /// The wrong blob.
     #[error("blob kind {found}, expected {expected}")]
-    Kind {
-        /// As found.
-        found: u32,
-        /// As needed.
-        expected: u32,
-    },
+    Kind { found: u32, expected: u32 },
     /// The length does not match.
     #[error("the header promises {promised} bytes, {present} follow it")]
-    Length {
-        /// Bytes promised.
-        promised: u64,
-        /// Bytes present.
-        present: u64,
-    },
+    Length { promised: u64, present: u64 },
 }
 
 /// Puts the header in front of a blob.
