@@ -59,6 +59,7 @@ use crate::machine::companion::Companion;
 use crate::machine::companion::Work;
 use crate::platform::mapping::Mapping;
 use crate::run::inbox::Inbox;
+use crate::threads::spawn;
 use crate::vtpm::error::COMMAND_PATIENCE;
 use crate::vtpm::error::POWER_ON_PATIENCE;
 use crate::vtpm::error::VtpmError;
@@ -192,10 +193,11 @@ impl Vtpm {
     fn canceller(&self) -> io::Result<Box<dyn Fn() + Send>> {
         let (wanted, orders) = mpsc::sync_channel(1);
         let control = self.control();
-        thread::Builder::new().name("tpm-cancel".into()).stack_size(256 << 10).spawn(move || {
+        spawn("tpm-cancel".into(), move || {
             // A service that is gone is reported by whoever waits for the command.
             orders.iter().for_each(|()| drop(control.cancel()));
-        })?;
+        })
+        .map_err(|e| e.0)?;
         Ok(Box::new(move || {
             // Full: a cancel is on its way already.
             let _ = wanted.try_send(());

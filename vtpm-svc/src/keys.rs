@@ -234,7 +234,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = write(&dir, "pass", b"correct horse\nignored\n", 0o600);
         let key = passphrase::Passphrase { path }.obtain(&request()).expect("key");
-        let hex: String = key.expose().iter().map(|b| format!("{b:02x}")).collect();
+        let hex = hex::encode(key.expose());
         assert_eq!(hex, "89a939de1ca01a9432f87603f247ff01f8a62125c2741c3edd53c1ce319c809c");
     }
 

@@ -11,6 +11,7 @@
 pub mod cli;
 pub mod control;
 pub mod keys;
+mod lock;
 pub mod log;
 pub mod measured;
 pub mod pace;

@@ -14,12 +14,12 @@ pub mod requests;
 
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering;
 
 use zeroize::Zeroizing;
 
+use crate::lock::lock;
 use crate::log;
 use crate::vmgs::Change;
 use crate::vmgs::block::BlockFile;
@@ -83,11 +83,11 @@ impl<F: BlockFile> Tpm<F> {
 
     /// The engine, for what is its own alone; nobody else's command runs meanwhile.
     pub fn engine(&self) -> MutexGuard<'_, Engine> {
-        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.engine)
     }
 
     fn powering(&self) -> MutexGuard<'_, bool> {
-        self.powering.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.powering)
     }
 
     /// What the image keeps for others.
@@ -103,7 +103,7 @@ impl<F: BlockFile> Tpm<F> {
         let mut engine = self.engine();
         // Nothing that runs from here on is for a client to cancel.
         *self.powering() = true;
-        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut making = lock(&self.making);
         let on = PowerOn { engine: &mut engine, state: &self.state, making: &mut making, startup };
         let result = on.run(delete_volatile).inspect(|()| self.locality.store(0, Ordering::SeqCst));
         *self.powering() = false;

@@ -10,7 +10,6 @@ use std::sync::Condvar;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
-use std::thread;
 use std::time::Duration;
 
 use devices::rtc::Store;
@@ -20,6 +19,7 @@ use vtpm_svc::control::client::Control;
 use super::error::VtpmError;
 use crate::events::Events;
 use crate::lock::lock;
+use crate::threads::spawn;
 
 /// How long the end of a run waits for the last setting to be stored.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -87,7 +87,7 @@ impl Clock {
         let shared =
             Arc::new(Shared { state: Mutex::new(State { ahead, ..State::default() }), ..Shared::default() });
         let (its, events) = (Arc::clone(&shared), events.clone());
-        thread::Builder::new().name("tpm-clock".into()).stack_size(256 << 10).spawn(move || {
+        spawn("tpm-clock".into(), move || {
             // A guest may set its clock as often as it likes.
             let mut complaint = String::new();
             while let Some(ahead) = its.next() {
@@ -98,7 +98,8 @@ impl Clock {
                 complaint = problem;
                 its.done(ahead);
             }
-        })?;
+        })
+        .map_err(|e| e.0)?;
         Ok(Clock(shared))
     }
 

@@ -10,12 +10,13 @@ use std::sync::Arc;
 use std::sync::Weak;
 use std::sync::mpsc;
 use std::sync::mpsc::SyncSender;
-use std::thread;
 use std::time::Duration;
 
 use devices::tpm_ppi;
 use devices::tpm_ppi::Submit;
 use vtpm_svc::control::client::ClientError;
+
+use crate::threads::spawn;
 
 /// Takes an answer, and says whether anybody still waits for it.
 pub(super) type Hears<'a> = &'a mut dyn FnMut(Result<u32, ClientError>) -> bool;
@@ -34,7 +35,7 @@ pub(super) fn submitter(
     submit: impl Fn(u32, u32, Hears<'_>) + Send + 'static,
 ) -> io::Result<Submit> {
     let (wanted, orders) = mpsc::sync_channel::<Order>(1);
-    thread::Builder::new().name("tpm-ppi".into()).stack_size(256 << 10).spawn(move || {
+    spawn("tpm-ppi".into(), move || {
         for Order { operation, argument, waits, answer } in orders {
             if waits.strong_count() == 0 {
                 continue;
@@ -49,7 +50,8 @@ pub(super) fn submitter(
                 answer.send(outcome).is_ok()
             });
         }
-    })?;
+    })
+    .map_err(|e| e.0)?;
     Ok(Box::new(move |operation, argument| {
         let waiting = Arc::new(());
         let (answer, outcome) = mpsc::sync_channel(0);
@@ -67,6 +69,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
     use std::sync::Mutex;
+    use std::thread;
 
     use rustix::net::RecvFlags;
     use vtpm_svc::control::client::Client;

@@ -12,8 +12,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
+
+use crate::lock::lock;
 
 use super::data;
 use super::data::Received;
@@ -69,7 +70,7 @@ impl Control {
         body: &[u8],
         reply: usize,
     ) -> Result<Vec<u8>, ClientError> {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stream = lock(&self.stream);
         Self::exchange(&mut stream, what, command, body, reply)
     }
 
@@ -144,7 +145,7 @@ impl Control {
     /// Asks for a physical-presence operation at the TPM's next start; the answer is what the interface returns to the
     /// guest (0 accepted, 1 not implemented, 2 failure). Only our service knows it.
     pub fn submit_ppi(&self, operation: u32, argument: u32) -> Result<u32, ClientError> {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stream = lock(&self.stream);
         Self::submit(&mut stream, operation, argument)
     }
 
@@ -156,7 +157,7 @@ impl Control {
         argument: u32,
         hears: impl FnOnce(Result<u32, ClientError>) -> bool,
     ) -> Result<(), ClientError> {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stream = lock(&self.stream);
         let before = match Self::exchange(&mut stream, "ppi-state", number::PPI_STATE, &[], 16) {
             Ok(before) => before,
             Err(e) => {
@@ -239,7 +240,7 @@ impl Client {
             .map_err(io_error("set-datafd"))?;
         let control = Control { stream: Arc::new(Mutex::new(stream)) };
         {
-            let mut stream = control.stream.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut stream = lock(&control.stream);
             Control::reply(&mut stream, "set-datafd", 0)?;
         }
         let caps = control.call("get-capability", number::GET_CAPABILITY, &[], 4)?;

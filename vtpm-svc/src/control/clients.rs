@@ -17,6 +17,8 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
+use crate::lock::lock;
+
 use super::socket::Stream;
 
 /// Clients of one kind that are served at a time.
@@ -69,7 +71,7 @@ fn dispensable(places: &[Place], now: Instant) -> Option<&Place> {
 
 impl Clients {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.table)
     }
 
     /// A place for a client, if there is one or one can be made.

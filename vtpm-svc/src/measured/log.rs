@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn separators_and_the_boot_action_have_the_digests_that_verifiers_know() {
         let events = boot().events();
-        let hex = |e: &Event| e.digests[0].1.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let hex = |e: &Event| hex::encode(&e.digests[0].1);
         let action = events.iter().position(|e| e.data.starts_with(b"Calling EFI")).expect("action");
         assert_eq!(hex(&events[action]), "3d6772b4f84ed47595d72a2c4c5ffd15f5bb72c7507fe26f2aaee2c69d5633ba");
         let separators: Vec<_> = events.iter().filter(|e| e.kind == kind::SEPARATOR).collect();

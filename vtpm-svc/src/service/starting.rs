@@ -18,6 +18,7 @@ use std::time::Instant;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 
+use crate::lock::lock;
 use crate::log;
 
 /// When something is said, and how often it is repeated.
@@ -35,7 +36,7 @@ struct Shared {
 
 impl Shared {
     fn what(&self) -> MutexGuard<'_, Option<String>> {
-        self.what.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.what)
     }
 }
 

@@ -120,7 +120,7 @@ impl Expectation {
 }
 
 fn short(digest: &[u8; 32]) -> String {
-    digest[..4].iter().map(|b| format!("{b:02x}")).collect()
+    hex::encode(&digest[..4])
 }
 
 /// One live lease on an image's history. Dropping it without [`Anchor::release`] is a crash.

@@ -17,13 +17,14 @@ use std::ffi::c_uchar;
 use std::ffi::c_uint;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering;
 
 use libloading::Library;
 use zeroize::Zeroize;
 use zeroize::Zeroizing;
+
+use crate::lock::lock;
 
 use super::error::EngineError;
 use super::store::Blob;
@@ -61,7 +62,7 @@ static LOCALITY: AtomicU8 = AtomicU8::new(0);
 
 /// The callbacks' side of the engine. Never held over a call into the library, which would call back and wait for it.
 pub(super) fn host() -> MutexGuard<'static, Option<Host>> {
-    HOST.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&HOST)
 }
 
 /// Sets the locality of the next command.

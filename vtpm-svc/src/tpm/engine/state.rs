@@ -8,10 +8,10 @@
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 
 use zeroize::Zeroizing;
 
+use crate::lock::lock;
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
 use crate::vmgs::Vmgs;
@@ -172,7 +172,7 @@ impl<F: BlockFile> VmgsState<F> {
 
     /// The image.
     pub fn vmgs(&self) -> MutexGuard<'_, Vmgs<F>> {
-        self.vmgs.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.vmgs)
     }
 
     /// The version that is recorded.
@@ -181,7 +181,7 @@ impl<F: BlockFile> VmgsState<F> {
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.held)
     }
 
     /// From now on the permanent state stays in memory.

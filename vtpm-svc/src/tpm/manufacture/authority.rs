@@ -79,7 +79,7 @@ impl Authority {
     /// The authority of a key. Its name comes from the key, so that a certificate that is made again has the same one.
     fn of_key(key: SigningKey) -> Result<Self, ManufactureError> {
         let spki = public_key(&key)?;
-        let mark: String = key_id(&spki)[..4].iter().map(|b| format!("{b:02x}")).collect();
+        let mark = hex::encode(&key_id(&spki)[..4]);
         let name = der::name(&[(&[2, 5, 4, 3], &format!("cvmm vTPM CA {mark}"))]);
         let extensions = [
             der::extension(&[2, 5, 29, 14], false, &der::octets(&key_id(&spki))),
@@ -161,7 +161,7 @@ impl Place {
 
     /// Puts a file in its place: whole, on disk, and only if nothing is there.
     fn put(&self, path: &Path, mode: u32, bytes: &[u8]) -> Result<(), ManufactureError> {
-        let mark: String = random::<8>()?.iter().map(|b| format!("{b:02x}")).collect();
+        let mark = hex::encode(random::<8>()?);
         let temporary = self.folder.join(format!(".new-{mark}"));
         let written = File::options().write(true).create_new(true).mode(mode).open(&temporary);
         let linked = written.and_then(|mut file| {
