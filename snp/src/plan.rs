@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The launch plan: everything that enters a guest before its first instruction, in order.
 //!
-//! Every image kind does nothing but produce a [`LaunchPlan`]. Two interpreters consume it: [`crate::digest`] computes the
-//! launch digest, and the monitor's platform executes the launch. So the digest that was predicted is the digest that is
-//! launched, by construction. A plain (non-SNP) guest is a plan too; its records are copied and nothing is measured.
+//! Every image kind does nothing but produce a [`LaunchPlan`]. Two interpreters consume it: [`crate::digest`]
+//! computes the launch digest, and the monitor's platform executes the launch. So the digest that was
+//! predicted is the digest that is launched, by construction. A plain (non-SNP) guest is a plan too; its
+//! records are copied and nothing is measured.
 //!
 //! Order is meaning: the SNP firmware hashes pages in the order of the launch commands
 //! (SEV-SNP Firmware ABI Specification, revision 1.58, section 8.17 `SNP_LAUNCH_UPDATE`).

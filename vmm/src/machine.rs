@@ -64,7 +64,8 @@ pub enum MachineError {
 }
 
 impl Machine {
-    /// Puts the devices of `board` around `vm`, whose memory is `dma`'s; what the guest writes to its serial console goes to `console`.
+    /// Puts the devices of `board` around `vm`, whose memory is `dma`'s; what the guest writes to its serial
+    /// console goes to `console`.
     pub fn new(
         vm: &Arc<dyn Vm>,
         board: &Board,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where the datastore key comes from.
 //!
-//! The key is asked for once, before the image is opened, and by name of the image. A provider may be as simple as a
-//! file; the interface is shaped so that a key broker fits too, which gives the key only after it has verified an
-//! attestation report that answers its challenge ([`Evidence`]).
+//! The key is asked for once, before the image is opened, and by name of the image. A provider may be as
+//! simple as a file; the interface is shaped so that a key broker fits too, which gives the key only after it
+//! has verified an attestation report that answers its challenge ([`Evidence`]).
 
 pub mod file;
 pub mod hook;
@@ -171,8 +171,8 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// A program that one thread is writing cannot be run, and a process that another thread starts in that moment has it
-    /// open for writing; so these tests take turns.
+    /// A program that one thread is writing cannot be run, and a process that another thread starts in that
+    /// moment has it open for writing; so these tests take turns.
     static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
     fn request() -> KeyRequest<'static> {
@@ -227,8 +227,9 @@ mod tests {
         assert!(error.contains("belongs to user 54321"), "{error}");
     }
 
-    /// Expected value from the reference program: `printf correct horse | argon2 <salt> -id -t 3 -m 16 -p 1 -l 32`,
-    /// computed with Python's argon2-cffi (`hash_secret_raw`).
+    /// Expected value from the reference program:
+    /// `printf correct horse | argon2 <salt> -id -t 3 -m 16 -p 1 -l 32`, computed with Python's argon2-cffi
+    /// (`hash_secret_raw`).
     #[test]
     fn a_passphrase_gives_the_argon2id_key_of_the_reference_implementation() {
         let dir = tempfile::tempdir().expect("tempdir");
@@ -256,7 +257,8 @@ mod tests {
         assert!(text.contains("policy: debug guests") && text.contains('3'), "{text}");
     }
 
-    /// The reason comes first and is long, the key after it: neither pipe may fill up while the other is read.
+    /// The reason comes first and is long, the key after it: neither pipe may fill up while the other is
+    /// read.
     #[test]
     fn a_hook_that_talks_much_is_heard_to_its_end() {
         let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -173,7 +173,8 @@ impl Cert {
         self.parsed.tbs_certificate.subject_public_key_info.algorithm.oid == RSA_ENCRYPTION
     }
 
-    /// A critical extension that is not understood here: who does not know it must not use the certificate (RFC 5280, 4.2).
+    /// A critical extension that is not understood here: who does not know it must not use the certificate
+    /// (RFC 5280, 4.2).
     pub fn unknown_critical(&self) -> Option<ObjectIdentifier> {
         let extensions = self.parsed.tbs_certificate.extensions.iter().flatten();
         let mut unknown =
@@ -338,7 +339,8 @@ impl Crl {
         };
         let parsed = CertificateList::from_der(der).map_err(|e| error(e.to_string()))?;
         let signed = signed_range(der).ok_or_else(|| error("no signed part".into()))?;
-        // RFC 5280, section 5.2: a critical extension changes what the list says, such as "only what is new" or "of others too".
+        // RFC 5280, section 5.2: a critical extension changes what the list says, such as "only what is new"
+        // or "of others too".
         let list = &parsed.tbs_cert_list;
         let of_entries = list.revoked_certificates.iter().flatten().map(|entry| &entry.crl_entry_extensions);
         let extensions = of_entries.chain([&list.crl_extensions]).flatten().flatten();
@@ -398,8 +400,8 @@ fn common_name(name: &x509_cert::name::Name) -> String {
     printable(&value.map_or_else(|| name.to_string(), |bytes| String::from_utf8_lossy(bytes).into_owned()))
 }
 
-/// The text with everything replaced that could move a terminal's cursor: certificates come from strangers, and a name must not
-/// be able to paint another verdict over ours.
+/// The text with everything replaced that could move a terminal's cursor: certificates come from strangers,
+/// and a name must not be able to paint another verdict over ours.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '\u{fffd}' }).collect()
 }

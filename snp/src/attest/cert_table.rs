@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The certificate table that a host gives to guests together with a report.
 //!
-//! GHCB specification, section 4.1.8.1: entries of 24 bytes (GUID, offset, length), one of zeros as the end, then the
-//! certificates in DER. GUIDs are stored in the order in which they are written. A table is a claim of whoever made it:
-//! reading it checks that it is a table, not what its certificates are worth.
+//! GHCB specification, section 4.1.8.1: entries of 24 bytes (GUID, offset, length), one of zeros as the end,
+//! then the certificates in DER. GUIDs are stored in the order in which they are written. A table is a claim
+//! of whoever made it: reading it checks that it is a table, not what its certificates are worth.
 
 use std::fmt;
 
@@ -31,7 +31,8 @@ impl Kind {
     /// AMD's revocation list: 92f81bc3-5811-4d3d-97ff-d19f88dc67ea.
     pub const CRL: Kind = Kind(0x92f81bc3_5811_4d3d_97ff_d19f88dc67ea_u128.to_be_bytes());
 
-    /// What a certificate is in a chain of AMD's: by who issued it, or by the extension that names the key's owner.
+    /// What a certificate is in a chain of AMD's: by who issued it, or by the extension that names the key's
+    /// owner.
     pub fn of(cert: &Cert) -> Option<Kind> {
         match (cert.is_ca(), cert.is_issued_in_the_name_of(cert)) {
             (true, true) => Some(Kind::ARK),
@@ -134,9 +135,10 @@ pub fn parse(table: &[u8]) -> Result<Vec<(Kind, &[u8])>, TableError> {
     Ok(entries)
 }
 
-/// Makes a table of certificates as files hold them, and a revocation list. What is in it belongs together: one endorsement key, the
-/// intermediate that issued it (files of AMD's have those of both kinds of keys; the other one stays out), that one's root, and the
-/// list that this root has signed. `Err` names what does not fit.
+/// Makes a table of certificates as files hold them, and a revocation list. What is in it belongs together:
+/// one endorsement key, the intermediate that issued it (files of AMD's have those of both kinds of keys; the
+/// other one stays out), that one's root, and the list that this root has signed. `Err` names what does not
+/// fit.
 pub fn of_certificates(certificates: &[Cert], crl: Option<&Crl>) -> Result<Vec<u8>, String> {
     let of_kind = |wanted: Kind| certificates.iter().filter(move |cert| Kind::of(cert) == Some(wanted));
     if let Some(cert) = certificates.iter().find(|cert| Kind::of(cert).is_none()) {

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Evidence as people hold it: a report alone, with a certificate table behind it, or in the envelope of a paravisor; certificates as
-//! files or as a table.
+//! Evidence as people hold it: a report alone, with a certificate table behind it, or in the envelope of a
+//! paravisor; certificates as files or as a table.
 //!
-//! Every form is told by its first bytes or its length, and none is believed: what comes out is checked as if it had been given piece by
-//! piece. Forms: GHCB specification, section 4.1.8.1 (the table), which is also what the kernel's `tsm` interface gives as `auxblob`; the
-//! attestation data of Azure's confidential VMs (`HCLA`), read from Microsoft's published headers and a public example.
+//! Every form is told by its first bytes or its length, and none is believed: what comes out is checked as if
+//! it had been given piece by piece. Forms: GHCB specification, section 4.1.8.1 (the table), which is also
+//! what the kernel's `tsm` interface gives as `auxblob`; the attestation data of Azure's confidential VMs
+//! (`HCLA`), read from Microsoft's published headers and a public example.
 
 use sha2::Digest as _;
 use sha2::Sha256;

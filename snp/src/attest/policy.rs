@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The verifier's policy: what a report must say, as a TOML file that can be read at a glance.
 //!
-//! Rules that are left out take the strict side where there is one: no debugging, no migration agent, VMPL 0. A file that
-//! would accept any software is refused unless it says so. `docs/policy-guide.md` describes each rule.
+//! Rules that are left out take the strict side where there is one: no debugging, no migration agent, VMPL 0.
+//! A file that would accept any software is refused unless it says so. `docs/policy-guide.md` describes each
+//! rule.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;

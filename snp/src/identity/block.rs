@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The ID block (96 bytes) and the ID auth page (4096 bytes) that carries its signatures.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 8.18. The ID key signs the block; the author key, which is optional, signs the ID
-//! key. A launch gets one try: [`IdAuth::check`] finds out beforehand what the firmware would answer.
+//! SEV-SNP Firmware ABI 1.58, section 8.18. The ID key signs the block; the author key, which is optional,
+//! signs the ID key. A launch gets one try: [`IdAuth::check`] finds out beforehand what the firmware would
+//! answer.
 
 use p384::ecdsa::SigningKey;
 
@@ -148,7 +149,8 @@ impl IdAuth {
         IdAuth { block_signature: Signature::make(id_key, &block.encode()), id_key: public, author }
     }
 
-    /// The auth page. `KVM_SEV_SNP_LAUNCH_FINISH` takes it with `id_block_en`, and `auth_key_en` if there is an author.
+    /// The auth page. `KVM_SEV_SNP_LAUNCH_FINISH` takes it with `id_block_en`, and `auth_key_en` if there is
+    /// an author.
     pub fn encode(&self) -> [u8; AUTH_LEN] {
         let mut page = [0; AUTH_LEN];
         let mut put = |offset: usize, bytes: &[u8]| page[offset..offset + bytes.len()].copy_from_slice(bytes);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! ECDSA P-384 keys and signatures in the firmware's form, and in the PEM and DER forms that people keep.
 //!
-//! The firmware's numbers are little-endian in fields of 72 bytes, of which 48 are used (SEV-SNP Firmware ABI 1.58, chapter
-//! 10). Everything that is decoded here may come from a stranger: unused bytes must be zero, points must be on the curve.
+//! The firmware's numbers are little-endian in fields of 72 bytes, of which 48 are used (SEV-SNP Firmware ABI
+//! 1.58, chapter 10). Everything that is decoded here may come from a stranger: unused bytes must be zero,
+//! points must be on the curve.
 
 use std::fmt;
 

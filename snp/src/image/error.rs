@@ -11,7 +11,8 @@ use crate::stage0::TooMany;
 /// Most vCPUs of an image: their ids are xAPIC ids, of which 255 is the broadcast address.
 pub const VCPUS_MAX: u32 = 255;
 
-/// Why there is no image. Messages begin with the field of the request that has to change, and have fields in backticks.
+/// Why there is no image. Messages begin with the field of the request that has to change, and have fields in
+/// backticks.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ImageError {

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The table of GUIDed entries at the end of OVMF-like firmware, and the SEV metadata that one entry points to.
+//! The table of GUIDed entries at the end of OVMF-like firmware, and the SEV metadata that one entry points
+//! to.
 //!
-//! Layout: edk2, `OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm` (table) and `X64/OvmfSevMetadata.asm` (metadata). The table
-//! ends 32 bytes before the end of the file and is read backwards: each entry is its data, then its whole length (u16),
-//! then its GUID. The file is hostile input: every offset and length comes from it, and nothing is believed unchecked.
+//! Layout: edk2, `OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm` (table) and `X64/OvmfSevMetadata.asm`
+//! (metadata). The table ends 32 bytes before the end of the file and is read backwards: each entry is its
+//! data, then its whole length (u16), then its GUID. The file is hostile input: every offset and length comes
+//! from it, and nothing is believed unchecked.
 
 use crate::le;
 
@@ -107,7 +109,8 @@ fn once<T>(
     Ok(())
 }
 
-/// One step of the walk from the table's end: the entry that ends at `end`, as {GUID, start of its data, length of it}.
+/// One step of the walk from the table's end: the entry that ends at `end`, as {GUID, start of its data,
+/// length of it}.
 fn entry_before(file: &[u8], start: usize, end: usize) -> Result<(Guid, usize, usize), TableError> {
     let room = end - start;
     let bad = |found: usize, expected: String| TableError::Field {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! OVMF firmware files, and what a monitor makes of them: a launch plan.
 //!
-//! The firmware lies below 4 GiB and is measured first, then come the sections of its SEV metadata in the order in which
-//! the file lists them, then one save area per vCPU. Monitors differ in details that change the digest; [`VmmType`] holds
-//! them. A file that other tools measure in silence although no launch could have that digest is refused here.
+//! The firmware lies below 4 GiB and is measured first, then come the sections of its SEV metadata in the
+//! order in which the file lists them, then one save area per vCPU. Monitors differ in details that change
+//! the digest; [`VmmType`] holds them. A file that other tools measure in silence although no launch could
+//! have that digest is refused here.
 
 use super::guid_table::GuidTable;
 use super::guid_table::Section;
@@ -129,11 +130,12 @@ impl Ovmf {
         self.image.as_slice().len() as u64
     }
 
-    /// The part of the file that runs as it is, with its address: the firmware volume that has the reset vector. What other
-    /// volumes hold is compressed. A file without volumes is code as a whole.
+    /// The part of the file that runs as it is, with its address: the firmware volume that has the reset
+    /// vector. What other volumes hold is compressed. A file without volumes is code as a whole.
     pub fn boot_code(&self) -> (u64, &[u8]) {
         let file = self.image.as_slice();
-        // A volume's header has its length (u64) at 32 and "_FVH" at 40 (UEFI Platform Initialization 1.7, volume 3, 3.2.1).
+        // A volume's header has its length (u64) at 32 and "_FVH" at 40 (UEFI Platform Initialization 1.7,
+        // volume 3, 3.2.1).
         let ends_the_file = |at: &usize| {
             let header = file.get(*at..).and_then(|f| f.first_chunk::<48>());
             header.and_then(|h| h.last_chunk::<16>()).is_some_and(|fields| {
@@ -266,7 +268,8 @@ fn size_error(section: &Section, name: &'static str, expected: &'static str) -> 
 }
 
 fn check_section(section: &Section) -> Result<(), OvmfError> {
-    // For SECRETS and CPUID, tools measure one page whatever the size says and monitors all of it: only one page is clear.
+    // For SECRETS and CPUID, tools measure one page whatever the size says and monitors all of it: only one
+    // page is clear.
     let (name, one_page) = match section.kind {
         kind::SEC_MEM => ("SEC_MEM", false),
         kind::SECRETS => ("SECRETS", true),

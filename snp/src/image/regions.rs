@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The memory that a launch with firmware needs: the guest's RAM, and a region of its own for each run of launch pages that
-//! lies outside of it, such as the firmware below 4 GiB.
+//! The memory that a launch with firmware needs: the guest's RAM, and a region of its own for each run of
+//! launch pages that lies outside of it, such as the firmware below 4 GiB.
 //!
-//! Every region becomes a memory slot with private memory of its own. The plan comes from a file, so it is not believed: a
-//! page where devices are, beyond what a guest can address, or one of many scattered ones is refused.
+//! Every region becomes a memory slot with private memory of its own. The plan comes from a file, so it is
+//! not believed: a page where devices are, beyond what a guest can address, or one of many scattered ones is
+//! refused.
 
 use std::ops::Range;
 
@@ -33,7 +34,8 @@ pub enum RegionError {
     Scattered { gpa: u64 },
 }
 
-/// RAM of `board`, and what `pages` need beside it, ascending and disjoint. `limit` is the end of the guest's addresses.
+/// RAM of `board`, and what `pages` need beside it, ascending and disjoint. `limit` is the end of the guest's
+/// addresses.
 pub fn regions<'a>(
     board: &Board,
     pages: impl Iterator<Item = &'a Record>,

@@ -15,7 +15,8 @@ pub struct EmulatedArgs {
     /// One memory for both views of a page, or one for each
     #[arg(long, value_enum, default_value = "single")]
     backing: Backing,
-    /// Stop at the first access through the wrong view, or to memory that the guest has not validated (needs split backing)
+    /// Stop at the first access through the wrong view, or to memory that the guest has not validated (needs
+    /// split backing)
     #[arg(long)]
     strict: bool,
     /// How PVALIDATE of 2 MiB is answered
@@ -24,7 +25,8 @@ pub struct EmulatedArgs {
     /// Processor that the guest is told of, and whose firmware checks its CPUID page
     #[arg(long, value_enum, default_value = "genoa")]
     product: EmulatedProduct,
-    /// File with the platform's attestation keys, made if absent [default: ~/.local/state/cvmm/emulated-platform.pem]
+    /// File with the platform's attestation keys, made if absent
+    /// [default: ~/.local/state/cvmm/emulated-platform.pem]
     #[arg(long, value_name = "FILE")]
     emulated_keys: Option<PathBuf>,
 }

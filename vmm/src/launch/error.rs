@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Why a launch failed: the step, the page, the errno and firmware status, and what they mean together.
 //!
-//! An errno of KVM's SEV commands alone says little; the causes here are read from `arch/x86/kvm/svm/sev.c` of Linux 6.12.
+//! An errno of KVM's SEV commands alone says little; the causes here are read from `arch/x86/kvm/svm/sev.c`
+//! of Linux 6.12.
 
 use std::io;
 

@@ -43,8 +43,8 @@ impl PrepareError {
     }
 }
 
-/// The bytes of a file that a field names. They are ours: a mapping would end the process when somebody cuts the file short, and what
-/// is launched would be what the file holds then.
+/// The bytes of a file that a field names. They are ours: a mapping would end the process when somebody cuts
+/// the file short, and what is launched would be what the file holds then.
 pub fn read(field: &'static str, path: &Path, events: &Events) -> Result<Bytes, PrepareError> {
     read_file(path, events).map(Bytes::from).map_err(PrepareError::file(field, path))
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Values that stand in a file as people write them on a command line: sizes, bit masks, bytes in hexadecimal.
+//! Values that stand in a file as people write them on a command line: sizes, bit masks, bytes in
+//! hexadecimal.
 
 use std::fmt;
 use std::str::FromStr;

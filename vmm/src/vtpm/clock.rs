@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest's clock, kept by the service from one run to the next.
 //!
-//! The device tells how far ahead the guest has set it; a thread stores that, so that a service that hangs holds no vCPU. Of
-//! several settings in a row only the last one matters, and only that one need reach the service.
+//! The device tells how far ahead the guest has set it; a thread stores that, so that a service that hangs
+//! holds no vCPU. Of several settings in a row only the last one matters, and only that one need reach the
+//! service.
 
 use std::io;
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a direct boot measures into the TPM, from exactly what the launch uses.
 //!
-//! The log is the same for a run and for `cvmm measure`: it depends on the files, the command line that the kernel gets, the
-//! shim and this program's version, and on nothing of the TPM.
+//! The log is the same for a run and for `cvmm measure`: it depends on the files, the command line that the
+//! kernel gets, the shim and this program's version, and on nothing of the TPM.
 
 use snp::board::Tpm;
 use snp::board::acpi::tpm::LOG_MAX;

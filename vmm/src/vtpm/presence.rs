@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest's physical-presence requests on their way to the service.
 //!
-//! A thread makes the calls, so that a service that hangs holds a vCPU only briefly. What the guest is told holds: a request that it was
-//! told has failed is not carried out at the next start, so one that is stored after all is taken back, and one that the service has not
-//! got yet does not reach it any more.
+//! A thread makes the calls, so that a service that hangs holds a vCPU only briefly. What the guest is told
+//! holds: a request that it was told has failed is not carried out at the next start, so one that is stored
+//! after all is taken back, and one that the service has not got yet does not reach it any more.
 
 use std::io;
 use std::sync::Arc;
@@ -46,7 +46,8 @@ pub(super) fn submitter(
                     Err(ClientError::Refused { .. }) => tpm_ppi::NOT_IMPLEMENTED,
                     Err(_) => tpm_ppi::FAILURE,
                 };
-                // Without room in the channel the answer is either taken or not: there is no answer that lies there unheard.
+                // Without room in the channel the answer is either taken or not: there is no answer that lies
+                // there unheard.
                 answer.send(outcome).is_ok()
             });
         }
@@ -81,7 +82,8 @@ mod tests {
     /// What the service was asked for.
     type Asked = Arc<Mutex<Vec<(u32, u32)>>>;
 
-    /// A service that keeps a request (pending, argument) and takes `delay` to answer; its words are those of the control protocol.
+    /// A service that keeps a request (pending, argument) and takes `delay` to answer; its words are those of
+    /// the control protocol.
     fn service(delay: Duration) -> (Client, Asked) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let stored = Arc::new(Mutex::new(vec![(0, 0)]));

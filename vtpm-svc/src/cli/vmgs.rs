@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `vmgs …`: commands on a guest-state file that no service has open.
 //!
-//! The monitor's binary and `vtpm-svc` both expose these commands; [`run`] is the whole of it. Every command prints one
-//! report, as text or (with `--json`) as one JSON object, and fails with one sentence.
+//! The monitor's binary and `vtpm-svc` both expose these commands; [`run`] is the whole of it. Every command
+//! prints one report, as text or (with `--json`) as one JSON object, and fails with one sentence.
 
 mod copies;
 mod files;
@@ -358,8 +358,8 @@ fn look(path: &Path, key: &KeyArgs) -> Result<Looked, CliError> {
 }
 
 impl Looked {
-    /// Notes who looked, if this image has a place for it here. To look needs no permission to change, so what cannot be
-    /// noted is said and stops nobody.
+    /// Notes who looked, if this image has a place for it here. To look needs no permission to change, so
+    /// what cannot be noted is said and stops nobody.
     fn note(&self, path: &Path, history: &HistoryArgs, what: &str, detail: &str) {
         let folder = history.folder();
         if self.view.state == RootState::Never || !folder.path.exists() {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The event log as bytes: the crypto-agile format of the TCG PC Client Platform Firmware Profile, section 10.
+//! The event log as bytes: the crypto-agile format of the TCG PC Client Platform Firmware Profile, section
+//! 10.
 
 use super::BANKS;
 use super::Event;
@@ -145,7 +146,8 @@ mod tests {
         assert!(cut.offset <= 80);
     }
 
-    /// Known values: SHA-256 of four zero bytes and of the action's 40 bytes, as they stand in logs of real machines.
+    /// Known values: SHA-256 of four zero bytes and of the action's 40 bytes, as they stand in logs of real
+    /// machines.
     #[test]
     fn separators_and_the_boot_action_have_the_digests_that_verifiers_know() {
         let events = boot().events();

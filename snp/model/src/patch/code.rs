@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! SNP instructions in code: finding them by their bytes, and replacing each in guest memory by a write to a port.
+//! SNP instructions in code: finding them by their bytes, and replacing each in guest memory by a write to a
+//! port.
 
 use std::io;
 
@@ -80,8 +81,8 @@ impl Ports {
         [0xe6, self.handover, 0x66, 0x90]
     }
 
-    /// What replaces the hook's first instruction, `mov rsi, r15`: `OUT port, AL` and a one-byte NOP. Whoever handles the
-    /// exit does that move.
+    /// What replaces the hook's first instruction, `mov rsi, r15`: `OUT port, AL` and a one-byte NOP. Whoever
+    /// handles the exit does that move.
     pub fn patched_hook(&self) -> [u8; 3] {
         [0xe6, self.hook, 0x90]
     }
@@ -90,7 +91,8 @@ impl Ports {
 /// The decompressor's end, `mov rsi, r15; jmp *rax`: RAX is the kernel's entry point, R15 its `boot_params`.
 pub const HOOK: [u8; 5] = [0x4c, 0x89, 0xfe, 0xff, 0xe0];
 
-/// The no-operation before stage0's jump to the kernel: RAX is the kernel's entry point, RSI its `boot_params`.
+/// The no-operation before stage0's jump to the kernel: RAX is the kernel's entry point, RSI its
+/// `boot_params`.
 pub const HANDOVER: [u8; 4] = [0x0f, 0x1f, 0x40, 0x00];
 
 /// One instruction.

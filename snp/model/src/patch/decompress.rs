@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The kernel inside a bzImage, decompressed: zstd, xz, gzip and LZ4 (legacy frames).
 //!
-//! The payload's last four bytes are the decompressed size, little-endian: appended by the kernel's build, or, for gzip, the
-//! format's own trailer. The size is checked against [`MAX_DECOMPRESSED`] and against the payload's own length before anything
-//! is decompressed, and nothing beyond it is ever produced, so a crafted payload cannot take all memory. A memory limit for the
-//! formats' dictionaries does the rest.
+//! The payload's last four bytes are the decompressed size, little-endian: appended by the kernel's build,
+//! or, for gzip, the format's own trailer. The size is checked against [`MAX_DECOMPRESSED`] and against the
+//! payload's own length before anything is decompressed, and nothing beyond it is ever produced, so a crafted
+//! payload cannot take all memory. A memory limit for the formats' dictionaries does the rest.
 
 use std::io::Read;
 
@@ -12,7 +12,8 @@ use snp::image::kernel::BzImage;
 
 /// Largest decompressed kernel in bytes. Debian's are about 60 MiB.
 pub const MAX_DECOMPRESSED: u64 = 512 << 20;
-/// Largest ratio of the decompressed kernel to the compressed one, beside [`ALWAYS`]. Real kernels have 3 (LZ4) to 8 (xz).
+/// Largest ratio of the decompressed kernel to the compressed one, beside [`ALWAYS`]. Real kernels have 3
+/// (LZ4) to 8 (xz).
 const MAX_RATIO: u64 = 12;
 /// A kernel of this size may be compressed as well as it can be: bytes.
 const ALWAYS: u64 = 4 << 20;

@@ -7,8 +7,8 @@ use crate::digest::LaunchDigest;
 use crate::identity::KeyError;
 use crate::plan::PlanError;
 
-/// How pages without data enter the guest. The specification says NORMAL pages of zeros, but QEMU and Cloud Hypervisor
-/// load them as type ZERO, so one file has two digests.
+/// How pages without data enter the guest. The specification says NORMAL pages of zeros, but QEMU and Cloud
+/// Hypervisor load them as type ZERO, so one file has two digests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroPages {
     /// As the specification says.

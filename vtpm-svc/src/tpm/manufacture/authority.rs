@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The host's certificate authority: a key and a self-signed certificate in a folder, made once, whole, and checked each time.
+//! The host's certificate authority: a key and a self-signed certificate in a folder, made once, whole, and
+//! checked each time.
 //!
-//! Every certificate stays in its TPM for good, so a key that does not belong to `ca.pem` would do lasting damage without a
-//! word. Making holds a lock on the folder, and both files come into their places complete and on disk. The key is first: what
-//! it needs beside it is made from it alone, so a crash in between, or a lost `ca.pem`, costs nothing. The other way round there
-//! is no way back, and the folder is refused.
+//! Every certificate stays in its TPM for good, so a key that does not belong to `ca.pem` would do lasting
+//! damage without a word. Making holds a lock on the folder, and both files come into their places complete
+//! and on disk. The key is first: what it needs beside it is made from it alone, so a crash in between, or a
+//! lost `ca.pem`, costs nothing. The other way round there is no way back, and the folder is refused.
 
 use std::fs::File;
 use std::io;
@@ -76,7 +77,8 @@ impl Authority {
         Self::of_key(SigningKey::random(&mut rand_core::OsRng))
     }
 
-    /// The authority of a key. Its name comes from the key, so that a certificate that is made again has the same one.
+    /// The authority of a key. Its name comes from the key, so that a certificate that is made again has the
+    /// same one.
     fn of_key(key: SigningKey) -> Result<Self, ManufactureError> {
         let spki = public_key(&key)?;
         let mark = hex::encode(&key_id(&spki)[..4]);
