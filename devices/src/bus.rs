@@ -42,8 +42,8 @@ pub struct Overlap {
     pub end: u64,
 }
 
-/// Devices by address. A device may be moved while vCPUs use the bus, by another device of the same bus as well: no lock of the bus is
-/// held while a device answers.
+/// Devices by address. A device may be moved while vCPUs use the bus, by another device of the same bus as
+/// well: no lock of the bus is held while a device answers.
 #[derive(Default)]
 pub struct Bus {
     ranges: RwLock<Vec<Range>>,
@@ -62,7 +62,8 @@ impl Bus {
         Some(ranges.remove(at).device)
     }
 
-    /// Moves the device that begins at `from` to `to`. Where it cannot be, it stays where it is. False: there is none.
+    /// Moves the device that begins at `from` to `to`. Where it cannot be, it stays where it is. False: there
+    /// is none.
     pub fn relocate(&self, from: u64, to: u64) -> Result<bool, Overlap> {
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
         let Some(at) = ranges.iter().position(|range| range.base == from) else { return Ok(false) };

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The reset line of a PC's keyboard controller, and nothing else of it.
 //!
-//! Linux writes the command 0xFE to port 0x64 to reset the machine (`reboot=k`). Reading the status answers 0, "input
-//! buffer empty", so that the kernel does not wait; probing for a keyboard fails at once because port 0x60 is not ours.
+//! Linux writes the command 0xFE to port 0x64 to reset the machine (`reboot=k`). Reading the status answers
+//! 0, "input buffer empty", so that the kernel does not wait; probing for a keyboard fails at once because
+//! port 0x60 is not ours.
 
 use crate::bus::Action;
 use crate::bus::Device;

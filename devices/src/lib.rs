@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Devices of the machine, with no KVM type in sight.
 //!
-//! A device is told of accesses by offset into its own range and raises interrupts through an event descriptor. Accesses
-//! come from the guest and may have any width; a device answers what it does not know as a bus without a device would.
+//! A device is told of accesses by offset into its own range and raises interrupts through an event
+//! descriptor. Accesses come from the guest and may have any width; a device answers what it does not know as
+//! a bus without a device would.
 
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 

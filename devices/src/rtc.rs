@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The MC146818 real-time clock of a PC: time of day.
 //!
-//! Registers as in the MC146818 data sheet; the century in 0x32 as ACPI's FADT may say. The guest's clock is the host's, in UTC,
-//! plus what the guest has set it ahead; BCD and 24-hour mode. Alarms and periodic interrupts do not exist: the guest has better
-//! timers.
+//! Registers as in the MC146818 data sheet; the century in 0x32 as ACPI's FADT may say. The guest's clock is
+//! the host's, in UTC, plus what the guest has set it ahead; BCD and 24-hour mode. Alarms and periodic
+//! interrupts do not exist: the guest has better timers.
 
 use std::time::SystemTime;
 use std::time::UNIX_EPOCH;
@@ -62,8 +62,8 @@ struct Civil {
     second: u8,
 }
 
-/// Splits seconds since 1970 by the Gregorian calendar. The year is taken to start in March, so that the leap day is its
-/// last day, and counted in cycles of 400 years, which all have 146,097 days.
+/// Splits seconds since 1970 by the Gregorian calendar. The year is taken to start in March, so that the leap
+/// day is its last day, and counted in cycles of 400 years, which all have 146,097 days.
 fn civil(seconds: u64) -> Civil {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // Day 0 of the count is 0000-03-01, which is 719,468 days before 1970-01-01.
@@ -120,7 +120,8 @@ fn from_bcd(byte: u8) -> Option<u8> {
 }
 
 impl Rtc {
-    /// Sets how far the guest's clock is ahead of the host's, in units of 100 ns, and who is told when the guest changes that.
+    /// Sets how far the guest's clock is ahead of the host's, in units of 100 ns, and who is told when the
+    /// guest changes that.
     pub fn keep(&mut self, ahead: i64, store: Option<Store>) {
         (self.ahead, self.store) = (ahead, store);
     }
@@ -131,8 +132,9 @@ impl Rtc {
         i64::try_from(since.as_nanos() / 100).unwrap_or(i64::MAX)
     }
 
-    /// What the guest wrote, as how far it is ahead of the host. The data sheet's first update comes half a second after the
-    /// clock was started, which is what Linux counts on, so the second that was written is half over.
+    /// What the guest wrote, as how far it is ahead of the host. The data sheet's first update comes half a
+    /// second after the clock was started, which is what Linux counts on, so the second that was written is
+    /// half over.
     fn written(&self) -> Option<i64> {
         let register = |index: u8| from_bcd(self.cmos[usize::from(index)]);
         let t = Civil {

@@ -50,7 +50,8 @@ impl Device for Serial {
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Option<Action> {
         for &byte in data {
-            // A closed or full output must not stop the guest: the byte is lost, as on a line nobody listens to.
+            // A closed or full output must not stop the guest: the byte is lost, as on a line nobody listens
+            // to.
             let _ = self.port.write(offset as u8, byte);
         }
         None

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The TPM's command-response-buffer device: TCG PC Client Platform TPM Profile 1.05, section 6.5.3.
 //!
-//! Registers of locality 0 trap; commands and responses lie in one page of ordinary memory that guest and monitor share, so
-//! that a command costs the same handful of exits whatever its size, also in a guest where an emulated string copy would
-//! cost an exit per element. The guest's page is hostile: a command is copied out once and judged on the copy.
+//! Registers of locality 0 trap; commands and responses lie in one page of ordinary memory that guest and
+//! monitor share, so that a command costs the same handful of exits whatever its size, also in a guest where
+//! an emulated string copy would cost an exit per element. The guest's page is hostile: a command is copied
+//! out once and judged on the copy.
 //!
-//! A command runs on the device's own thread. The vCPU that wrote START goes on at once and sees START clear when the
-//! response is in the page.
+//! A command runs on the device's own thread. The vCPU that wrote START goes on at once and sees START clear
+//! when the response is in the page.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -40,7 +41,8 @@ const RSP_HADDR: u64 = 0x6c;
 /// Where a driver that does not read the addresses expects the buffer: the same bytes, but each access traps.
 const WINDOW: u64 = 0x80;
 
-/// Interface type CRB, version 1, 64-byte transfers, CRB supported and selected; one locality, no idle bypass.
+/// Interface type CRB, version 1, 64-byte transfers, CRB supported and selected; one locality, no idle
+/// bypass.
 const INTF_ID_VALUE: u32 = 1 | 1 << 4 | 3 << 11 | 1 << 14 | 1 << 17;
 /// Vendor id as QEMU's device has it; drivers only show it.
 const VENDOR_VALUE: u32 = 0x1014;
@@ -100,7 +102,8 @@ fn lock(registers: &Mutex<Registers>) -> MutexGuard<'_, Registers> {
 }
 
 impl Crb {
-    /// A device whose buffer page is at guest-physical `address`; `cancel` is called while a command may be running.
+    /// A device whose buffer page is at guest-physical `address`; `cancel` is called while a command may be
+    /// running.
     pub fn new(
         buffer: Arc<dyn Buffer>,
         address: u64,
@@ -112,7 +115,8 @@ impl Crb {
         let (theirs, page) = (registers.clone(), buffer.clone());
         std::thread::Builder::new().name("tpm".into()).spawn(move || {
             while let Ok(job) = queue.recv() {
-                // A command from before a reset must not run on the TPM of after it, whose PCRs say that it has just started.
+                // A command from before a reset must not run on the TPM of after it, whose PCRs say that it
+                // has just started.
                 if lock(&theirs).epoch != job.epoch {
                     continue;
                 }
@@ -356,7 +360,8 @@ mod tests {
 
     const COMMAND: &[u8] = &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x7b, 0, 8];
 
-    /// The sequence of Linux' `tpm_crb` driver: values that it waits for are 0x82 and 0x80 under the mask 0x82.
+    /// The sequence of Linux' `tpm_crb` driver: values that it waits for are 0x82 and 0x80 under the mask
+    /// 0x82.
     #[test]
     fn a_driver_gets_locality_readiness_and_its_response() {
         let mut b = bench();
@@ -467,7 +472,8 @@ mod tests {
         b.crb.reset();
         b.page.write(0, &[0; 12]);
         b.go.send(Ok(0)).expect("go");
-        // The next command goes through the same thread, so the old response has been handled when it is done.
+        // The next command goes through the same thread, so the old response has been handled when it is
+        // done.
         b.ready(&[0; 12]);
         b.page.write(0, COMMAND);
         b.write(0x4c, 1);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The registers behind the TPM's physical-presence interface: where the guest leaves what firmware should do to the TPM at
-//! the next boot, and finds what became of it.
+//! The registers behind the TPM's physical-presence interface: where the guest leaves what firmware should do
+//! to the TPM at the next boot, and finds what became of it.
 //!
-//! TCG PC Client Platform Physical Presence Interface Specification 1.30. The guest does not touch these registers itself:
-//! the `_DSM` method of the TPM's ACPI device does. There is no user at this machine to confirm anything, so what is known is
-//! allowed.
+//! TCG PC Client Platform Physical Presence Interface Specification 1.30. The guest does not touch these
+//! registers itself: the `_DSM` method of the TPM's ACPI device does. There is no user at this machine to
+//! confirm anything, so what is known is allowed.
 
 use crate::bus::Action;
 use crate::bus::Device;

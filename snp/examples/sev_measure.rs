@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The `sev` crate as a program, for `cargo xtask bench measure`: prints the digest of a firmware file and a vCPU count.
+//! The `sev` crate as a program, for `cargo xtask bench measure`: prints the digest of a firmware file and a
+//! vCPU count.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a bench's helper fails by panicking")]
 

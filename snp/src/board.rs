@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The board: processors, memory and devices of a guest's machine, and where each of them is.
 //!
-//! One [`Board`] is what the ACPI tables, the memory map, the parameters of an IGVM file and the monitor's buses are made
-//! from, so that the guest is told of what is there. Every address, port and interrupt number stands here or in [`layout`] and
-//! nowhere else; devices know offsets into their own ranges only.
+//! One [`Board`] is what the ACPI tables, the memory map, the parameters of an IGVM file and the monitor's
+//! buses are made from, so that the guest is told of what is there. Every address, port and interrupt number
+//! stands here or in [`layout`] and nowhere else; devices know offsets into their own ranges only.
 
 pub mod acpi;
 pub mod layout;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The launch digest: what the firmware will report as the guest's measurement, computed from the plan alone.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 8.17.2, `PAGE_INFO`. The digest starts as 48 zero bytes; each page replaces it by the
-//! SHA-384 of a 112-byte structure that holds the previous digest, the hash of the page's contents (zero where contents are
-//! not measured), the page type and the address. VMSAs come last, in vCPU order, all at one fixed address.
+//! SEV-SNP Firmware ABI 1.58, section 8.17.2, `PAGE_INFO`. The digest starts as 48 zero bytes; each page
+//! replaces it by the SHA-384 of a 112-byte structure that holds the previous digest, the hash of the page's
+//! contents (zero where contents are not measured), the page type and the address. VMSAs come last, in vCPU
+//! order, all at one fixed address.
 
 mod lanes;
 mod pages;
@@ -28,7 +29,8 @@ impl LaunchDigest {
     /// The digest before the first page.
     pub const START: LaunchDigest = LaunchDigest([0; 48]);
 
-    /// Takes in one page; `contents` is the SHA-384 of the page, or zeros for types whose contents are not measured.
+    /// Takes in one page; `contents` is the SHA-384 of the page, or zeros for types whose contents are not
+    /// measured.
     pub fn extend(&mut self, page_type: PageType, gpa: u64, contents: &[u8; 48]) {
         let mut info = [0; 112];
         info[..48].copy_from_slice(&self.0);
@@ -74,8 +76,8 @@ pub fn launch_digest(plan: &LaunchPlan) -> Result<LaunchDigest, PlanError> {
     Ok(trace(plan)?.launch_digest())
 }
 
-/// A plan and its launch digest, made once. It owns every byte that is launched, so what it says of them stays true, whatever becomes
-/// of the files that they were read from.
+/// A plan and its launch digest, made once. It owns every byte that is launched, so what it says of them
+/// stays true, whatever becomes of the files that they were read from.
 #[derive(Clone, Debug)]
 pub struct Measured {
     plan: LaunchPlan,
@@ -119,7 +121,8 @@ pub fn trace(plan: &LaunchPlan) -> Result<Trace, PlanError> {
     let mut hashed: Option<(&VmsaState, [u8; 48])> = None;
     let mut vcpus = Vec::with_capacity(plan.vcpus.len());
     for vcpu in &plan.vcpus {
-        // Application processors are usually alike; one more of them then costs one link of the chain, half a microsecond.
+        // Application processors are usually alike; one more of them then costs one link of the chain, half a
+        // microsecond.
         let contents = match hashed {
             Some((previous, contents)) if previous == vcpu => contents,
             _ => Sha384::digest(vcpu.encode()).into(),
@@ -133,7 +136,8 @@ pub fn trace(plan: &LaunchPlan) -> Result<Trace, PlanError> {
 
 /// Computes the digest after each of `records`, which must consist of whole pages.
 ///
-/// Unlike a plan's, these records may be VMSA pages: an IGVM file for another hypervisor puts them where it likes.
+/// Unlike a plan's, these records may be VMSA pages: an IGVM file for another hypervisor puts them where it
+/// likes.
 pub fn trace_records(records: &[Record]) -> Vec<LaunchDigest> {
     let mut digest = LaunchDigest::START;
     let mut after = vec![digest; records.len()];

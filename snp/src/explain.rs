@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Why a digest is what it is: every step of a launch with its running digest, and where two launches part.
 //!
-//! "Why is my digest different" is the question most often asked about this technology. An [`Explanation`] is what
-//! `cvmm measure --json` writes; two of them are enough to name the first step that differs and its likely cause, without
-//! the files that were measured. A file of explanations is only ever compared, never launched.
+//! "Why is my digest different" is the question most often asked about this technology. An [`Explanation`] is
+//! what `cvmm measure --json` writes; two of them are enough to name the first step that differs and its
+//! likely cause, without the files that were measured. A file of explanations is only ever compared, never
+//! launched.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -67,8 +68,8 @@ pub struct Explanation {
     pub records: Vec<RecordLine>,
     /// vCPUs in order.
     pub vcpus: Vec<VcpuLine>,
-    /// What a measured boot leaves in the TPM: for each bank (`sha256`, `sha384`) the PCRs that it extends, by number, in hex.
-    /// Empty if the guest has no TPM.
+    /// What a measured boot leaves in the TPM: for each bank (`sha256`, `sha384`) the PCRs that it extends,
+    /// by number, in hex. Empty if the guest has no TPM.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub pcrs: BTreeMap<String, BTreeMap<u32, String>>,
 }
@@ -170,7 +171,8 @@ impl Explanation {
         Ok(explanation.printable())
     }
 
-    /// The same with control characters written out: what is shown on a terminal must not pass for something else.
+    /// The same with control characters written out: what is shown on a terminal must not pass for something
+    /// else.
     fn printable(mut self) -> Self {
         fn clean(text: &mut String) {
             if text.contains(char::is_control) {

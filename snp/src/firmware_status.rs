@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Firmware status codes in words.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 4.1 (status codes); the values are those of Linux' `include/uapi/linux/psp-sev.h`.
+//! SEV-SNP Firmware ABI 1.58, section 4.1 (status codes); the values are those of Linux'
+//! `include/uapi/linux/psp-sev.h`.
 
 use std::fmt;
 

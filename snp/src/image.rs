@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Image kinds: each turns files into a [`crate::plan::LaunchPlan`] and does nothing else.
 //!
-//! [`direct`] boots a Linux kernel with no firmware in between; `kernel`, `entry`, `bootparams`, `lazy` and `shim` are its
-//! parts. [`ovmf`] launches a firmware file, [`igvm`] a file that is a launch. Where things are is the [`crate::board`]'s.
+//! [`direct`] boots a Linux kernel with no firmware in between; `kernel`, `entry`, `bootparams`, `lazy` and
+//! `shim` are its parts. [`ovmf`] launches a firmware file, [`igvm`] a file that is a launch. Where things
+//! are is the [`crate::board`]'s.
 
 pub mod bootparams;
 pub mod direct;

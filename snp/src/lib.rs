@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What AMD SEV-SNP is, with no virtual machine in it.
 //!
-//! This crate turns files into launch plans, computes launch digests, and reads attestation reports. It opens no device and depends on no KVM crate, so a policy author or a
-//! verifier can use it on any machine.
+//! This crate turns files into launch plans, computes launch digests, and reads attestation reports. It opens
+//! no device and depends on no KVM crate, so a policy author or a verifier can use it on any machine.
 
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 

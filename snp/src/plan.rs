@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The launch plan: everything that enters a guest before its first instruction, in order.
 //!
-//! Every image kind does nothing but produce a [`LaunchPlan`]. Two interpreters consume it: [`crate::digest`] computes the
-//! launch digest, and the monitor's platform executes the launch. So the digest that was predicted is the digest that is
-//! launched, by construction. A plain (non-SNP) guest is a plan too; its records are copied and nothing is measured.
+//! Every image kind does nothing but produce a [`LaunchPlan`]. Two interpreters consume it: [`crate::digest`]
+//! computes the launch digest, and the monitor's platform executes the launch. So the digest that was
+//! predicted is the digest that is launched, by construction. A plain (non-SNP) guest is a plan too; its
+//! records are copied and nothing is measured.
 //!
 //! Order is meaning: the SNP firmware hashes pages in the order of the launch commands
 //! (SEV-SNP Firmware ABI Specification, revision 1.58, section 8.17 `SNP_LAUNCH_UPDATE`).
@@ -70,45 +71,27 @@ impl Record {
 
 /// Why a plan cannot be measured or launched.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PlanError {
     /// A record does not consist of whole pages.
     #[error(
         "{name}: address {gpa:#x} and length {len:#x} must be multiples of 4 KiB, and the length positive"
     )]
-    Unaligned {
-        /// The record.
-        name: String,
-        /// Its address.
-        gpa: u64,
-        /// Its length in bytes.
-        len: u64,
-    },
+    Unaligned { name: String, gpa: u64, len: u64 },
     /// A record reaches beyond the end of the address space, or its contents beyond the record.
     #[error("{name}: {len:#x} bytes at {gpa:#x} do not fit")]
-    TooLong {
-        /// The record.
-        name: String,
-        /// Its address.
-        gpa: u64,
-        /// Its length in bytes.
-        len: u64,
-    },
+    TooLong { name: String, gpa: u64, len: u64 },
     /// Two records share a page; the firmware accepts each page once.
     #[error("{first} and {second} both cover guest-physical address {gpa:#x}")]
     Overlap {
         /// The record that comes first in address order.
         first: String,
-        /// The other one.
         second: String,
-        /// First shared address.
         gpa: u64,
     },
     /// A VMSA page as a record: only `LAUNCH_FINISH` adds those.
     #[error("{name}: a VMSA page cannot be a record of a plan, KVM adds it when the launch finishes")]
-    VmsaRecord {
-        /// The record.
-        name: String,
-    },
+    VmsaRecord { name: String },
     /// A plan with no vCPU cannot run.
     #[error("the plan has no vCPU")]
     NoVcpu,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The guest policy: what the guest's owner allows the platform to do, enforced by the firmware and shown in reports.
+//! The guest policy: what the guest's owner allows the platform to do, enforced by the firmware and shown in
+//! reports.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 4.3 "Guest Policy". Which bits a host's KVM lets through depends on its kernel
-//! ([`PolicyRules`]); what is left is for the firmware to decide, such as whether a guest that forbids SMT may run on a host that
-//! has it on.
+//! SEV-SNP Firmware ABI 1.58, section 4.3 "Guest Policy". Which bits a host's KVM lets through depends on its
+//! kernel ([`PolicyRules`]); what is left is for the firmware to decide, such as whether a guest that forbids
+//! SMT may run on a host that has it on.
 
 use std::fmt;
 use std::str::FromStr;
@@ -28,6 +29,7 @@ const BITS: [(u32, &str); 10] = [
 
 /// Why a policy cannot be launched.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PolicyError {
     /// Not a number.
     #[error("policy '{0}' is not a number of up to 64 bits in hexadecimal, such as 0x30000")]
@@ -37,42 +39,15 @@ pub enum PolicyError {
     NoPrefix(String),
     /// A policy that no firmware accepts.
     #[error("policy {policy:#x}: bit {bit} ({name}) must be {must}; no firmware accepts it otherwise")]
-    Reserved {
-        /// The policy asked for.
-        policy: u64,
-        /// The first offending bit.
-        bit: u32,
-        /// Its name.
-        name: &'static str,
-        /// What it has to be.
-        must: u8,
-    },
+    Reserved { policy: u64, bit: u32, name: &'static str, must: u8 },
     /// A bit that this host's KVM refuses.
     #[error(
         "policy {policy:#x}: bit {bit} ({name}) is not allowed by this host's KVM (it allows {allowed:#x})"
     )]
-    BitRefused {
-        /// The policy asked for.
-        policy: u64,
-        /// The first offending bit.
-        bit: u32,
-        /// Its name.
-        name: &'static str,
-        /// All bits that may be set.
-        allowed: u64,
-    },
+    BitRefused { policy: u64, bit: u32, name: &'static str, allowed: u64 },
     /// A bit that has to be set.
     #[error("policy {policy:#x}: bit {bit} ({name}) must be 1{why}; the default policy is 0x30000")]
-    BitRequired {
-        /// The policy asked for.
-        policy: u64,
-        /// The missing bit.
-        bit: u32,
-        /// Its name.
-        name: &'static str,
-        /// Where, if not everywhere.
-        why: &'static str,
-    },
+    BitRequired { policy: u64, bit: u32, name: &'static str, why: &'static str },
 }
 
 /// Policies that a kernel's KVM lets through: `sev.c:snp_launch_start`.
@@ -85,18 +60,20 @@ pub struct PolicyRules {
 }
 
 impl PolicyRules {
-    /// Linux 6.12: ABI version, SMT, reserved one, DEBUG; SMT is demanded. The strictest of the kernels from 6.11 to 7.3.
+    /// Linux 6.12: ABI version, SMT, reserved one, DEBUG; SMT is demanded. The strictest of the kernels from
+    /// 6.11 to 7.3.
     pub const LINUX_6_12: PolicyRules = PolicyRules { allowed: 0xb_ffff, required: 0x3_0000 };
     /// Linux 6.17 and 6.18: SINGLE_SOCKET may be set, and SMT is left to the firmware.
     pub const LINUX_6_17: PolicyRules = PolicyRules { allowed: 0x1b_ffff, required: 0x2_0000 };
 
-    /// Linux 6.19 and later say which bits they let through (`KVM_X86_SNP_POLICY_BITS`): those that the firmware knows as well.
+    /// Linux 6.19 and later say which bits they let through (`KVM_X86_SNP_POLICY_BITS`): those that the
+    /// firmware knows as well.
     pub const fn told(allowed: u64) -> PolicyRules {
         PolicyRules { allowed, required: 0x2_0000 }
     }
 
-    /// The rules of a kernel that does not say, by its release, such as `6.12.0-1-amd64`. One that is not understood gets the
-    /// strictest.
+    /// The rules of a kernel that does not say, by its release, such as `6.12.0-1-amd64`. One that is not
+    /// understood gets the strictest.
     pub fn of_release(release: &str) -> PolicyRules {
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
         let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
@@ -132,8 +109,8 @@ impl GuestPolicy {
         self.0 & 1 << 16 != 0
     }
 
-    /// Checks what every firmware does, whatever the kernel lets through (SEV-SNP Firmware ABI 1.58, section 4.3: bit 17 must be one, bits
-    /// 26 to 63 zero).
+    /// Checks what every firmware does, whatever the kernel lets through (SEV-SNP Firmware ABI 1.58, section
+    /// 4.3: bit 17 must be one, bits 26 to 63 zero).
     pub fn check_firmware(self) -> Result<(), PolicyError> {
         let policy = self.0;
         let unknown = policy >> 26;
@@ -210,7 +187,8 @@ mod tests {
         assert!(matches!(error, PolicyError::BitRequired { bit: 17, .. }));
     }
 
-    /// Linux 6.12.117, 7.2.13 and 7.3.4, `sev.c:snp_launch_start`; 6.17.8 and 6.18.15 as 7.3 without the attribute.
+    /// Linux 6.12.117, 7.2.13 and 7.3.4, `sev.c:snp_launch_start`; 6.17.8 and 6.18.15 as 7.3 without the
+    /// attribute.
     #[test]
     fn smt_is_demanded_before_linux_6_17_only() {
         let no_smt = GuestPolicy(0x2_0000);

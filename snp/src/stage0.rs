@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! stage0, seen from the host: the built shim, its inputs page, and the rules that both sides share.
 //!
-//! The modules below are the shim's own source files, so what is tested here is what runs in the guest. The image itself is
-//! built by `build.rs` from `snp/stage0`.
+//! The modules below are the shim's own source files, so what is tested here is what runs in the guest. The
+//! image itself is built by `build.rs` from `snp/stage0`.
 
 #[path = "../stage0/src/e820.rs"]
 pub mod e820;

@@ -188,7 +188,8 @@ fn arithmetic_holds_at_the_ends_of_its_range() {
             for (name, change) in spans {
                 let mut page = good();
                 change(&mut page, a, b);
-                // An empty second range of RAM would be the only one of these to pass; it is refused like the others.
+                // An empty second range of RAM would be the only one of these to pass; it is refused like the
+                // others.
                 assert!(check(&page).is_err(), "{name} {a:#x} {b:#x}");
             }
             let inputs = good().encode().unwrap();
@@ -297,7 +298,8 @@ proptest! {
     }
 }
 
-/// The bits that are set in a table of unaccepted memory, read as Linux's documentation of the table describes it.
+/// The bits that are set in a table of unaccepted memory, read as Linux's documentation of the table
+/// describes it.
 fn unaccepted_units(table: &[u8]) -> Vec<u64> {
     let number =
         |at: usize, len: usize| table[at..at + len].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
@@ -361,7 +363,8 @@ fn the_memory_map_offers_only_validated_memory_to_the_decompressor() {
     let mut tables = vec![0; (layout::EFI_TABLES_END - layout::EFI_TABLES) as usize];
     efi::announce(&mut tables, &mut boot_params, Inputs(&bytes)).unwrap();
 
-    // As Linux's struct efi_info has it: signature, system table, descriptor size and version, map, its size, upper halves.
+    // As Linux's struct efi_info has it: signature, system table, descriptor size and version, map, its size,
+    // upper halves.
     let word = |at: usize| u32::from_le_bytes(boot_params[at..at + 4].try_into().unwrap()) as u64;
     assert_eq!(&boot_params[0x1c0..0x1c4], b"EL64");
     assert_eq!((word(0x1c4), word(0x1c8), word(0x1cc)), (layout::EFI_TABLES, 40, 1));

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The VMSA: a vCPU's initial registers as the firmware measures them.
 //!
-//! One [`VmsaState`] per vCPU is the only source: it drives KVM's register calls *and* [`VmsaState::encode`], so the page
-//! that KVM builds at `LAUNCH_FINISH` is the page that was predicted. Layout: AMD64 Architecture Programmer's Manual,
-//! volume 2, revision 3.42, table B-4 (the SEV-ES save area). What KVM changes in the registers it is given (SVME in EFER,
-//! MCE in CR4) is part of the state here: values are those that end up in the page.
+//! One [`VmsaState`] per vCPU is the only source: it drives KVM's register calls *and* [`VmsaState::encode`],
+//! so the page that KVM builds at `LAUNCH_FINISH` is the page that was predicted. Layout: AMD64 Architecture
+//! Programmer's Manual, volume 2, revision 3.42, table B-4 (the SEV-ES save area). What KVM changes in the
+//! registers it is given (SVME in EFER, MCE in CR4) is part of the state here: values are those that end up
+//! in the page.
 
 pub mod decode;
 
@@ -78,7 +79,8 @@ pub const EFER_SVME: u64 = 1 << 12;
 pub const CR4_MCE: u64 = 1 << 6;
 /// `sev_features` bit 0: the guest runs as an SNP guest.
 pub const SEV_FEATURE_SNP_ACTIVE: u64 = 1;
-/// `sev_features` bit 9: the guest's time stamp counter is the processor's and its own; the host cannot change it.
+/// `sev_features` bit 9: the guest's time stamp counter is the processor's and its own; the host cannot
+/// change it.
 pub const SEV_FEATURE_SECURE_TSC: u64 = 1 << 9;
 
 impl VmsaState {

@@ -61,7 +61,8 @@ fn acpi_tables_are_linked_and_sum_to_zero() {
     assert_eq!(overrides, [(9, 9, 0xd)], "the SCI alone, active high, level-triggered; IRQ 0 stays on pin 0");
 }
 
-/// The reference compiler of ACPI reads what we wrote. Skipped with a note where it is not installed (acpica-tools).
+/// The reference compiler of ACPI reads what we wrote. Skipped with a note where it is not installed
+/// (acpica-tools).
 #[test]
 fn iasl_disassembles_the_tables_without_a_complaint() {
     if Command::new("iasl").arg("-v").output().is_err() {

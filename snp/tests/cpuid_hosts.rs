@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! CPUID tables of real hosts against the firmware model: what is refused, to the bit.
 //!
-//! `data/cpuid` has recorded answers of `KVM_GET_SUPPORTED_CPUID` (with microcode against TSA), corrections that the firmware of
-//! real hosts made, and a dump of Bergamo; each file names its source. Where nothing was recorded, KVM's offer is derived from a
-//! chip's dump.
+//! `data/cpuid` has recorded answers of `KVM_GET_SUPPORTED_CPUID` (with microcode against TSA), corrections
+//! that the firmware of real hosts made, and a dump of Bergamo; each file names its source. Where nothing was
+//! recorded, KVM's offer is derived from a chip's dump.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its data does not fit")]
 
@@ -61,7 +61,8 @@ fn recorded(text: &str) -> Vec<CpuidEntry> {
         .collect()
 }
 
-/// VERW_CLEAR, and nothing else: published and derived masks do not have it, and both hosts have the microcode.
+/// VERW_CLEAR, and nothing else: published and derived masks do not have it, and both hosts have the
+/// microcode.
 #[test]
 fn of_recorded_tables_only_verw_clear_is_refused() {
     for (name, product, text, expected) in [
@@ -96,8 +97,8 @@ struct Kernel {
     ebx: u32,
 }
 
-/// `arch/x86/kvm/cpuid.c` of Linux 6.12.117: NO_NESTED_DATA_BP, WRMSR_XX_BASE_NS, AUTOIBRS, SRSO_USER_KERNEL_NO of the host; LFENCE_RDTSC,
-/// NULL_SEL_CLR_BASE and NO_SMM_CTL_MSR set.
+/// `arch/x86/kvm/cpuid.c` of Linux 6.12.117: NO_NESTED_DATA_BP, WRMSR_XX_BASE_NS, AUTOIBRS,
+/// SRSO_USER_KERNEL_NO of the host; LFENCE_RDTSC, NULL_SEL_CLR_BASE and NO_SMM_CTL_MSR set.
 const LINUX_6_12: Kernel =
     Kernel { features: 1 | 1 << 1 | 1 << 8 | 1 << 30, emulated: 1 << 2 | 1 << 6 | 1 << 9, ebx: 0 };
 /// Linux 7.3.4: also PREFETCHI, AVX512_BMM and ERAPS of the host, and GP_ON_USER_CPUID.
@@ -107,9 +108,10 @@ const LINUX_7_3: Kernel = Kernel {
     ebx: 0x00ff_0000,
 };
 
-/// What KVM offers on a chip. Feature registers are not cut down to what KVM passes on, so this is more than the offer; what
-/// KVM adds by itself is added (`arch/x86/kvm/cpuid.c`, `kvm_set_cpu_caps` and `__do_cpuid_func`). `forced` are bits of 0x80000021 EAX that the kernel
-/// has forced on (`arch/x86/kernel/cpu/amd.c`, `bugs.c`).
+/// What KVM offers on a chip. Feature registers are not cut down to what KVM passes on, so this is more than
+/// the offer; what KVM adds by itself is added (`arch/x86/kvm/cpuid.c`, `kvm_set_cpu_caps` and
+/// `__do_cpuid_func`). `forced` are bits of 0x80000021 EAX that the kernel has forced on
+/// (`arch/x86/kernel/cpu/amd.c`, `bugs.c`).
 fn derived(raw: &RawCpuid, kernel: Kernel, forced: u32) -> Vec<CpuidEntry> {
     let mut offered: Vec<CpuidEntry> = raw.entries().to_vec();
     offered.retain(|e| !matches!(e.function, 5 | 0xf | 0x10 | 0x8000_001b | 0x8000_001f | 0x8000_0020));
@@ -143,7 +145,8 @@ fn derived(raw: &RawCpuid, kernel: Kernel, forced: u32) -> Vec<CpuidEntry> {
     offered
 }
 
-/// SBPB and IBPB_BRTYPE: forced on with microcode against SRSO; VERW_CLEAR: with microcode against TSA, on Zen 3 and 4.
+/// SBPB and IBPB_BRTYPE: forced on with microcode against SRSO; VERW_CLEAR: with microcode against TSA, on
+/// Zen 3 and 4.
 const SRSO: u32 = 1 << 27 | 1 << 28;
 const TSA: u32 = 1 << 5;
 
@@ -183,7 +186,8 @@ fn bergamo_has_the_masks_of_genoa() {
     }
 }
 
-/// Linux forces VERW_CLEAR on Zen 3 and 4 alone (`amd.c:tsa_init`); on Zen 5 it can come from microcode, with older firmware.
+/// Linux forces VERW_CLEAR on Zen 3 and 4 alone (`amd.c:tsa_init`); on Zen 5 it can come from microcode, with
+/// older firmware.
 #[test]
 fn turin_with_newer_microcode_than_firmware_loses_verw_clear() {
     let turin = Processor::of_product(Product::Turin).unwrap();
@@ -194,7 +198,8 @@ fn turin_with_newer_microcode_than_firmware_loses_verw_clear() {
     assert_eq!(offered ^ accepted, TSA);
 }
 
-/// What a table without `CpuidTable::snp` loses on Milan: NO_SMM_CTL_MSR and, from Linux 7.2 on, GP_ON_USER_CPUID.
+/// What a table without `CpuidTable::snp` loses on Milan: NO_SMM_CTL_MSR and, from Linux 7.2 on,
+/// GP_ON_USER_CPUID.
 #[test]
 fn bits_that_kvm_emulates_are_refused_on_milan_and_accepted_on_genoa() {
     let register = |product: Product, eax| {
@@ -207,7 +212,8 @@ fn bits_that_kvm_emulates_are_refused_on_milan_and_accepted_on_genoa() {
     assert_eq!(register(Product::Turin, 0x5902_0347), []);
 }
 
-/// Corrections that the firmware of real hosts made. Which value the other registers had is not known; zero is accepted.
+/// Corrections that the firmware of real hosts made. Which value the other registers had is not known; zero
+/// is accepted.
 #[test]
 fn refusals_of_real_hosts_come_out_bit_for_bit() {
     let milan = Processor::of_product(Product::Milan).unwrap();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Evidence in the forms that people have it: with a certificate table behind the report, in hexadecimal, in a paravisor's envelope.
+//! Evidence in the forms that people have it: with a certificate table behind the report, in hexadecimal, in
+//! a paravisor's envelope.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -125,8 +126,9 @@ fn certificates_issuer(real: &Real, authority: &Cert) -> bool {
     real.certificates[0].is_issued_in_the_name_of(authority)
 }
 
-/// The header as Microsoft's paravisor writes it (`HCLA`, version, size of the rest, kind of request, status, three reserved words),
-/// the report, and the runtime data (size, version, kind of report, kind of hash, size of the JSON text).
+/// The header as Microsoft's paravisor writes it (`HCLA`, version, size of the rest, kind of request, status,
+/// three reserved words), the report, and the runtime data (size, version, kind of report, kind of hash, size
+/// of the JSON text).
 fn envelope(report: &[u8], hash_kind: u32, data: &[u8]) -> Vec<u8> {
     let word = |value: u32| value.to_le_bytes();
     let header =

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Malformed firmware files: each is refused with the offset and what was expected there, and none makes the parser panic.
+//! Malformed firmware files: each is refused with the offset and what was expected there, and none makes the
+//! parser panic.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

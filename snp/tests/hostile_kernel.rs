@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Kernel files that are not what they should be: each is refused with the field and its offset, and none makes the parser
-//! panic or read beyond the file.
+//! Kernel files that are not what they should be: each is refused with the field and its offset, and none
+//! makes the parser panic or read beyond the file.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

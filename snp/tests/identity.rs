@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! ID blocks: agreement with `sev-snp-measure`'s `snp-create-id-block` in both directions, and refusal of what is damaged.
+//! ID blocks: agreement with `sev-snp-measure`'s `snp-create-id-block` in both directions, and refusal of
+//! what is damaged.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

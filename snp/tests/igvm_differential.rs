@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! IGVM files, written by the `igvm` crate and measured by its `corim` feature: our reading and digest must be the same.
+//! IGVM files, written by the `igvm` crate and measured by its `corim` feature: our reading and digest must
+//! be the same.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

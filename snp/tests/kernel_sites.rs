@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Finding and patching SNP instructions: in made-up kernels of each compression, and in Debian's.
 //!
-//! The tools that compress are the ones that the kernel's build uses; the numbers for Debian's kernels were counted by hand
-//! from disassemblies of these packages.
+//! The tools that compress are the ones that the kernel's build uses; the numbers for Debian's kernels were
+//! counted by hand from disassemblies of these packages.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -29,7 +29,8 @@ use test_support::kernels::debian_kernels;
 use test_support::kernels::small_bzimage;
 use test_support::kernels::small_vmlinux;
 
-/// What the kernel's build does for each format: the tool's output, then the size unless the format has it at its end.
+/// What the kernel's build does for each format: the tool's output, then the size unless the format has it at
+/// its end.
 fn payload(tool: &str, args: &[&str], vmlinux: &[u8]) -> Option<Vec<u8>> {
     let mut payload = compress(tool, args, vmlinux)?;
     if tool != "gzip" {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The work for a file grows with its size and no faster, whatever is in it: 4 MiB of the worst input of each kind end in two
-//! seconds of one CPU and take less than 64 MiB beside the file.
+//! The work for a file grows with its size and no faster, whatever is in it: 4 MiB of the worst input of each
+//! kind end in two seconds of one CPU and take less than 64 MiB beside the file.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -92,8 +92,9 @@ fn kernel(what: &str, file: Vec<u8>) {
     });
 }
 
-/// An ELF kernel of 4 MiB that is filled with `filler`: program headers and section headers of 8-byte words, each made from
-/// its number. Offsets are those of the ELF-64 specification. By hand: what tests share writes no file as unsound as these.
+/// An ELF kernel of 4 MiB that is filled with `filler`: program headers and section headers of 8-byte words,
+/// each made from its number. Offsets are those of the ELF-64 specification. By hand: what tests share writes
+/// no file as unsound as these.
 fn elf(filler: &[u8], headers: &[[u64; 7]], sections: &[[u64; 8]]) -> Vec<u8> {
     let mut file = filler.repeat(FILE / filler.len());
     let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
@@ -154,7 +155,8 @@ fn four_mib_of_elf_kernel() {
 #[test]
 fn four_mib_of_bzimage() {
     let _turn = turn();
-    // As much as is ever decompressed for a payload of that length, and what is inside is the worst ELF image.
+    // As much as is ever decompressed for a payload of that length, and what is inside is the worst ELF
+    // image.
     for (what, inflated) in [("as much as is taken", 12 * FILE - 4096), ("too much", 16 * FILE)] {
         let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
         encoder.write_all(&elf(&PVALIDATE, &[program_header(1, 0, 0x20_0000, 64, 64)], &[])).unwrap();

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Digests of firmware launches against two tools written by others: `sev-snp-measure` (Python) and the `sev` crate.
+//! Digests of firmware launches against two tools written by others: `sev-snp-measure` (Python) and the `sev`
+//! crate.
 //!
-//! Both are asked about the same random files. Where they disagree with each other the reason is in the test's name and
-//! in `docs/measurement.md`.
+//! Both are asked about the same random files. Where they disagree with each other the reason is in the
+//! test's name and in `docs/measurement.md`.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -177,7 +178,8 @@ fn qemu_and_krun_launches_agree_with_the_sev_crate() {
     });
 }
 
-/// The `sev` crate clears RDX for EC2 where `sev-snp-measure` 0.0.13 has 0x600. With RDX cleared we agree with the former.
+/// The `sev` crate clears RDX for EC2 where `sev-snp-measure` 0.0.13 has 0x600. With RDX cleared we agree
+/// with the former.
 #[test]
 fn on_ec2_the_two_oracles_differ_in_rdx_alone() {
     run(40, |case| {
@@ -247,8 +249,8 @@ fn one_pass_gives_the_digest_of_every_vcpu_count() {
     }
 }
 
-/// Debian's firmware package, unpacked by the test setup; digests as published in `docs/measurement.md`, which two other
-/// tools computed.
+/// Debian's firmware package, unpacked by the test setup; digests as published in `docs/measurement.md`,
+/// which two other tools computed.
 #[test]
 fn debian_firmware_has_the_published_digests() {
     let dir = match std::env::var_os("CVMM_DEBIAN_OVMF") {

@@ -177,8 +177,8 @@ fn acceptance_is_lazy_by_itself_only_for_a_large_guest_with_a_kernel_that_can() 
 
 #[test]
 fn a_guest_that_is_too_large_for_the_table_of_unaccepted_memory_is_not_lazy() {
-    // The table has 64 KiB, 24 bytes of them for its header: one bit for each 2 MiB below 1,048,192 MiB, 1 GiB of which is the
-    // device gap.
+    // The table has 64 KiB, 24 bytes of them for its header: one bit for each 2 MiB below 1,048,192 MiB, 1
+    // GiB of which is the device gap.
     let most = 1_047_168;
     let boot = |mib, accept| Boot {
         kernel: knowing(),
@@ -192,8 +192,8 @@ fn a_guest_that_is_too_large_for_the_table_of_unaccepted_memory_is_not_lazy() {
     assert_eq!(error, ImageError::LazyMemory((most + 2) * MIB));
 }
 
-/// System V ABI, "Program Header": bytes of a segment beyond its part of the file are zero. Memory that a guest has just
-/// validated holds anything.
+/// System V ABI, "Program Header": bytes of a segment beyond its part of the file are zero. Memory that a
+/// guest has just validated holds anything.
 #[test]
 fn an_elf_kernels_memory_is_what_its_segments_say_whatever_was_there_before() {
     const START: u64 = 16 * MIB;

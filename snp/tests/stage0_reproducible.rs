@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The shim's bytes depend on its sources and on the compiler, on nothing else: everyone who builds cvmm with one toolchain
-//! gets one launch digest.
+//! The shim's bytes depend on its sources and on the compiler, on nothing else: everyone who builds cvmm with
+//! one toolchain gets one launch digest.
 
 #![allow(clippy::unwrap_used, reason = "a test fails where its files fail")]
 

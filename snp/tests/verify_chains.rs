@@ -62,7 +62,8 @@ fn revocation_lists_are_checked_before_they_are_believed() {
     assert!(!pass && text.contains("not signed by 'ARK-Test'"), "{text}");
     let (pass, text) = found(authority.list(&[], NOW - 5, None, None));
     assert!(!pass && text.contains("when the next one is due"), "{text}");
-    // 2.5.29.27 makes a list one of changes, 2.5.29.28 one of some certificates only (RFC 5280, 5.2.4 and 5.2.5).
+    // 2.5.29.27 makes a list one of changes, 2.5.29.28 one of some certificates only (RFC 5280, 5.2.4 and
+    // 5.2.5).
     for (partial, critical) in [("2.5.29.27", true), ("2.5.29.28", true), ("2.5.29.27", false)] {
         let list = authority.list(&[], NOW - 5, Some(NOW + 5), Some((partial, critical)));
         let error = Crl::read(&list).unwrap_err();

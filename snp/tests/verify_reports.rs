@@ -123,7 +123,8 @@ fn certificates_count_only_within_their_dates_and_with_their_issuer() {
     assert_eq!(judge(&report, &[], &any_software(), NOVEMBER_2025).failed(), ["certificates"]);
 }
 
-/// The signature does not cover them, so anybody can change them, and copies of one report would look like two.
+/// The signature does not cover them, so anybody can change them, and copies of one report would look like
+/// two.
 #[test]
 fn bytes_behind_the_signature_must_be_zero() {
     for real in real_reports() {
@@ -152,7 +153,8 @@ fn minus(s: &[u8]) -> Vec<u8> {
     difference.collect()
 }
 
-/// ECDSA has two signatures for one key and text, and AMD's firmware gives either: a report is its signed bytes.
+/// ECDSA has two signatures for one key and text, and AMD's firmware gives either: a report is its signed
+/// bytes.
 #[test]
 fn the_other_signature_is_of_the_same_report() {
     for real in real_reports() {

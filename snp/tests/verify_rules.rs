@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Each rule of a policy fails for its own reason, and what no rule looked at is said. The reports are made up, and signed by a
-//! made-up chain of trust.
+//! Each rule of a policy fails for its own reason, and what no rule looked at is said. The reports are made
+//! up, and signed by a made-up chain of trust.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

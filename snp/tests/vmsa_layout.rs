@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The VMSA encoder against the structure of the `igvm` crate, which was written by other people for the same page.
+//! The VMSA encoder against the structure of the `igvm` crate, which was written by other people for the same
+//! page.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 

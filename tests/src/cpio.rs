@@ -2,7 +2,8 @@
 //! Writes initial ramdisks: cpio archives of the "newc" kind
 //! (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
 //!
-//! The bytes depend on nothing but the entries, because an initrd enters the launch digest: no times, no owners.
+//! The bytes depend on nothing but the entries, because an initrd enters the launch digest: no times, no
+//! owners.
 
 /// An archive in memory.
 #[derive(Debug, Default)]

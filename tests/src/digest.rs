@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The launch digest once more, written from the firmware specification and sharing no code with cvmm.
 //!
-//! Input is the plan as `cvmm measure --dump` writes it: a line of JSON per run of pages, and a file with their contents. The
-//! rule is SEV-SNP Firmware ABI 1.58, section 8.17.2: per page a 112-byte `PAGE_INFO` with the digest so far, the hash of the
-//! contents (zero for page types whose contents are not measured), length, type, VMPL permissions and address; SHA-384 over
-//! it is the next digest.
+//! Input is the plan as `cvmm measure --dump` writes it: a line of JSON per run of pages, and a file with
+//! their contents. The rule is SEV-SNP Firmware ABI 1.58, section 8.17.2: per page a 112-byte `PAGE_INFO`
+//! with the digest so far, the hash of the contents (zero for page types whose contents are not measured),
+//! length, type, VMPL permissions and address; SHA-384 over it is the next digest.
 
 use std::io::BufRead;
 

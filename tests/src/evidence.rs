@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Keys of the emulated platform, and the verification of reports that they signed.
 //!
-//! A test's platform has keys of its own, below the harness's directory. They are made on the host, because two RSA keys take
-//! minutes under software emulation. The verifier is told to trust their root; by default it does not.
+//! A test's platform has keys of its own, below the harness's directory. They are made on the host, because
+//! two RSA keys take minutes under software emulation. The verifier is told to trust their root; by default
+//! it does not.
 
 use std::fs;
 use std::io::Write;
@@ -83,8 +84,9 @@ pub fn verified(report: &[u8], table: &[u8], root: Cert, measurement: &[u8], non
     bail!("the report does not verify: {}", lines.join("; "))
 }
 
-/// The certificates of a table (GHCB specification 2.04, section 4.1.8.1): entries of GUID, offset and length, the last one zero.
-/// An oracle: cvmm writes tables with `snp::attest::cert_table`, which has no part in this reading of them.
+/// The certificates of a table (GHCB specification 2.04, section 4.1.8.1): entries of GUID, offset and
+/// length, the last one zero. An oracle: cvmm writes tables with `snp::attest::cert_table`, which has no part
+/// in this reading of them.
 fn certificates(table: &[u8]) -> Result<Vec<Cert>> {
     let mut found = Vec::new();
     for entry in table.chunks_exact(24) {

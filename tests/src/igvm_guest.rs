@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A guest of a hundred bytes in an IGVM file: it prints what the loader told it, and gives up through its GHCB MSR.
+//! A guest of a hundred bytes in an IGVM file: it prints what the loader told it, and gives up through its
+//! GHCB MSR.
 //!
-//! The file is written by the `igvm` crate, which also computes the digest that a launch must have; no code of cvmm's loader
-//! takes part. The guest starts in 32-bit protected mode with paging off, so it needs no page tables and no C-bit.
+//! The file is written by the `igvm` crate, which also computes the digest that a launch must have; no code
+//! of cvmm's loader takes part. The guest starts in 32-bit protected mode with paging off, so it needs no
+//! page tables and no C-bit.
 
 use anyhow::Context as _;
 use anyhow::Result;

@@ -12,14 +12,15 @@ use crate::cpio::Archive;
 use crate::kernels::Kernel;
 use crate::modules::Modules;
 
-/// What L1 needs under QEMU: its transports, the shared file system, and KVM for the AMD CPU that it has there.
+/// What L1 needs under QEMU: its transports, the shared file system, and KVM for the AMD CPU that it has
+/// there.
 pub const L1_MODULES: &[&str] = &["virtio_pci", "virtio_console", "9pnet_virtio", "9p", "kvm_amd"];
 
 /// What L1 needs under Bochs: the CD, a writable layer above it, and KVM for an Intel CPU.
 pub const INTEL_L1_MODULES: &[&str] = &["ata_piix", "sr_mod", "isofs", "overlay", "kvm_intel"];
 
-/// What `/dev/sev-guest` needs: the crypto algorithms are asked for by name at run time, so they are no dependency
-/// that the module itself declares.
+/// What `/dev/sev-guest` needs: the crypto algorithms are asked for by name at run time, so they are no
+/// dependency that the module itself declares.
 pub const SEV_GUEST_MODULES: &[&str] = &["ctr", "gcm", "ghash_generic", "crypto_null", "sev_guest"];
 
 /// Builds an archive with `init` as `/init` and those of `modules` that exist in `kernel`, in load order.

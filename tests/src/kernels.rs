@@ -2,8 +2,9 @@
 //! The guest kernels, by the part they play, and whatever kernels a folder holds.
 //!
 //! Each is one or more unpacked Debian packages: an image and its modules. Older packages have the image at
-//! `boot/vmlinuz-RELEASE`, those of 7.2 and later at `usr/lib/modules/RELEASE/vmlinuz`. `cargo xtask setup` fetches them; on a
-//! machine that is not Debian 12 somebody provides them and points `CVMM_KERNEL_DIR` at the directory.
+//! `boot/vmlinuz-RELEASE`, those of 7.2 and later at `usr/lib/modules/RELEASE/vmlinuz`. `cargo xtask setup`
+//! fetches them; on a machine that is not Debian 12 somebody provides them and points `CVMM_KERNEL_DIR` at
+//! the directory.
 
 use std::fs;
 use std::fs::File;
@@ -24,7 +25,8 @@ pub enum Role {
     BackportsCloud,
     /// The cloud kernel of the stable release: 6.1. It has no `sev-guest` driver.
     StableCloud,
-    /// The generic kernel of the stable release: 6.1. It is also L1's kernel, because it has 9p and KVM as modules.
+    /// The generic kernel of the stable release: 6.1. It is also L1's kernel, because it has 9p and KVM as
+    /// modules.
     StableGeneric,
     /// The newest cloud kernel of later suites.
     NewestCloud,
@@ -160,7 +162,8 @@ fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Whether a file has the signature of the x86 boot protocol (Linux, Documentation/arch/x86/boot.rst: `HdrS` at 0x202).
+/// Whether a file has the signature of the x86 boot protocol (Linux, Documentation/arch/x86/boot.rst: `HdrS`
+/// at 0x202).
 fn is_bzimage(path: &Path) -> bool {
     let mut start = [0; 0x206];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut start));
@@ -182,8 +185,8 @@ mod tests {
         image
     }
 
-    /// Lists of files: `dpkg-deb --contents` of linux-image-6.12.95+deb12-cloud-amd64, and of linux-binary and linux-modules of
-    /// 7.3.4+deb13-cloud-amd64, shortened.
+    /// Lists of files: `dpkg-deb --contents` of linux-image-6.12.95+deb12-cloud-amd64, and of linux-binary
+    /// and linux-modules of 7.3.4+deb13-cloud-amd64, shortened.
     #[test]
     fn old_and_new_packages_are_found() {
         let folder = tempfile::tempdir().unwrap();

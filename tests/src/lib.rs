@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Integration tests of cvmm, and the harness that gives them a machine to run on.
 //!
-//! A [`machine::Machine`] runs commands with a time limit: this host if its KVM can run Linux, else a nested KVM under
-//! QEMU's software emulation ([`nested`]). [`probe`] decides which. Guest kernels come from [`kernels`], their user space
-//! from [`initrd`]; [`workspace`] knows where everything lies.
+//! A [`machine::Machine`] runs commands with a time limit: this host if its KVM can run Linux, else a nested
+//! KVM under QEMU's software emulation ([`nested`]). [`probe`] decides which. Guest kernels come from
+//! [`kernels`], their user space from [`initrd`]; [`workspace`] knows where everything lies.
 
 pub mod cases;
 pub mod cpio;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Finds kernel modules and what they depend on, in an unpacked kernel package.
 //!
-//! A package that was only unpacked has no `modules.dep`; each module names its dependencies itself, in the `depends=` string
-//! of its `.modinfo` section. Modules may be xz-compressed.
+//! A package that was only unpacked has no `modules.dep`; each module names its dependencies itself, in the
+//! `depends=` string of its `.modinfo` section. Modules may be xz-compressed.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -39,8 +39,9 @@ impl Modules {
         let Some(tree) = &kernel.modules else {
             return Ok(Modules { files: BTreeMap::new(), builtin: BTreeSet::new() });
         };
-        // Newer packages have this list in a package of its own, which need not be unpacked beside them: it only says that what
-        // is not there is not missed, and modules do not name built-in ones as dependencies.
+        // Newer packages have this list in a package of its own, which need not be unpacked beside them: it
+        // only says that what is not there is not missed, and modules do not name built-in ones as
+        // dependencies.
         let builtin = fs::read_to_string(tree.join("modules.builtin"))
             .unwrap_or_default()
             .lines()

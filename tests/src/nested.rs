@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The outer guest (L1) of a nested run: a Linux with a working KVM, inside a pure software emulation.
 //!
-//! It shows cvmm a KVM that runs an unmodified Linux on a machine that has none. One L1 serves many jobs. It sees the host's
-//! files read-only and the harness's directory writable, at the same paths. When it hangs or dies, its jobs end as lost
-//! with the tail of its console, and the emulator is killed.
+//! It shows cvmm a KVM that runs an unmodified Linux on a machine that has none. One L1 serves many jobs. It
+//! sees the host's files read-only and the harness's directory writable, at the same paths. When it hangs or
+//! dies, its jobs end as lost with the tail of its console, and the emulator is killed.
 //!
-//! QEMU shows an AMD CPU and is what the tests use by default. [`bochs`] shows an Intel CPU, for the few tests that ask for one.
+//! QEMU shows an AMD CPU and is what the tests use by default. [`bochs`] shows an Intel CPU, for the few
+//! tests that ask for one.
 
 pub mod bochs;
 
@@ -49,30 +50,34 @@ use crate::workspace::Workspace;
 /// The emulator, from Debian's `qemu-system-x86`.
 pub const QEMU: &str = "qemu-system-x86_64";
 
-/// L1 has one CPU. With two of them QEMU's software CPU now and then runs L2 with the wrong memory, or L1 as if it were L2: of
-/// some 33 strict runs of 300,000 exits each, 6 ended with a guest that crashed, an L1 that panicked, or one that hung (with
-/// QEMU 7.2 and with 10.0); with one CPU, none of 38 did. `CVMM_L1_CPUS` overrides.
+/// L1 has one CPU. With two of them QEMU's software CPU now and then runs L2 with the wrong memory, or L1 as
+/// if it were L2: of some 33 strict runs of 300,000 exits each, 6 ended with a guest that crashed, an L1 that
+/// panicked, or one that hung (with QEMU 7.2 and with 10.0); with one CPU, none of 38 did. `CVMM_L1_CPUS`
+/// overrides.
 const CPUS: &str = "1";
 
-/// QEMU's software CPU loses an interrupt now and then when it enters L2. A timer that has to be set anew for each tick is
-/// then dead, and L1 with it; one that ticks by itself is late once.
+/// QEMU's software CPU loses an interrupt now and then when it enters L2. A timer that has to be set anew for
+/// each tick is then dead, and L1 with it; one that ticks by itself is late once.
 const PERIODIC_TIMER: &str = "highres=off nohz=off";
 
-/// QEMU warns about features of this model that its software CPU lacks; none of them is needed. Two are taken away:
-/// `xsaves`, and `cx16`, because the software CPU of QEMU 7.2 gives an interrupted L2 guest wrong flags after CMPXCHG16B
-/// (6 of 8 boots of a 6.12 guest under QEMU's own KVM mode died of it, most in `kmem_cache_alloc`; without it none of 8).
+/// QEMU warns about features of this model that its software CPU lacks; none of them is needed. Two are taken
+/// away: `xsaves`, and `cx16`, because the software CPU of QEMU 7.2 gives an interrupted L2 guest wrong flags
+/// after CMPXCHG16B (6 of 8 boots of a 6.12 guest under QEMU's own KVM mode died of it, most in
+/// `kmem_cache_alloc`; without it none of 8).
 ///
-/// AVX and what needs it are taken away too. QEMU 7.2 runs an L2 guest's XSETBV without an exit to L1, so L1's KVM answers
-/// CPUID 0xd for an XCR0 without AVX, and the guest finds that its XSAVE area has another size. Linux before 6.16 warns and goes
-/// on; later ones crash (`fpu__init_system_xstate` in arch/x86/kernel/fpu/xstate.c). Without AVX the sizes are the same,
-/// but programs with signal handlers then died in L2 (busybox's shell as init, three times of three), so XSAVE goes as well: guests
-/// save their state by FXSAVE. `CVMM_L1_CPU` adds to this.
+/// AVX and what needs it are taken away too. QEMU 7.2 runs an L2 guest's XSETBV without an exit to L1, so
+/// L1's KVM answers CPUID 0xd for an XCR0 without AVX, and the guest finds that its XSAVE area has another
+/// size. Linux before 6.16 warns and goes on; later ones crash (`fpu__init_system_xstate` in
+/// arch/x86/kernel/fpu/xstate.c). Without AVX the sizes are the same, but programs with signal handlers then
+/// died in L2 (busybox's shell as init, three times of three), so XSAVE goes as well: guests save their state
+/// by FXSAVE. `CVMM_L1_CPU` adds to this.
 const CPU: &str = "EPYC-Rome,+svm,+npt,+nrip-save,-xsaves,-cx16,-avx,-avx2,-fma,-f16c,-xsave";
 
 /// Software emulation boots L1 in about 10 s; a busy machine takes longer.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
 
-/// L1's memory: enough for a 4.5 GiB guest, which touches only part of what it has. `CVMM_L1_MEMORY` overrides.
+/// L1's memory: enough for a 4.5 GiB guest, which touches only part of what it has. `CVMM_L1_MEMORY`
+/// overrides.
 const MEMORY: &str = "3G";
 
 /// Lines of L1's console in an error message.
@@ -133,7 +138,8 @@ impl Nested {
         Self::serve(qemu, connected, console, directory, started, speed)
     }
 
-    /// Boots an L1 with an Intel CPU under Bochs. It has copies of `files`, at their paths, and no others of the host's.
+    /// Boots an L1 with an Intel CPU under Bochs. It has copies of `files`, at their paths, and no others of
+    /// the host's.
     pub fn start_intel(workspace: &Workspace, files: &[PathBuf]) -> Result<Self> {
         let started = Instant::now();
         let work = workspace.work();
@@ -312,8 +318,8 @@ fn comma(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// Waits for the emulator's connection, then for the agent's first message. `accept` takes a connection, and does not wait
-/// for one.
+/// Waits for the emulator's connection, then for the agent's first message. `accept` takes a connection, and
+/// does not wait for one.
 fn connect(
     accept: impl Fn() -> std::io::Result<OwnedFd>,
     emulator: &mut Child,

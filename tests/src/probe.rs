@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Can this host's KVM run Linux? Decided by trying, because a `/dev/kvm` that opens proves little: some are interpreters
-//! that know a part of the instruction set and run a million instructions a second.
+//! Can this host's KVM run Linux? Decided by trying, because a `/dev/kvm` that opens proves little: some are
+//! interpreters that know a part of the instruction set and run a million instructions a second.
 //!
-//! Three questions, each with a reason in the answer: does KVM have what the emulated platform needs, how fast does a tiny
-//! loop run, and do a few instructions work that every Linux kernel uses. `CVMM_TEST_KVM=host|nested|nested-intel` overrides; the last is never chosen
-//! by itself.
+//! Three questions, each with a reason in the answer: does KVM have what the emulated platform needs, how
+//! fast does a tiny loop run, and do a few instructions work that every Linux kernel uses.
+//! `CVMM_TEST_KVM=host|nested|nested-intel` overrides; the last is never chosen by itself.
 #![allow(unsafe_code)] // Mapping guest memory into a VM is an unsafe call of kvm-ioctls.
 
 use std::fmt;
@@ -26,8 +26,9 @@ use vm_memory::GuestAddress;
 use vm_memory::GuestMemoryBackend;
 use vm_memory::GuestMemoryMmap;
 
-/// Below this rate a kernel needs minutes to boot. Interpreters run about one million; hardware and nested KVM reach hundreds
-/// of millions, of which this short loop, its first exits included, shows at least a tenth.
+/// Below this rate a kernel needs minutes to boot. Interpreters run about one million; hardware and nested
+/// KVM reach hundreds of millions, of which this short loop, its first exits included, shows at least a
+/// tenth.
 const SLOWEST: f64 = 10e6;
 
 /// A tiny loop that takes longer than this is too slow, whatever the cause.
@@ -43,7 +44,8 @@ pub enum Place {
     Host,
     /// That of an outer guest under QEMU, on an AMD CPU.
     Nested,
-    /// That of an outer guest under Bochs, on an Intel CPU. Only the cases of [`crate::cases::intel`] run there.
+    /// That of an outer guest under Bochs, on an Intel CPU. Only the cases of [`crate::cases::intel`] run
+    /// there.
     NestedIntel,
 }
 
@@ -181,7 +183,8 @@ impl Tiny {
             memory_size: MEMORY as u64,
             userspace_addr: memory.get_host_address(GuestAddress(0))? as u64,
         };
-        // SAFETY: the mapping covers MEMORY bytes; `Tiny` owns it and the only vCPU, so it outlives every run of the guest.
+        // SAFETY: the mapping covers MEMORY bytes; `Tiny` owns it and the only vCPU, so it outlives every run
+        // of the guest.
         unsafe { vm.set_user_memory_region(region) }.context("KVM_SET_USER_MEMORY_REGION")?;
         let vcpu = vm.create_vcpu(0).context("KVM_CREATE_VCPU")?;
         let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)?;

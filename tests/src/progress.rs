@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Says what is still going on when nothing has been printed about it for a while: a quiet minute looks like a hang.
+//! Says what is still going on when nothing has been printed about it for a while: a quiet minute looks like
+//! a hang.
 //!
-//! Whoever does something long holds a [`Doing`]. Every 30 s a line names the innermost one, and how long it has taken.
+//! Whoever does something long holds a [`Doing`]. Every 30 s a line names the innermost one, and how long it
+//! has taken.
 
 use std::sync::Mutex;
 use std::sync::MutexGuard;

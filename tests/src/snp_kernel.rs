@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Kernels of a few bytes that do with SNP pages what Linux never does, for booting through stage0 on the emulated platform.
+//! Kernels of a few bytes that do with SNP pages what Linux never does, for booting through stage0 on the
+//! emulated platform.
 //!
-//! Each is an ELF file with one section of code, which the platform searches for SNP instructions as it does with Linux, and
-//! with the GUID of the table of unaccepted memory in it, so that stage0 leaves most of memory to it. It runs on stage0's page
-//! tables: 4 GiB private, the same memory shared at 512 GiB. It has no interrupt table: any exception is a triple fault.
+//! Each is an ELF file with one section of code, which the platform searches for SNP instructions as it does
+//! with Linux, and with the GUID of the table of unaccepted memory in it, so that stage0 leaves most of
+//! memory to it. It runs on stage0's page tables: 4 GiB private, the same memory shared at 512 GiB. It has no
+//! interrupt table: any exception is a triple fault.
 
 use test_support::code::PVALIDATE;
 use test_support::code::RMPADJUST;
@@ -63,7 +65,8 @@ impl Code {
 
     /// `PVALIDATE` of one page, and a digit for the console: 0, or 1 if the page was in that state already.
     pub fn pvalidate(self, address: u32, large: bool, validate: bool) -> Self {
-        // mov eax, address; mov ecx, large; mov edx, validate; PVALIDATE; setc al; add al, '0'; out to the console
+        // mov eax, address; mov ecx, large; mov edx, validate; PVALIDATE; setc al; add al, '0'; out to the
+        // console
         self.load(0xb8, address)
             .load(0xb9, large.into())
             .load(0xba, validate.into())

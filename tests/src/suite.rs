@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Runs integration test cases: one line with its time for each, a count at the end.
 //!
-//! A case gets a [`Context`] with the program under test and a machine to run it on. L1 is booted when the first case asks
-//! for it, serves all of them, and is replaced if a case has killed it.
+//! A case gets a [`Context`] with the program under test and a machine to run it on. L1 is booted when the
+//! first case asks for it, serves all of them, and is replaced if a case has killed it.
 
 use std::fs;
 use std::path::Path;
@@ -177,7 +177,8 @@ impl Context {
         Ok(Machine::Nested(nested))
     }
 
-    /// Shows a file of this host, made just now, to the machine whose KVM runs guests. Only an Intel L1 does not see it anyway.
+    /// Shows a file of this host, made just now, to the machine whose KVM runs guests. Only an Intel L1 does
+    /// not see it anyway.
     pub fn bring(&self, path: &Path) -> Result<()> {
         if self.decision.place != Place::NestedIntel {
             return Ok(());
@@ -242,8 +243,9 @@ pub struct Counts {
     pub skipped: usize,
 }
 
-/// How often a case is tried where guests run in nested KVM on an emulated CPU. There one of about forty boots crashed (a
-/// plain guest, on a secondary vCPU) and ran well when repeated; the cause is not known. On real KVM a case has one attempt.
+/// How often a case is tried where guests run in nested KVM on an emulated CPU. There one of about forty
+/// boots crashed (a plain guest, on a secondary vCPU) and ran well when repeated; the cause is not known. On
+/// real KVM a case has one attempt.
 const NESTED_ATTEMPTS: u32 = 3;
 
 /// Lines of a failed case's output that are shown; all of it is in the log file.

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A guest of a few hundred bytes, for measuring monitors instead of kernels: an ELF file with a PVH entry that writes one
-//! byte to the serial port and halts.
+//! A guest of a few hundred bytes, for measuring monitors instead of kernels: an ELF file with a PVH entry
+//! that writes one byte to the serial port and halts.
 //!
-//! The entry is found by a Xen ELF note of type 18, `XEN_ELFNOTE_PHYS32_ENTRY` (xen/include/public/elfnote.h), and begins in
-//! 32-bit protected mode with flat segments (docs/misc/pvh.pandoc). Every monitor that boots PVH takes the same file.
+//! The entry is found by a Xen ELF note of type 18, `XEN_ELFNOTE_PHYS32_ENTRY`
+//! (xen/include/public/elfnote.h), and begins in 32-bit protected mode with flat segments
+//! (docs/misc/pvh.pandoc). Every monitor that boots PVH takes the same file.
 
 use test_support::elf;
 use test_support::elf::Segment;

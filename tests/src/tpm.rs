@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The initial ramdisk of a guest that uses its TPM: Debian's busybox and tpm2-tools with their libraries, a script that says
-//! what it finds, and the tpm2-tools script that `vtpm-svc`'s own tests run on the host.
+//! The initial ramdisk of a guest that uses its TPM: Debian's busybox and tpm2-tools with their libraries, a
+//! script that says what it finds, and the tpm2-tools script that `vtpm-svc`'s own tests run on the host.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -65,7 +65,8 @@ impl Workspace {
         self.initrds().join(format!("{}.cpio", role.name()))
     }
 
-    /// Kernels that somebody named, and their initial ramdisks: copies, because L1 does not see every directory.
+    /// Kernels that somebody named, and their initial ramdisks: copies, because L1 does not see every
+    /// directory.
     pub fn given_kernels(&self) -> PathBuf {
         self.work().join("given-kernels")
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Firmware and IGVM files through the monitor on this host's KVM, without Linux and without nesting.
 //!
-//! The tiny IGVM guest runs to its end. OVMF is launched and not run: some KVMs are software models that hand no MSR access to
-//! the monitor, and OVMF begins with one. The launch is what counts here: the emulated firmware computes the digest over what
-//! enters the guest, and takes an ID block only for that digest.
+//! The tiny IGVM guest runs to its end. OVMF is launched and not run: some KVMs are software models that hand
+//! no MSR access to the monitor, and OVMF begins with one. The launch is what counts here: the emulated
+//! firmware computes the digest over what enters the guest, and takes an ID block only for that digest.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The structure that docs/architecture.md promises: no circle of files within a package, dependencies between packages as
-//! listed here, a measurement library that links neither the model nor KVM nor a command line, and options that are parsed in
-//! one folder of the service.
+//! The structure that docs/architecture.md promises: no circle of files within a package, dependencies
+//! between packages as listed here, a measurement library that links neither the model nor KVM nor a command
+//! line, and options that are parsed in one folder of the service.
 //!
-//! Imports are read as text: every path that begins with `crate`, `super` or `self`, and `use` of a module's own children.
-//! Tests inside of files are left out, and macros are not expanded.
+//! Imports are read as text: every path that begins with `crate`, `super` or `self`, and `use` of a module's
+//! own children. Tests inside of files are left out, and macros are not expanded.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -202,7 +202,8 @@ fn no_package_has_a_circle_of_folders() {
     }
 }
 
-/// An option is the command line's; a library names fields, in backticks. Commands that are written out are no options.
+/// An option is the command line's; a library names fields, in backticks. Commands that are written out are
+/// no options.
 #[test]
 fn libraries_name_no_option() {
     let commands = [

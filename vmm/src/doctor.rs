@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a host offers for SNP guests and for emulated ones: found, needed, how to fix.
 //!
-//! Facts are gathered into plain data ([`facts`]) and judged by pure functions ([`snp`], [`emulation`]), so the judgement is
-//! tested on facts of machines that are not here. Two things decide, and nothing else does: whether the launch's own check
-//! passes ([`LaunchFacts::findings`](crate::platform::kvm::LaunchFacts::findings)), and whether a launch can be begun
-//! ([`Trial`](trial::Trial)). Every other line looks for the cause when one of the two fails; where both
-//! pass, such a line is a warning at most. So this page is never stricter than the launch.
+//! Facts are gathered into plain data ([`facts`]) and judged by pure functions ([`snp`], [`emulation`]), so
+//! the judgement is tested on facts of machines that are not here. Two things decide, and nothing else does:
+//! whether the launch's own check passes
+//! ([`LaunchFacts::findings`](crate::platform::kvm::LaunchFacts::findings)), and whether a launch can be
+//! begun ([`Trial`](trial::Trial)). Every other line looks for the cause when one of the two fails; where
+//! both pass, such a line is a warning at most. So this page is never stricter than the launch.
 //!
 //! Sources: Linux `arch/x86/kvm/svm/sev.c` (`sev_hardware_setup`), `arch/x86/virt/svm/sev.c` (the RMP),
-//! `Documentation/admin-guide/cgroup-v2.rst` (misc), AMD APM volume 3, appendix E.4.17. **The judgement of SNP hosts has not
-//! met SNP hardware yet.**
+//! `Documentation/admin-guide/cgroup-v2.rst` (misc), AMD APM volume 3, appendix E.4.17. **The judgement of
+//! SNP hosts has not met SNP hardware yet.**
 
 pub mod emulation;
 pub mod facts;
@@ -46,8 +47,8 @@ Exit codes:
    10  only the emulated platform can be used (--snp --platform emulated)
    11  neither can be used";
 
-/// Every id that a line can have, and what it is about; `docs/hardware-acceptance.md` has the same list. Programs go by ids:
-/// texts get better from version to version, an id never changes its meaning.
+/// Every id that a line can have, and what it is about; `docs/hardware-acceptance.md` has the same list.
+/// Programs go by ids: texts get better from version to version, an id never changes its meaning.
 pub const IDS: [(&str, &str); 39] = [
     ("cpu-snp", "the CPU has SEV-SNP and the BIOS has switched it on"),
     ("kvm-open", "`/dev/kvm` can be used"),

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What happens while a guest is put together and runs, for whoever asked for it: a user at a terminal, a program, a test.
+//! What happens while a guest is put together and runs, for whoever asked for it: a user at a terminal, a
+//! program, a test.
 //!
-//! The library prints nothing. Who calls it hands it a [`Sink`]; the command line's writes to standard error. A guest can cause
-//! events, by resets for example, so a sink must neither wait nor panic, whatever becomes of its output.
+//! The library prints nothing. Who calls it hands it a [`Sink`]; the command line's writes to standard error.
+//! A guest can cause events, by resets for example, so a sink must neither wait nor panic, whatever becomes
+//! of its output.
 
 use std::fmt;
 use std::sync::Arc;

@@ -24,8 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// After what time the user is told what is waited for.
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// Reads a regular file or a pipe. A launch owns its bytes: a file that is changed or cut short later changes nothing, and a restart
-/// launches the same. `Err` says what is wrong with the file, and what to do.
+/// Reads a regular file or a pipe. A launch owns its bytes: a file that is changed or cut short later changes
+/// nothing, and a restart launches the same. `Err` says what is wrong with the file, and what to do.
 pub fn read_file(path: &Path, events: &Events) -> Result<Vec<u8>, String> {
     read_limited(path, FILE_LIMIT, events)
 }
@@ -89,7 +89,8 @@ impl Read for Pipe<'_> {
             let left = self.patience.saturating_sub(begun.elapsed());
             let wait = if told { left } else { left.min(SILENCE) };
             let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };
-            // Without a writer there is nothing to wait for but one: an end of file here would be an empty file.
+            // Without a writer there is nothing to wait for but one: an end of file here would be an empty
+            // file.
             match rustix::event::poll(&mut [PollFd::new(&self.file, PollFlags::IN)], Some(&wait)) {
                 Ok(0) if begun.elapsed() >= self.patience => {
                     let seconds = self.patience.as_secs();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Executes a launch plan on a platform: the second interpreter of the plan, next to the digest.
 //!
-//! The order of calls is the one that KVM enforces (Linux, `arch/x86/kvm/svm/sev.c`): INIT2, memory, attributes, START,
-//! UPDATE in plan order, vCPU registers, FINISH. Every failure names its step.
+//! The order of calls is the one that KVM enforces (Linux, `arch/x86/kvm/svm/sev.c`): INIT2, memory,
+//! attributes, START, UPDATE in plan order, vCPU registers, FINISH. Every failure names its step.
 
 mod error;
 mod signals;
@@ -54,12 +54,15 @@ pub struct LaunchOptions {
     pub host_data: [u8; 32],
     /// The owner's signed ID block.
     pub identity: Option<(IdBlock, IdAuth)>,
-    /// Launch with the firmware's CPUID page where it refuses ours, if every change is on the list of acceptable ones.
+    /// Launch with the firmware's CPUID page where it refuses ours, if every change is on the list of
+    /// acceptable ones.
     pub accept_cpuid: bool,
-    /// What CPUID gives on the platform's processors, if known: bits that KVM made up beyond it may be lost without being asked.
+    /// What CPUID gives on the platform's processors, if known: bits that KVM made up beyond it may be lost
+    /// without being asked.
     pub host_cpuid: Option<RawCpuid>,
-    /// What starts is firmware. It uses some pages as shared without asking ([`crate::machine::implicit`]), and starts the other vCPUs by
-    /// INIT and SIPI. A kernel announces every change, and starts them by AP creation.
+    /// What starts is firmware. It uses some pages as shared without asking ([`crate::machine::implicit`]),
+    /// and starts the other vCPUs by INIT and SIPI. A kernel announces every change, and starts them by AP
+    /// creation.
     pub firmware: bool,
     /// Memory that the guest validates before anything else, where that is known; ascending.
     pub validated_at_start: Vec<Range<u64>>,
@@ -92,7 +95,8 @@ pub struct Prepared<'a> {
     pub cpuid: &'a [Vec<kvm_cpuid_entry2>],
 }
 
-/// Gives `vm` its RAM. For an SNP guest each region gets a guest_memfd, which is returned, in the order of the regions.
+/// Gives `vm` its RAM. For an SNP guest each region gets a guest_memfd, which is returned, in the order of
+/// the regions.
 pub fn add_memory(vm: &dyn Vm, ram: &GuestRam, snp: bool) -> Result<Vec<Arc<OwnedFd>>, LaunchError> {
     let mut memfds = Vec::new();
     for (slot, region) in (0u32..).zip(ram.regions()) {
@@ -125,7 +129,8 @@ pub fn load_plain(plan: &LaunchPlan, ram: &GuestRam, vcpus: &mut [Box<dyn Vcpu>]
 /// Prepares an SNP VM for the vCPUs of `plan`: `KVM_SEV_INIT2`, page-state exits. Before any vCPU.
 pub fn init_snp(vm: &dyn Snp, plan: &LaunchPlan) -> Result<(), LaunchError> {
     vm.enable_map_gpa_range_exit().map_err(call("enabling page-state changes"))?;
-    // The features are measured with each vCPU, so they are what the plan says; KVM adds SNP_ACTIVE itself, and refuses it.
+    // The features are measured with each vCPU, so they are what the plan says; KVM adds SNP_ACTIVE itself,
+    // and refuses it.
     let expected = plan.vcpus.first().map_or(SEV_FEATURE_SNP_ACTIVE, |state| state.sev_features);
     if let Some((vcpu, state)) = plan.vcpus.iter().enumerate().find(|(_, s)| s.sev_features != expected) {
         return Err(LaunchError::Features { vcpu, found: state.sev_features, expected });
@@ -207,7 +212,8 @@ fn share_memory(vm: &dyn Vm, ram: &GuestRam, staged: &Staged) -> Result<(), Laun
     Ok(())
 }
 
-/// Gives the vCPUs the values of an accepted CPUID page: the guest asks KVM itself before it has found the page.
+/// Gives the vCPUs the values of an accepted CPUID page: the guest asks KVM itself before it has found the
+/// page.
 fn agree(
     vcpus: &mut [Box<dyn Vcpu>],
     cpuid: &[Vec<kvm_cpuid_entry2>],

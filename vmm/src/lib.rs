@@ -3,7 +3,8 @@
 //!
 //! The walk of the main job: [`spec`] says what was asked for → [`prepare`] has
 //! `snp::image` make a plan, and `snp::digest` its digest → [`platform`] and [`launch`] create the
-//! VM from the plan → [`run`] has vCPU threads, each exit goes to one dispatcher → [`run::outcome`] says how it ended.
+//! VM from the plan → [`run`] has vCPU threads, each exit goes to one dispatcher → [`run::outcome`] says how
+//! it ended.
 
 #![cfg_attr(not(test), deny(clippy::print_stderr, clippy::print_stdout))]
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Locks of the monitor. None guards a state that a panic can leave half changed, so a lock that a panicking thread held is as good
-//! as any.
+//! Locks of the monitor. None guards a state that a panic can leave half changed, so a lock that a panicking
+//! thread held is as good as any.
 
 use std::sync::Mutex;
 use std::sync::MutexGuard;

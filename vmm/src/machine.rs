@@ -58,22 +58,19 @@ pub struct Machine {
 
 /// Why the machine could not be put together.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum MachineError {
     /// An interrupt could not be connected.
     #[error("cannot connect the interrupt of {device}: {source}")]
-    Interrupt {
-        /// Which device.
-        device: &'static str,
-        /// What failed.
-        source: InterruptError,
-    },
+    Interrupt { device: &'static str, source: InterruptError },
     /// A mistake in the table of addresses.
     #[error(transparent)]
     Overlap(#[from] Overlap),
 }
 
 impl Machine {
-    /// Puts the devices of `board` around `vm`, whose memory is `dma`'s; what the guest writes to its serial console goes to `console`.
+    /// Puts the devices of `board` around `vm`, whose memory is `dma`'s; what the guest writes to its serial
+    /// console goes to `console`.
     pub fn new(
         vm: &Arc<dyn Vm>,
         board: &Board,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The seam: one `Vm`/`Vcpu` pair with the operations, structs and exits of mainline KVM's SNP support.
 //!
-//! Everything above this module is the same on an SNP host and on the emulated platform. Below it are two platforms:
-//! [`kvm`], a thin pass-through to the kernel, and [`emulated`], which models the kernel's SEV code, the firmware and the
-//! RMP on top of an ordinary VM. Struct layouts are the kernel's (`include/uapi/linux/kvm.h`), by way of `kvm-bindings`.
+//! Everything above this module is the same on an SNP host and on the emulated platform. Below it are two
+//! platforms: [`kvm`], a thin pass-through to the kernel, and [`emulated`], which models the kernel's SEV
+//! code, the firmware and the RMP on top of an ordinary VM. Struct layouts are the kernel's
+//! (`include/uapi/linux/kvm.h`), by way of `kvm-bindings`.
 
 pub mod emulated;
 pub mod error;
@@ -61,20 +62,23 @@ pub trait Platform: Send + Sync {
     fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, CallError>;
     /// What the platform decides about an SNP guest's CPUID, the position of the C-bit first of all.
     fn snp_cpuid(&self) -> SnpCpuid;
-    /// What the CPUID instruction gives on this platform's processors, if it is known: KVM offers more than that.
+    /// What the CPUID instruction gives on this platform's processors, if it is known: KVM offers more than
+    /// that.
     fn raw_cpuid(&self) -> Option<RawCpuid> {
         None
     }
     /// Which guest policies this platform's KVM lets through.
     fn policy_rules(&self) -> PolicyRules;
-    /// SEV features that KVM gives to guests that ask for them in `KVM_SEV_INIT2` (`KVM_X86_SEV_VMSA_FEATURES`).
+    /// SEV features that KVM gives to guests that ask for them in `KVM_SEV_INIT2`
+    /// (`KVM_X86_SEV_VMSA_FEATURES`).
     fn vmsa_features(&self) -> u64;
-    /// The certificates that belong to this platform's reports, as a table for guests (GHCB specification, 4.1.8.1), where the
-    /// platform knows them itself.
+    /// The certificates that belong to this platform's reports, as a table for guests (GHCB specification,
+    /// 4.1.8.1), where the platform knows them itself.
     fn certificates(&self) -> Option<Arc<Vec<u8>>> {
         None
     }
-    /// Creates a VM. A platform with hardware has no use for `code`, what is known of the guest's code beside its pages.
+    /// Creates a VM. A platform with hardware has no use for `code`, what is known of the guest's code beside
+    /// its pages.
     fn create_vm(&self, kind: VmKind, code: &CodeHints) -> Result<Arc<dyn Vm>, CallError>;
 }
 
@@ -86,13 +90,13 @@ pub trait Vm: Send + Sync {
     fn register_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), CallError>;
     /// `KVM_IRQFD` with its deassign flag.
     fn unregister_irqfd(&self, fd: &EventFd, gsi: u32) -> Result<(), CallError>;
-    /// `KVM_SET_GSI_ROUTING`: the pins of the interrupt controllers as KVM has them at the start, and `routes`. Replaces what was set
-    /// before.
+    /// `KVM_SET_GSI_ROUTING`: the pins of the interrupt controllers as KVM has them at the start, and
+    /// `routes`. Replaces what was set before.
     fn set_msi_routes(&self, routes: &[MsiRoute]) -> Result<(), CallError>;
     /// `KVM_SIGNAL_MSI`; false if the guest masks it or it has no receiver.
     fn signal_msi(&self, message: MsiMessage) -> Result<bool, CallError>;
-    /// `KVM_IOEVENTFD`: a write of any length and value to the guest-physical address `gpa`, without the C-bit, is an event on `fd` and
-    /// no exit.
+    /// `KVM_IOEVENTFD`: a write of any length and value to the guest-physical address `gpa`, without the
+    /// C-bit, is an event on `fd` and no exit.
     fn register_ioevent(&self, fd: &EventFd, gpa: u64) -> Result<(), CallError>;
     /// `KVM_IOEVENTFD` with its deassign flag; both must be as they were registered.
     fn unregister_ioevent(&self, fd: &EventFd, gpa: u64) -> Result<(), CallError>;
@@ -100,8 +104,8 @@ pub trait Vm: Send + Sync {
     fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError>;
     /// `KVM_SET_USER_MEMORY_REGION2`. The VM keeps the mapping alive.
     fn set_memory(&self, slot: MemorySlot) -> Result<(), CallError>;
-    /// `KVM_SET_USER_MEMORY_REGION2` of length 0: the slot is gone when this returns, and its mapping may go. Only for memory without
-    /// a private side.
+    /// `KVM_SET_USER_MEMORY_REGION2` of length 0: the slot is gone when this returns, and its mapping may go.
+    /// Only for memory without a private side.
     fn remove_memory(&self, slot: u32) -> Result<(), CallError>;
     /// `KVM_SET_MEMORY_ATTRIBUTES`.
     fn set_memory_attributes(&self, attributes: kvm_memory_attributes) -> Result<(), CallError>;
@@ -114,7 +118,8 @@ pub trait Vm: Send + Sync {
         const CALL: &str = "KVM_MEMORY_ENCRYPT_OP (the VM is not of the type of SNP guests)";
         self.snp().ok_or(CallError::errno(CALL, libc::ENOTTY))
     }
-    /// Whether the two sides of a page are different memory, as on hardware. On the emulated platform with single backing they are not.
+    /// Whether the two sides of a page are different memory, as on hardware. On the emulated platform with
+    /// single backing they are not.
     fn backs_sides_apart(&self) -> bool {
         true
     }
@@ -148,14 +153,15 @@ pub trait Vcpu: Send {
     fn set_xcr0(&mut self, value: u64) -> Result<(), CallError>;
     /// `KVM_GET_XCRS` for XCR0.
     fn get_xcr0(&self) -> Result<u64, CallError>;
-    /// `KVM_SET_LAPIC` of the two local interrupt pins, as a PC's firmware leaves them: LINT0 ExtINT, LINT1 NMI.
+    /// `KVM_SET_LAPIC` of the two local interrupt pins, as a PC's firmware leaves them: LINT0 ExtINT, LINT1
+    /// NMI.
     fn set_lint(&mut self) -> Result<(), CallError>;
     /// `KVM_SET_MP_STATE`.
     fn set_mp_state(&mut self, state: kvm_mp_state) -> Result<(), CallError>;
     /// `KVM_PRE_FAULT_MEMORY` of guest memory, page aligned; how many of the `len` bytes were done.
     fn pre_fault(&mut self, gpa: u64, len: u64) -> Result<u64, CallError>;
-    /// `KVM_RUN` with `immediate_exit`: the kernel takes in the answer to the last exit and does what follows from it, but does
-    /// not enter the guest.
+    /// `KVM_RUN` with `immediate_exit`: the kernel takes in the answer to the last exit and does what follows
+    /// from it, but does not enter the guest.
     fn complete_exit(&mut self) -> Result<(), CallError>;
     /// `KVM_RUN` until the next exit for the monitor. A signal ends it with [`Exit::Interrupted`].
     fn run(&mut self) -> Result<Exit<'_>, CallError>;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The one place where a boot is put together: from what was asked for to what enters the guest.
 //!
-//! A run and `cvmm measure` go through the same functions with the same [`VmSpec`], so a digest that was computed beforehand can
-//! differ from the launch only where the host does: in the vCPU model of firmware, in features that its KVM lacks. Nothing is printed
-//! here; what a user should know comes back as notes. Every file is read, once and first: what is launched is what was measured,
-//! whatever happens to the file, and a file that is missing is found before anything is asked of the host.
+//! A run and `cvmm measure` go through the same functions with the same [`VmSpec`], so a digest that was
+//! computed beforehand can differ from the launch only where the host does: in the vCPU model of firmware, in
+//! features that its KVM lacks. Nothing is printed here; what a user should know comes back as notes. Every
+//! file is read, once and first: what is launched is what was measured, whatever happens to the file, and a
+//! file that is missing is found before anything is asked of the host.
 
 mod direct;
 mod error;
@@ -220,7 +221,8 @@ fn snp_guest(
     if let Some(tamper) = snp.tamper {
         let tamper_error = |problem| SpecError { field: "snp.tamper".into(), problem };
         let inputs = image.inputs_page.ok_or_else(|| tamper_error("needs a guest with stage0".into()))?;
-        // The digest that was announced stays what it is: that the launch is another one is for the guest, or its owner, to find.
+        // The digest that was announced stays what it is: that the launch is another one is for the guest, or
+        // its owner, to find.
         let mut result = Ok(());
         measured = measured
             .altered(|plan| result = tamper.apply(&inputs, plan, &mut staged))

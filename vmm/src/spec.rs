@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a user may ask for, as a value.
 //!
-//! The command line, a file (`cvmm --spec`) and whatever else asks for guests fill the same type, so that none of them can ask for
-//! something that the others cannot. A field that nobody knows is refused, and so is a combination that means nothing: it would leave
-//! its author with a guest other than the one that was asked for. Errors name the field by its path.
+//! The command line, a file (`cvmm --spec`) and whatever else asks for guests fill the same type, so that
+//! none of them can ask for something that the others cannot. A field that nobody knows is refused, and so is
+//! a combination that means nothing: it would leave its author with a guest other than the one that was asked
+//! for. Errors name the field by its path.
 //!
-//! Devices are what the guest sees, backends are what the host gives; a name joins them. What is measured depends on the devices
-//! alone, so a digest can be computed where no backend is.
+//! Devices are what the guest sees, backends are what the host gives; a name joins them. What is measured
+//! depends on the devices alone, so a digest can be computed where no backend is.
 
 pub mod text;
 
@@ -138,7 +139,8 @@ pub struct SnpSpec {
     /// The owner's signed statement of what may launch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id_block: Option<IdBlockSpec>,
-    /// Launch with the firmware's CPUID values where it refuses ours, if all changes are on the list of harmless ones.
+    /// Launch with the firmware's CPUID values where it refuses ours, if all changes are on the list of
+    /// harmless ones.
     #[serde(skip_serializing_if = "is_false")]
     pub accept_cpuid: bool,
     /// Certificate table for the guest's extended reports.
@@ -408,7 +410,8 @@ fn wrong<T>(field: &str, problem: impl Into<String>) -> Result<T, SpecError> {
 }
 
 impl VmSpec {
-    /// Reads the text of a file. A field that is not known, a value of another type and a contradiction are refused with their path.
+    /// Reads the text of a file. A field that is not known, a value of another type and a contradiction are
+    /// refused with their path.
     pub fn parse(json: &str) -> Result<VmSpec, SpecError> {
         let mut reader = serde_json::Deserializer::from_str(json);
         let spec: VmSpec = serde_path_to_error::deserialize(&mut reader).map_err(|error| SpecError {

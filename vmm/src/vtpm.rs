@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest's TPM: a service outside of this process runs it, this module connects it to the guest.
 //!
-//! With direct boot nobody in the guest measures what starts it, so the monitor plays the firmware's part: [`measured`] makes
-//! the event log before the launch (it enters the digest), and [`Companion::attach`] brings the PCRs to the same values before
-//! the first vCPU of each VM runs. Commands go through the CRB device; its buffer is one page of memory that guest and monitor share, also
-//! in SNP guests.
+//! With direct boot nobody in the guest measures what starts it, so the monitor plays the firmware's part:
+//! [`measured`] makes the event log before the launch (it enters the digest), and [`Companion::attach`]
+//! brings the PCRs to the same values before the first vCPU of each VM runs. Commands go through the CRB
+//! device; its buffer is one page of memory that guest and monitor share, also in SNP guests.
 //!
 //! The service also keeps how far the guest has set its clock ahead of the host's ([`clock`]).
 //!
-//! The service may end or stop answering at any time. Then the guest's TPM reports a fatal error, the monitor says so once,
-//! and the guest goes on. A service of ours that has died is started again for the VM that follows a reset, a few times: PCRs start
-//! anew there in any case. Before that the guest must do without: a TPM that came back with new PCRs under a running guest would let
-//! the guest write its own measurements. What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
-//! three minutes, so that signals are heard meanwhile ([`crate::run::inbox::Inbox`]). The vTPM is worth as much as the host that runs it: see `docs/vtpm.md`.
+//! The service may end or stop answering at any time. Then the guest's TPM reports a fatal error, the monitor
+//! says so once, and the guest goes on. A service of ours that has died is started again for the VM that
+//! follows a reset, a few times: PCRs start anew there in any case. Before that the guest must do without: a
+//! TPM that came back with new PCRs under a running guest would let the guest write its own measurements.
+//! What the monitor itself asks it, before each VM, is asked in a thread that nobody waits for longer than
+//! three minutes, so that signals are heard meanwhile ([`crate::run::inbox::Inbox`]). The vTPM is worth as
+//! much as the host that runs it: see `docs/vtpm.md`.
 
 pub mod backend;
 mod clock;
@@ -59,6 +61,7 @@ use crate::machine::companion::Companion;
 use crate::machine::companion::Work;
 use crate::platform::mapping::Mapping;
 use crate::run::inbox::Inbox;
+use crate::threads::spawn;
 use crate::vtpm::error::COMMAND_PATIENCE;
 use crate::vtpm::error::POWER_ON_PATIENCE;
 use crate::vtpm::error::VtpmError;
@@ -108,7 +111,8 @@ impl Vtpm {
         let mut vtpm = Self::new(client, events, Some(service), inbox.events());
         vtpm.again = options.state.is_some().then(|| options.clone());
         if let Some(again) = &mut vtpm.again {
-            // What an operator accepted was this image at this moment, not one that is put in its place later.
+            // What an operator accepted was this image at this moment, not one that is put in its place
+            // later.
             again.arguments.retain(|word| word != "--accept-rollback" && word != "--adopt");
         }
         Ok(vtpm)
@@ -192,10 +196,11 @@ impl Vtpm {
     fn canceller(&self) -> io::Result<Box<dyn Fn() + Send>> {
         let (wanted, orders) = mpsc::sync_channel(1);
         let control = self.control();
-        thread::Builder::new().name("tpm-cancel".into()).stack_size(256 << 10).spawn(move || {
+        spawn("tpm-cancel".into(), move || {
             // A service that is gone is reported by whoever waits for the command.
             orders.iter().for_each(|()| drop(control.cancel()));
-        })?;
+        })
+        .map_err(|e| e.0)?;
         Ok(Box::new(move || {
             // Full: a cancel is on its way already.
             let _ = wanted.try_send(());
@@ -277,7 +282,8 @@ fn power_on(link: &Link, control: &Control, events: &[Event]) -> Result<(), Vtpm
     Ok(vtpm_svc::measured::extend(&mut transmit, events)?)
 }
 
-/// What waits and what was done of the guest's physical-presence requests; nothing at a service that does not know them.
+/// What waits and what was done of the guest's physical-presence requests; nothing at a service that does not
+/// know them.
 fn mail(control: &Control) -> Result<Mail, VtpmError> {
     match control.ppi() {
         Ok([request, _, last, response]) => Ok(Mail { request, last, response }),

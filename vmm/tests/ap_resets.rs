@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! SNP guests whose vCPUs create, destroy and restart each other, reset again and again: no vCPU is left, no thread, no descriptor, and
-//! memory stays where it was.
+//! SNP guests whose vCPUs create, destroy and restart each other, reset again and again: no vCPU is left, no
+//! thread, no descriptor, and memory stays where it was.
 //!
-//! The guest is a few instructions. Its first vCPU shares a GHCB page for each vCPU and makes a page of the launch a save area for each.
-//! Then each vCPU, as soon as somebody has started it, destroys and creates one after the other, itself included; the first is created
-//! again only and never destroyed, so that somebody always runs. Whoever finds that every one of them has run, and that they have been through enough together,
-//! asks for a reset.
-//! `CVMM_AP_RESETS` says how many resets there are. Without a KVM that hands MSRs to the monitor the test says so and does nothing.
+//! The guest is a few instructions. Its first vCPU shares a GHCB page for each vCPU and makes a page of the
+//! launch a save area for each. Then each vCPU, as soon as somebody has started it, destroys and creates one
+//! after the other, itself included; the first is created again only and never destroyed, so that somebody
+//! always runs. Whoever finds that every one of them has run, and that they have been through enough
+//! together, asks for a reset. `CVMM_AP_RESETS` says how many resets there are. Without a KVM that hands MSRs
+//! to the monitor the test says so and does nothing.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
@@ -36,7 +37,8 @@ use vmm::spec::Backing;
 
 /// Save areas of the vCPUs, private; one after the other.
 const VMSA: u32 = 0x30_1000;
-/// Their GHCB pages, shared; behind the last of them a page with the counter and, behind that, a bit for each vCPU that has run.
+/// Their GHCB pages, shared; behind the last of them a page with the counter and, behind that, a bit for each
+/// vCPU that has run.
 const GHCB: u32 = 32 << 20;
 /// Rounds of all vCPUs together in one life, for each vCPU.
 const ROUNDS: u32 = 12;
@@ -56,7 +58,8 @@ fn jump(code: &mut Vec<u8>, opcode: &[u8], target: usize) {
     code.extend((target as i32 - next).to_le_bytes());
 }
 
-/// `request` for the vCPU whose number is in ESI, with the GHCB at RBP. Fields by the GHCB specification, section 2.6, table 3.
+/// `request` for the vCPU whose number is in ESI, with the GHCB at RBP. Fields by the GHCB specification,
+/// section 2.6, table 3.
 fn event(request: u8) -> Vec<u8> {
     let mut code = vec![0xb8]; // mov eax, AP_CREATION
     code.extend(AP_CREATION.to_le_bytes());

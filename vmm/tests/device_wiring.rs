@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What devices are connected to, tried by guests of a few bytes on this host's KVM: doorbells, memory, messages. Plain guests, and SNP
-//! guests of the emulated platform, which reach devices by addresses without the C-bit.
+//! What devices are connected to, tried by guests of a few bytes on this host's KVM: doorbells, memory,
+//! messages. Plain guests, and SNP guests of the emulated platform, which reach devices by addresses without
+//! the C-bit.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
@@ -127,8 +128,9 @@ fn memory_of_a_device_is_there_until_it_is_taken_away() {
     });
 }
 
-/// The guest rings, the device answers with a message, and the guest finds its vector in the local APIC's IRR (AMD64 APM volume 2,
-/// 16.6.1): registers 0xf0 (bit 8 enables the APIC) and 0x220 (vectors 32 to 63 are at 0x210, 64 to 95 at 0x220).
+/// The guest rings, the device answers with a message, and the guest finds its vector in the local APIC's IRR
+/// (AMD64 APM volume 2, 16.6.1): registers 0xf0 (bit 8 enables the APIC) and 0x220 (vectors 32 to 63 are at
+/// 0x210, 64 to 95 at 0x220).
 #[test]
 fn a_device_sends_the_message_that_was_set() {
     let poll = [0x8b, 0x03, 0xa9, 2, 0, 0, 0, 0x75, 14, 0xff, 0xc9, 0x75, 0xf3];

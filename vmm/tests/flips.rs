@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A guest that converts more than 100,000 pages to shared and back leaves the host's memory where it started.
+//! A guest that converts more than 100,000 pages to shared and back leaves the host's memory where it
+//! started.
 //!
-//! The guest touches each page on the side to which it has just gone, so that a side which is not given back shows: the shared
-//! one in the process's anonymous memory, the private one in the blocks of the guest_memfd's stand-in. It needs a KVM that
-//! hands MSRs to the monitor; without one the test says so and does nothing.
+//! The guest touches each page on the side to which it has just gone, so that a side which is not given back
+//! shows: the shared one in the process's anonymous memory, the private one in the blocks of the
+//! guest_memfd's stand-in. It needs a KVM that hands MSRs to the monitor; without one the test says so and
+//! does nothing.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 
@@ -90,8 +92,8 @@ impl Write for Observer {
     }
 }
 
-/// Converts every page by the MSR protocol (GHCB specification, 2.3.1: 0x014; 1 is private, 2 shared), writes to it at
-/// `view` + its address, and says `letter`.
+/// Converts every page by the MSR protocol (GHCB specification, 2.3.1: 0x014; 1 is private, 2 shared), writes
+/// to it at `view` + its address, and says `letter`.
 fn convert_all(operation: u32, view: u64, letter: u8) -> Vec<u8> {
     let mut code = vec![0x49, 0xbe]; // mov r14, view
     code.extend(view.to_le_bytes());

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A guest that does nothing but ask: console bytes, presence requests, NV writes and resets, as fast as it can, while nobody reads what
-//! the monitor prints, or nobody can.
+//! A guest that does nothing but ask: console bytes, presence requests, NV writes and resets, as fast as it
+//! can, while nobody reads what the monitor prints, or nobody can.
 //!
-//! The guest may use its own time and its own memory. What it makes the host do has bounds (`docs/vtpm.md`), and this measures them from
-//! outside: stores of the state image, lines in the log, memory, threads and descriptors of both processes; and that the run still hears
-//! a signal. `CVMM_FLOOD_SECONDS` says how long, for each way of not being read.
+//! The guest may use its own time and its own memory. What it makes the host do has bounds (`docs/vtpm.md`),
+//! and this measures them from outside: stores of the state image, lines in the log, memory, threads and
+//! descriptors of both processes; and that the run still hears a signal. `CVMM_FLOOD_SECONDS` says how long,
+//! for each way of not being read.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -76,9 +77,11 @@ fn command(code: u32, handles: &[u32], parameters: &[u8]) -> Vec<u8> {
 const OWNER: u32 = 0x4000_0001;
 const INDEX: u32 = 0x0150_0020;
 
-/// Defines a counter, then: a byte to the console, two presence requests, an increment; after some rounds a reset.
+/// Defines a counter, then: a byte to the console, two presence requests, an increment; after some rounds a
+/// reset.
 fn flood() -> Vec<u8> {
-    // NV_DefineSpace: no password; a counter that its owner may write and read, exempt from lockout, of eight bytes.
+    // NV_DefineSpace: no password; a counter that its owner may write and read, exempt from lockout, of eight
+    // bytes.
     let public = [0x01, 0x50, 0x00, 0x20, 0x00, 0x0b, 0x02, 0x02, 0x00, 0x12, 0, 0, 0, 8];
     let define = command(0x12a, &[OWNER], &[&[0, 0, 0, 14][..], &public].concat());
     let increment = command(0x134, &[OWNER, INDEX], &[]);
@@ -212,7 +215,8 @@ fn withstand(stdout: Sink, stderr: Sink, time: Duration) {
     let begun = Instant::now();
     std::thread::sleep(time / 4);
     let service = service_of(child.id()).unwrap_or_else(|| panic!("{what}: no service"));
-    // What is held differs from moment to moment, between two lives above all: the most of an earlier and of a later time.
+    // What is held differs from moment to moment, between two lives above all: the most of an earlier and of
+    // a later time.
     let mut most = [[(0, 0, 0); 2]; 2];
     while begun.elapsed() < time {
         assert!(child.try_wait().unwrap().is_none(), "{what}: the run ended by itself");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the host may do to a run: full disks, readers that are slow or gone, limits, signals at any time, services that hang. The
-//! guest goes on, or the run ends with words; nothing is left behind.
+//! What the host may do to a run: full disks, readers that are slow or gone, limits, signals at any time,
+//! services that hang. The guest goes on, or the run ends with words; nothing is left behind.
 //!
 //! Without `/dev/kvm` the tests that run a guest say so and do nothing.
 

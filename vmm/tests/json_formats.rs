@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! JSON that other programs read: within a format fields are added, and never renamed, taken away or given another type.
+//! JSON that other programs read: within a format fields are added, and never renamed, taken away or given
+//! another type.
 //!
-//! The files in `formats/` have a line for each field: its path, with `[]` for the items of a list and `*` where names are data, and
-//! its type. They are written by hand; a line is taken out only together with a new number of the format.
+//! The files in `formats/` have a line for each field: its path, with `[]` for the items of a list and `*`
+//! where names are data, and its type. They are written by hand; a line is taken out only together with a new
+//! number of the format.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails where its host fails")]
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The monitor's launch path against every refusal that the model can make: errno and firmware status at each step, partial
-//! progress, EAGAIN, signals. After each failure nothing may be left, and the message must name step, page and cause.
+//! The monitor's launch path against every refusal that the model can make: errno and firmware status at each
+//! step, partial progress, EAGAIN, signals. After each failure nothing may be left, and the message must name
+//! step, page and cause.
 //!
 //! No guest has to run for this, so any `/dev/kvm` will do; without one the tests say so and do nothing.
 
@@ -84,7 +85,8 @@ impl Bench {
         }
     }
 
-    /// Launches with one fault. `None`: the launch got to its end, and the guest ran (and, having no code, failed later).
+    /// Launches with one fault. `None`: the launch got to its end, and the guest ran (and, having no code,
+    /// failed later).
     fn launch(&self, guest: Guest, step: Step, trigger: Trigger, injection: Injection) -> Option<String> {
         let commands = vec![CommandFault { step, trigger, injection }];
         self.platform.inject(Faults { commands, ..Faults::default() });
@@ -145,7 +147,8 @@ fn every_refusal_at_every_step_names_step_and_cause_and_leaves_nothing_behind() 
     for step in
         [Step::Init2, Step::CreateVcpu, Step::SetAttributes, Step::Start, Step::UpdatePage, Step::Finish]
     {
-        // The fourth page of the code: three pages were taken by the call that stopped, the next one reports it.
+        // The fourth page of the code: three pages were taken by the call that stopped, the next one reports
+        // it.
         let skip = if step == Step::UpdatePage { PAGES_BEFORE + 3 } else { 0 };
         let firmware = !matches!(step, Step::CreateVcpu | Step::SetAttributes);
         let statuses = (1..=0x2a).filter(|_| firmware).map(|code| Injection::Firmware(FwStatus(code)));
@@ -216,7 +219,8 @@ fn a_refused_cpuid_page_is_shown_and_accepted_only_on_request_and_within_the_lis
     let count = u32::from_le_bytes(table[..4].try_into().unwrap()) as usize;
     let find =
         |leaf: u32| (0..count).map(|i| 16 + i * 48).find(|at| table[*at..*at + 4] == leaf.to_le_bytes());
-    // Bit 24 of leaf 1 ECX, the TSC deadline timer, which the firmware withholds; and a C-bit that is not the host's.
+    // Bit 24 of leaf 1 ECX, the TSC deadline timer, which the firmware withholds; and a C-bit that is not the
+    // host's.
     let leaf1 = find(1).unwrap();
     let sev = find(0x8000_001f).unwrap();
     let offer = |at: usize, flip: u8, accept_cpuid: bool| {
@@ -241,7 +245,8 @@ fn a_refused_cpuid_page_is_shown_and_accepted_only_on_request_and_within_the_lis
         assert!(error.contains(part), "'{part}' is not in: {error}");
     }
     assert_eq!(offer(leaf1 + 35, 1, true), None, "accepted on request");
-    // No EPYC has that bit in its own CPUID: where this is known, it goes without being asked. The C-bit never does.
+    // No EPYC has that bit in its own CPUID: where this is known, it goes without being asked. The C-bit
+    // never does.
     let host_cpuid = bench.platform.raw_cpuid();
     assert!(host_cpuid.is_some());
     let knowing = |at: usize| {
@@ -298,8 +303,8 @@ fn an_id_block_is_checked_before_the_launch_and_taken_by_the_firmware() {
     assert!(error.contains("BAD_SIGNATURE"), "{error}");
 }
 
-/// Linux 7.3.4, `svm.c:svm_get_segment`: KVM measures segments as they were set and reports them tidied up, as an IGVM file's save
-/// area may not be.
+/// Linux 7.3.4, `svm.c:svm_get_segment`: KVM measures segments as they were set and reports them tidied up,
+/// as an IGVM file's save area may not be.
 #[test]
 fn segments_that_kvm_reports_otherwise_are_no_reason_to_refuse() {
     let Some(bench) = bench() else { return };

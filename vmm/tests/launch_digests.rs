@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A table of launch digests that stays the same while the code behind it moves.
 //!
-//! The inputs are made here, byte for byte the same each time, and measured by `cvmm measure`, so no test of an inner
-//! function stands in the way of a move. `data/launch_digests.txt` holds what came out. Whoever holds a policy with one of our digests
-//! relies on it: the table may be recorded again only where stage0, or what a launch contains, was changed on purpose, and
-//! the commit says so. To record it, run this test with `CVMM_RECORD_DIGESTS=1`, and read the difference.
+//! The inputs are made here, byte for byte the same each time, and measured by `cvmm measure`, so no test of
+//! an inner function stands in the way of a move. `data/launch_digests.txt` holds what came out. Whoever
+//! holds a policy with one of our digests relies on it: the table may be recorded again only where stage0, or
+//! what a launch contains, was changed on purpose, and the commit says so. To record it, run this test with
+//! `CVMM_RECORD_DIGESTS=1`, and read the difference.
 //!
-//! Rows that begin with `stage0` contain the binary of stage0, which is compiled by the toolchain in use. With another
-//! compiler it may be another binary, and those rows are then not compared; with the same compiler they must agree.
+//! Rows that begin with `stage0` contain the binary of stage0, which is compiled by the toolchain in use.
+//! With another compiler it may be another binary, and those rows are then not compared; with the same
+//! compiler they must agree.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Guests that ask for a reset and get a new VM: nothing of the old one is seen by the guest or kept by the host.
+//! Guests that ask for a reset and get a new VM: nothing of the old one is seen by the guest or kept by the
+//! host.
 //!
 //! Without `/dev/kvm` the tests say so and do nothing.
 
@@ -85,7 +86,8 @@ fn fifty_lives(platform: &dyn Platform, guest: Guest) {
     assert_eq!((early.descriptors, early.threads), (late.descriptors, late.threads));
     assert_eq!(before.descriptors, after.descriptors);
     assert_eq!(before.threads, after.threads);
-    // One VM's tables and stacks would be more than this in 45 lives; the allocator's own ups and downs are less.
+    // One VM's tables and stacks would be more than this in 45 lives; the allocator's own ups and downs are
+    // less.
     assert!(late.rss_kib < early.rss_kib + 512, "{} KiB became {} KiB", early.rss_kib, late.rss_kib);
 }
 

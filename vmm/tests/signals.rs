@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A signal that comes at any moment ends a run in good order, or does not end it: the program itself, with a terminal of its own, from
-//! its first instruction to its last.
+//! A signal that comes at any moment ends a run in good order, or does not end it: the program itself, with a
+//! terminal of its own, from its first instruction to its last.
 //!
-//! After each run the terminal is as it was, no process of the run is left, nothing lies in the folder where a fresh TPM keeps its key and
-//! image, and the exit code is the documented one. `CVMM_SIGNALS` says how many signals are sent.
+//! After each run the terminal is as it was, no process of the run is left, nothing lies in the folder where
+//! a fresh TPM keeps its key and image, and the exit code is the documented one. `CVMM_SIGNALS` says how many
+//! signals are sent.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -27,8 +28,8 @@ use test_support::code::power_off;
 use test_support::monitor::kvm;
 use test_support::tiny;
 
-/// Numbers of Linux on x86-64, signal(7). Signals that end programs which do not expect them. Users, shells, terminals, service managers
-/// and their watchdogs send them.
+/// Numbers of Linux on x86-64, signal(7). Signals that end programs which do not expect them. Users, shells,
+/// terminals, service managers and their watchdogs send them.
 const ENDING: [i32; 18] = [
     2,  // SIGINT
     15, // SIGTERM
@@ -310,7 +311,8 @@ fn signals_at_any_moment_leave_nothing_behind() {
         }
         let status =
             wait(&mut child).unwrap_or_else(|| panic!("{what}: it does not end: {}", place.messages()));
-        // Before the program catches it a signal ends it as it ends any program: for a shell the exit code is the same.
+        // Before the program catches it a signal ends it as it ends any program: for a shell the exit code is
+        // the same.
         let code = status.code().or_else(|| status.signal().map(|number| 128 + number));
         if [XFSZ, RTMIN].contains(&signal) && status.signal() == Some(signal) {
             // The program has not said yet that it does not mind; nobody but this test sends these to others.

@@ -90,7 +90,8 @@ fn a_guests_termination_is_told_in_words() {
 
 #[test]
 fn the_sev_info_answer_carries_versions_and_c_bit() {
-    // Ask; then send the answer's bits 23:16 of the upper half (highest version) and the C-bit to the console.
+    // Ask; then send the answer's bits 23:16 of the upper half (highest version) and the C-bit to the
+    // console.
     let code = [
         ghcb_msr(2),
         vec![0x0f, 0x32, 0xc1, 0xe8, 0x18], // rdmsr; shr eax, 24: the C-bit

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where the datastore key comes from.
 //!
-//! The key is asked for once, before the image is opened, and by name of the image. A provider may be as simple as a
-//! file; the interface is shaped so that a key broker fits too, which gives the key only after it has verified an
-//! attestation report that answers its challenge ([`Evidence`]).
+//! The key is asked for once, before the image is opened, and by name of the image. A provider may be as
+//! simple as a file; the interface is shaped so that a key broker fits too, which gives the key only after it
+//! has verified an attestation report that answers its challenge ([`Evidence`]).
 
 pub mod file;
 pub mod hook;
@@ -64,55 +64,30 @@ impl KeyRequest<'_> {
 
 /// Why there is no key.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum KeyError {
     /// A file cannot be read.
     #[error("key {path}: {source}")]
-    Io {
-        /// The file or program.
-        path: PathBuf,
-        /// The operating system's answer.
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     /// Somebody else may have written it.
     #[error("key {path}: it belongs to user {owner}, and is taken only from this user or root")]
-    Foreign {
-        /// The file or program.
-        path: PathBuf,
-        /// Who owns it.
-        owner: u32,
-    },
+    Foreign { path: PathBuf, owner: u32 },
     /// Somebody else may change the program.
     #[error("key hook {path}: its mode {mode:#o} lets other users change it; run `chmod go-w {path}`")]
-    Writable {
-        /// The program.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-    },
+    Writable { path: PathBuf, mode: u32 },
     /// Others may read the file.
     #[error("key {path}: its mode {mode:#o} lets other users read it; run `chmod 600 {path}`")]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
-    },
+    Exposed { path: PathBuf, mode: u32 },
     /// The contents are not a key.
     #[error("key {origin}: {found}; expected 32 bytes or 64 hexadecimal digits")]
     NotAKey {
-        /// Where it came from.
         origin: String,
         /// What was found instead, without showing it.
         found: String,
     },
     /// A passphrase that is no passphrase.
     #[error("the passphrase in {path} {why}")]
-    Passphrase {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: &'static str,
-    },
+    Passphrase { path: PathBuf, why: &'static str },
     /// Key derivation failed.
     #[error("deriving the key from the passphrase: {0}")]
     Derivation(String),
@@ -125,9 +100,7 @@ pub enum KeyError {
     /// The hook said no.
     #[error("key hook {program} failed ({status}): {message}")]
     Hook {
-        /// The program.
         program: PathBuf,
-        /// Exit status.
         status: String,
         /// What it printed on standard error, one line.
         message: String,
@@ -137,12 +110,7 @@ pub enum KeyError {
         "key hook {program} did not end within {seconds} seconds and was stopped; run it by hand with the request on its \
          standard input to see what it waits for"
     )]
-    HookSilent {
-        /// The program.
-        program: PathBuf,
-        /// How long it was waited for.
-        seconds: u64,
-    },
+    HookSilent { program: PathBuf, seconds: u64 },
     /// A key of zeros.
     #[error("the key is all zero")]
     Zero,
@@ -203,8 +171,8 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// A program that one thread is writing cannot be run, and a process that another thread starts in that moment has it
-    /// open for writing; so these tests take turns.
+    /// A program that one thread is writing cannot be run, and a process that another thread starts in that
+    /// moment has it open for writing; so these tests take turns.
     static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
     fn request() -> KeyRequest<'static> {
@@ -259,14 +227,15 @@ mod tests {
         assert!(error.contains("belongs to user 54321"), "{error}");
     }
 
-    /// Expected value from the reference program: `printf correct horse | argon2 <salt> -id -t 3 -m 16 -p 1 -l 32`,
-    /// computed with Python's argon2-cffi (`hash_secret_raw`).
+    /// Expected value from the reference program:
+    /// `printf correct horse | argon2 <salt> -id -t 3 -m 16 -p 1 -l 32`, computed with Python's argon2-cffi
+    /// (`hash_secret_raw`).
     #[test]
     fn a_passphrase_gives_the_argon2id_key_of_the_reference_implementation() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = write(&dir, "pass", b"correct horse\nignored\n", 0o600);
         let key = passphrase::Passphrase { path }.obtain(&request()).expect("key");
-        let hex: String = key.expose().iter().map(|b| format!("{b:02x}")).collect();
+        let hex = hex::encode(key.expose());
         assert_eq!(hex, "89a939de1ca01a9432f87603f247ff01f8a62125c2741c3edd53c1ce319c809c");
     }
 
@@ -288,7 +257,8 @@ mod tests {
         assert!(text.contains("policy: debug guests") && text.contains('3'), "{text}");
     }
 
-    /// The reason comes first and is long, the key after it: neither pipe may fill up while the other is read.
+    /// The reason comes first and is long, the key after it: neither pipe may fill up while the other is
+    /// read.
     #[test]
     fn a_hook_that_talks_much_is_heard_to_its_end() {
         let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

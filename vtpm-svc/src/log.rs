@@ -24,8 +24,8 @@ static OFTEN: Pace = Pace::new(Duration::from_secs(10), 20);
 /// How many of them were left out.
 static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 
-/// Text from outside as one line that does nothing to a terminal: without control characters, line and paragraph separators, and
-/// marks that turn the direction of what follows.
+/// Text from outside as one line that does nothing to a terminal: without control characters, line and
+/// paragraph separators, and marks that turn the direction of what follows.
 pub fn clean(text: &str) -> String {
     let odd = |c: char| {
         c.is_control()

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Measured boot of a guest that has no firmware: the monitor plays its part.
 //!
-//! With direct kernel boot nobody inside the guest measures what starts it. So before the first vCPU runs, [`Boot`] makes
-//! the events that firmware would have logged, [`log`] writes them as a TCG event log, and [`extend`] brings the PCRs to
-//! the same values. The log can be made before the TPM exists, and so it can be part of the launch digest.
+//! With direct kernel boot nobody inside the guest measures what starts it. So before the first vCPU runs,
+//! [`Boot`] makes the events that firmware would have logged, [`log`] writes them as a TCG event log, and
+//! [`extend`] brings the PCRs to the same values. The log can be made before the TPM exists, and so it can be
+//! part of the launch digest.
 //!
-//! These values are *host-asserted*: they say what the host claims to have loaded. In an SNP guest the launch digest, which
-//! the firmware of the CPU vouches for, covers the same files.
+//! These values are *host-asserted*: they say what the host claims to have loaded. In an SNP guest the launch
+//! digest, which the firmware of the CPU vouches for, covers the same files.
 //!
 //! TCG PC Client Platform Firmware Profile 1.05, chapters 3, 9 and 10.
 
@@ -112,7 +113,8 @@ impl Boot<'_> {
             let kind = kind::EFI_PLATFORM_FIRMWARE_BLOB;
             events.push(Event { pcr: 0, kind, digests: digests(bytes), data });
         }
-        // Secure Boot is off and its variables are empty: nothing verifies a directly booted kernel's signature.
+        // Secure Boot is off and its variables are empty: nothing verifies a directly booted kernel's
+        // signature.
         for (vendor, name, value) in [
             (GLOBAL, "SecureBoot", &[0u8][..]),
             (GLOBAL, "PK", &[]),
@@ -155,7 +157,8 @@ impl Boot<'_> {
             // Not a PE file (an ELF kernel): the digest of the whole file.
             Err(_) => digests(self.kernel),
         };
-        // UEFI_IMAGE_LOAD_EVENT: location, length, link-time address, length of the device path, which is only an end node.
+        // UEFI_IMAGE_LOAD_EVENT: location, length, link-time address, length of the device path, which is
+        // only an end node.
         let mut data = Vec::new();
         for word in [self.kernel_address, self.kernel.len() as u64, 0, 4] {
             data.extend_from_slice(&word.to_le_bytes());
@@ -169,8 +172,8 @@ fn separator(pcr: u32) -> Event {
     Event::of_data(pcr, kind::SEPARATOR, vec![0; 4])
 }
 
-/// Starts and tests the TPM, extends its PCRs with the events, and takes the platform hierarchy away from the guest, as
-/// firmware does before it hands over.
+/// Starts and tests the TPM, extends its PCRs with the events, and takes the platform hierarchy away from the
+/// guest, as firmware does before it hands over.
 pub fn extend(tpm: &mut dyn Transport, events: &[Event]) -> Result<(), CommandError> {
     commands::startup_clear(tpm)?;
     commands::self_test(tpm)?;

@@ -2,9 +2,10 @@
 //! A bound on what a guest can make the host do: so many times at once, and so many a second in the long run.
 
 use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
+
+use crate::lock::lock;
 
 /// A rate with room for a burst.
 #[derive(Debug)]
@@ -35,7 +36,7 @@ impl Pace {
 
     /// How long until the next turn, which is taken if it is now or is to be waited for.
     fn turn(&self, now: Instant, patient: bool) -> Option<Duration> {
-        let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut due = lock(&self.due);
         let next = due.filter(|due| *due > now).unwrap_or(now) + self.interval;
         let delay = next.duration_since(now).saturating_sub(self.slack);
         let taken = patient || delay.is_zero();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the service asks of the operating system for its own process: signals, memory locking, the background.
+//! What the service asks of the operating system for its own process: signals, memory locking, the
+//! background.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -15,7 +16,8 @@ use std::process::Command;
 
 /// Takes over a descriptor that the parent process left open.
 pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: F_SETFD fails if the descriptor is not open; if it is, the programs that this process starts do not get it.
+    // SAFETY: F_SETFD fails if the descriptor is not open; if it is, the programs that this process starts do
+    // not get it.
     if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -26,7 +28,8 @@ pub fn inherited(fd: i32) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// One heap for all threads: they take turns with the engine's lock, and a heap for each costs memory in every guest.
+/// One heap for all threads: they take turns with the engine's lock, and a heap for each costs memory in
+/// every guest.
 pub fn one_heap() {
     // SAFETY: plain integers; called before a second thread exists. A refusal leaves the default.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
@@ -43,8 +46,8 @@ impl Trim {
         std::fs::File::open("/proc/self/smaps").ok().map(|smaps| Self { smaps })
     }
 
-    /// Drops the resident pages of every file mapping that this process never wrote to (code, constants, the message
-    /// tables of libraries): they are read again from the page cache when they are used.
+    /// Drops the resident pages of every file mapping that this process never wrote to (code, constants, the
+    /// message tables of libraries): they are read again from the page cache when they are used.
     pub fn run(&mut self) -> io::Result<()> {
         use std::io::Seek;
         let mut text = String::with_capacity(1 << 15);
@@ -52,8 +55,8 @@ impl Trim {
         // Bounded, and without the question for the file's size, which the cage does not allow.
         Read::take(&self.smaps, 1 << 20).read_to_string(&mut text)?;
         for (start, end) in untouched(&text) {
-            // SAFETY: the range is a private mapping of a file without a page of its own, so the pages that come back
-            // are the same bytes. A range that was unmapped meanwhile is refused by the kernel.
+            // SAFETY: the range is a private mapping of a file without a page of its own, so the pages that
+            // come back are the same bytes. A range that was unmapped meanwhile is refused by the kernel.
             unsafe { libc::madvise(start as *mut libc::c_void, end - start, MADV_DONTNEED_LOCKED) };
         }
         // SAFETY: no pointers.
@@ -65,7 +68,8 @@ impl Trim {
 /// `MADV_DONTNEED` for locked memory too (Linux 5.18).
 const MADV_DONTNEED_LOCKED: libc::c_int = 24;
 
-/// Ranges of private, unwritable file mappings that have no anonymous page, from the text of `/proc/self/smaps`.
+/// Ranges of private, unwritable file mappings that have no anonymous page, from the text of
+/// `/proc/self/smaps`.
 fn untouched(smaps: &str) -> Vec<(usize, usize)> {
     let mut out = Vec::new();
     let mut candidate = None;
@@ -99,8 +103,8 @@ pub fn hide_memory() -> Vec<String> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct lives over the call.
     let known = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) } == 0;
-    // With a finite limit, locking all future memory would make ordinary allocations fail. Being root is not enough:
-    // a container may have taken the right away.
+    // With a finite limit, locking all future memory would make ordinary allocations fail. Being root is not
+    // enough: a container may have taken the right away.
     let privileged = rustix::thread::capabilities(None)
         .is_ok_and(|sets| sets.effective.contains(rustix::thread::CapabilitySet::IPC_LOCK));
     let unlimited = known && limit.rlim_cur == libc::RLIM_INFINITY;
@@ -112,10 +116,11 @@ pub fn hide_memory() -> Vec<String> {
     missing
 }
 
-/// Locks what can hold a secret: heap, stacks and data as they are now, and everything that is mapped from now on.
+/// Locks what can hold a secret: heap, stacks and data as they are now, and everything that is mapped from
+/// now on.
 ///
-/// Code and constants of the libraries that are loaded already stay out of it: the kernel's bookkeeping for thousands
-/// of pages of other people's files would cost a tenth of the start.
+/// Code and constants of the libraries that are loaded already stay out of it: the kernel's bookkeeping for
+/// thousands of pages of other people's files would cost a tenth of the start.
 fn lock_writable_memory() -> io::Result<()> {
     let maps = std::fs::read_to_string("/proc/self/maps")?;
     for line in maps.lines() {
@@ -141,7 +146,8 @@ fn span(range: &str) -> Option<(usize, usize)> {
     Some((hex(start)?, hex(end)?))
 }
 
-/// Closes every descriptor from 3 on that is not listed: what a parent process left open by mistake is nothing for the cage.
+/// Closes every descriptor from 3 on that is not listed: what a parent process left open by mistake is
+/// nothing for the cage.
 ///
 /// Must be called before this process opens anything itself.
 pub fn close_others(keep: &[RawFd]) -> io::Result<()> {
@@ -162,15 +168,16 @@ pub fn close_others(keep: &[RawFd]) -> io::Result<()> {
     close(from, u32::MAX)
 }
 
-/// Runs `work` in a second process, which has one end of a connection and no other descriptor of this one. Must be called
-/// while there is one thread.
+/// Runs `work` in a second process, which has one end of a connection and no other descriptor of this one.
+/// Must be called while there is one thread.
 pub fn beside(work: impl FnOnce(UnixStream)) -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
     // SAFETY: only one thread exists, so the child has no half-held locks.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            // What a terminal or a service manager sends is for the service. A refusal costs a name that stays behind.
+            // What a terminal or a service manager sends is for the service. A refusal costs a name that
+            // stays behind.
             let _ = block_signals();
             let _ = close_others(&[theirs.as_raw_fd()]);
             work(theirs);
@@ -183,8 +190,8 @@ pub fn beside(work: impl FnOnce(UnixStream)) -> io::Result<UnixStream> {
 
 /// A program that ends with this process, whatever ends this one, and takes along what it has started.
 ///
-/// It leads a process group. The kernel kills the program itself when the thread that started it ends; a second process, which does
-/// nothing but wait for this one's end, kills the whole group.
+/// It leads a process group. The kernel kills the program itself when the thread that started it ends; a
+/// second process, which does nothing but wait for this one's end, kills the whole group.
 pub struct Dependent {
     child: Child,
     /// The second process and the connection that it waits on.
@@ -218,15 +225,16 @@ pub fn spawn_dependent(command: &mut Command) -> io::Result<Dependent> {
 fn guard(group: u32) -> io::Result<(libc::pid_t, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let (group, wait) = (group.cast_signed(), theirs.as_raw_fd());
-    // SAFETY: other threads may exist, so up to its end the child makes system calls and nothing else: no allocation, no lock, no
-    // destructor. The raw call keeps the C library's own work at a fork out of it.
+    // SAFETY: other threads may exist, so up to its end the child makes system calls and nothing else: no
+    // allocation, no lock, no destructor. The raw call keeps the C library's own work at a fork out of it.
     match unsafe { libc::syscall(libc::SYS_fork) } {
         -1 => Err(io::Error::last_os_error()),
         // SAFETY: as above; the byte is on this process's own stack.
         0 => unsafe {
             // What a terminal or a monitor sends to this process's group is not for the guard.
             libc::setsid();
-            // Only the connection stays open; else whoever waits for the end of a pipe would wait for the guard.
+            // Only the connection stays open; else whoever waits for the end of a pipe would wait for the
+            // guard.
             let wait_u = wait.cast_unsigned();
             if wait_u > 0 {
                 libc::syscall(libc::SYS_close_range, 0u32, wait_u - 1, 0u32);
@@ -281,8 +289,8 @@ impl Drop for Dependent {
 
 /// Goes to the background. Must be called while there is one thread.
 ///
-/// The process that was started waits for a byte on the connection that is returned and then ends with success; if the
-/// service ends before, it ends with failure.
+/// The process that was started waits for a byte on the connection that is returned and then ends with
+/// success; if the service ends before, it ends with failure.
 pub fn daemonize() -> io::Result<UnixStream> {
     let (mut ready, word) = UnixStream::pair()?;
     // SAFETY: only one thread exists, so the child has no half-held locks.

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The cage that the TPM runs in: what the process may still ask of the kernel once its files and sockets are open.
+//! The cage that the TPM runs in: what the process may still ask of the kernel once its files and sockets are
+//! open.
 //!
-//! The state blob and every command are untrusted input to a large C library. So before the first byte of either is
-//! parsed, the process gives up the file system and the network (landlock) and every system call that serving open
-//! descriptors does not need (seccomp). Opening a file answers "no such file", because the crypto library under
-//! the engine looks for its configuration late and copes with its absence; anything else that is not on the list ends
-//! the process.
+//! The state blob and every command are untrusted input to a large C library. So before the first byte of
+//! either is parsed, the process gives up the file system and the network (landlock) and every system call
+//! that serving open descriptors does not need (seccomp). Opening a file answers "no such file", because the
+//! crypto library under the engine looks for its configuration late and copes with its absence; anything else
+//! that is not on the list ends the process.
 //!
-//! Some calls are on the list with some of their arguments only: `fcntl` can aim a signal at any process of the user, `clone` can
-//! make processes and namespaces, `prctl` can make the memory readable for others again, memory can be made executable. `clone3`
-//! hides its arguments from a filter, so it is answered as by a kernel that has none; threads are then made by `clone`.
+//! Some calls are on the list with some of their arguments only: `fcntl` can aim a signal at any process of
+//! the user, `clone` can make processes and namespaces, `prctl` can make the memory readable for others
+//! again, memory can be made executable. `clone3` hides its arguments from a filter, so it is answered as by
+//! a kernel that has none; threads are then made by `clone`.
 
 use std::collections::BTreeMap;
 
@@ -125,7 +127,8 @@ fn refuse(e: seccompiler::BackendError) -> SandboxError {
     SandboxError::Seccomp(e.to_string())
 }
 
-/// What a new thread shares with the others, as glibc makes one (and musl, which adds a flag that means nothing any more).
+/// What a new thread shares with the others, as glibc makes one (and musl, which adds a flag that means
+/// nothing any more).
 const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
@@ -136,8 +139,9 @@ const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID) as u64;
 
-/// Calls that are allowed with some arguments only: memory that is mapped or changed from now on is never executable, a signal
-/// goes to this process or to none, a new thread is a thread, and this process stays unreadable for others.
+/// Calls that are allowed with some arguments only: memory that is mapped or changed from now on is never
+/// executable, a signal goes to this process or to none, a new thread is a thread, and this process stays
+/// unreadable for others.
 fn conditional() -> Result<BTreeMap<i64, Vec<SeccompRule>>, SandboxError> {
     use SeccompCmpArgLen::Dword;
     use SeccompCmpArgLen::Qword;
@@ -183,7 +187,8 @@ fn filter(
     SeccompFilter::new(rules, otherwise, listed, arch).map_err(refuse)?.try_into().map_err(refuse)
 }
 
-/// Closes the cage around this thread and all that it starts from now on. Returns what the kernel could not give.
+/// Closes the cage around this thread and all that it starts from now on. Returns what the kernel could not
+/// give.
 ///
 /// It does not hold a thread that exists already, so there must be none.
 pub fn close(seccomp: bool) -> Result<Vec<String>, SandboxError> {
@@ -207,7 +212,8 @@ pub fn close(seccomp: bool) -> Result<Vec<String>, SandboxError> {
             "this kernel has no landlock, or an old one: the file system is closed by seccomp only".into(),
         );
     }
-    // Linux 6.12 and later: no signal to a process outside, no abstract socket of one. Without it the filter below is alone in that.
+    // Linux 6.12 and later: no signal to a process outside, no abstract socket of one. Without it the filter
+    // below is alone in that.
     Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .scope(Scope::from_all(ABI::V6))

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One served TPM, from options to its end, in an order that matters.
 //!
-//! Library, key, image and anchor are opened first, with the rights of whoever started the process. Sockets come when the
-//! image is locked, so that a start that fails takes nothing from a service that runs. Then the cage is closed, and only then
-//! does the engine see the stored state and are clients served.
+//! Library, key, image and anchor are opened first, with the rights of whoever started the process. Sockets
+//! come when the image is locked, so that a start that fails takes nothing from a service that runs. Then the
+//! cage is closed, and only then does the engine see the stored state and are clients served.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -70,7 +70,8 @@ pub fn run(options: &ServiceOptions) -> Result<(), ServiceError> {
     }
     let state = open(options, &library, sockets.lone_client(options.terminate))?;
     serve(options, sockets, outside, library, state.clone()).inspect_err(|_| {
-        // Nothing was served, so the lease ends in good order; the error that is there already is the one to tell.
+        // Nothing was served, so the lease ends in good order; the error that is there already is the one to
+        // tell.
         let _ = state.vmgs().release();
     })
 }
@@ -121,7 +122,8 @@ impl Outside {
     }
 }
 
-/// Opens and locks the image. `client` is the only one who can use the service; if it goes, so does this process.
+/// Opens and locks the image. `client` is the only one who can use the service; if it goes, so does this
+/// process.
 fn open(
     options: &ServiceOptions,
     library: &Library,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The TPM that is served: what runs its commands, where its state goes, and what the platform does to it.
 //!
-//! [`Tpm`] is all that the sockets know of it. A response leaves it only after the engine has returned, and the engine returns
-//! only after its store has made the change durable; nothing here may reorder that.
+//! [`Tpm`] is all that the sockets know of it. A response leaves it only after the engine has returned, and
+//! the engine returns only after its store has made the change durable; nothing here may reorder that.
 
 pub mod commands;
 pub mod engine;
@@ -14,12 +14,12 @@ pub mod requests;
 
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering;
 
 use zeroize::Zeroizing;
 
+use crate::lock::lock;
 use crate::log;
 use crate::vmgs::Change;
 use crate::vmgs::block::BlockFile;
@@ -50,9 +50,9 @@ pub struct Policy {
 
 /// A TPM and the state that it keeps; any thread may use it.
 ///
-/// Locks are taken in this order, where several are held: the engine, `making`, the image ([`VmgsState::vmgs`]). The engine
-/// stores while it runs a command, so whoever holds the image must not wait for the engine. `powering` is held for a moment,
-/// and nothing is waited for meanwhile.
+/// Locks are taken in this order, where several are held: the engine, `making`, the image
+/// ([`VmgsState::vmgs`]). The engine stores while it runs a command, so whoever holds the image must not wait
+/// for the engine. `powering` is held for a moment, and nothing is waited for meanwhile.
 pub struct Tpm<F> {
     engine: Mutex<Engine>,
     cancel: Canceller,
@@ -83,11 +83,11 @@ impl<F: BlockFile> Tpm<F> {
 
     /// The engine, for what is its own alone; nobody else's command runs meanwhile.
     pub fn engine(&self) -> MutexGuard<'_, Engine> {
-        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.engine)
     }
 
     fn powering(&self) -> MutexGuard<'_, bool> {
-        self.powering.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.powering)
     }
 
     /// What the image keeps for others.
@@ -97,13 +97,14 @@ impl<F: BlockFile> Tpm<F> {
 
     /// Powers the TPM on. A TPM is manufactured only if the image says that it never had one.
     ///
-    /// `startup` is for a service that starts with a running TPM; at a client's `INIT`, as with swtpm, the client or
-    /// the firmware behind it sends `TPM2_Startup`. A TPM that is to be started does not continue from a stored volatile state.
+    /// `startup` is for a service that starts with a running TPM; at a client's `INIT`, as with swtpm, the
+    /// client or the firmware behind it sends `TPM2_Startup`. A TPM that is to be started does not continue
+    /// from a stored volatile state.
     pub fn power_on(&self, delete_volatile: bool, startup: Startup) -> Result<(), EngineError> {
         let mut engine = self.engine();
         // Nothing that runs from here on is for a client to cancel.
         *self.powering() = true;
-        let mut making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut making = lock(&self.making);
         let on = PowerOn { engine: &mut engine, state: &self.state, making: &mut making, startup };
         let result = on.run(delete_volatile).inspect(|()| self.locality.store(0, Ordering::SeqCst));
         *self.powering() = false;
@@ -144,8 +145,8 @@ impl<F: BlockFile> Tpm<F> {
     /// Cancels the command that runs. Does not wait for the engine: that is the point of it.
     pub fn cancel(&self) -> Result<(), TpmError> {
         let off = self.engine.try_lock().is_ok_and(|engine| !engine.is_running());
-        // While the TPM is being powered on, the commands that run are the platform's. The lock is held over the call, which
-        // only sets a flag.
+        // While the TPM is being powered on, the commands that run are the platform's. The lock is held over
+        // the call, which only sets a flag.
         let powering = self.powering();
         if off || *powering {
             return Err(EngineError::State("off").into());
@@ -165,7 +166,8 @@ impl<F: BlockFile> Tpm<F> {
         Ok(())
     }
 
-    /// A volatile state that was stored is for the power-on that continues it; here somebody wants another one.
+    /// A volatile state that was stored is for the power-on that continues it; here somebody wants another
+    /// one.
     pub fn forget_volatile(&self) -> Result<(), TpmError> {
         let engine = self.engine();
         if engine.is_running() {

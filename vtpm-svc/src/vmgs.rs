@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest-state file ("VMGS"): a small encrypted file system of at most 62 files, in a fixed VHD.
 //!
-//! The format is version 3 of the one that OpenVMM reads and writes, so an image of ours opens there and the other way
-//! round. What is added stays inside that format: an [integrity root](root) as one more encrypted file, and an
-//! [anchor](anchor) outside of the image. What the format leaves open to attack or to power loss is closed by the way
-//! [`store`] writes and [`image`] reads. An image is opened in three steps: [`view`] reads and compares all of it and judges
-//! nothing, [`findings`] says which words of an operator its oddities need, and the anchor is asked whether it is the
-//! newest copy. `docs/vmgs.md` has the user's view.
+//! The format is version 3 of the one that OpenVMM reads and writes, so an image of ours opens there and the
+//! other way round. What is added stays inside that format: an [integrity root](root) as one more encrypted
+//! file, and an [anchor](anchor) outside of the image. What the format leaves open to attack or to power loss
+//! is closed by the way [`store`] writes and [`image`] reads. An image is opened in three steps: [`view`]
+//! reads and compares all of it and judges nothing, [`findings`] says which words of an operator its oddities
+//! need, and the anchor is asked whether it is the newest copy. `docs/vmgs.md` has the user's view.
 
 pub mod anchor;
 pub mod block;

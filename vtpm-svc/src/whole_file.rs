@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Files that take their place only when they are whole, and what killed runs have left beside them: images, and everything
-//! else that a command writes for its user.
+//! Files that take their place only when they are whole, and what killed runs have left beside them: images,
+//! and everything else that a command writes for its user.
 //!
-//! A new file is written as `NAME.new-PID` and gets its name in one step: a name that must be free is never taken from
-//! somebody who was quicker, and a file that is replaced hands on its owner and mode. If a run fails its file goes; only
-//! `kill -9` and power loss leave one, which the next command on that name tells of.
+//! A new file is written as `NAME.new-PID` and gets its name in one step: a name that must be free is never
+//! taken from somebody who was quicker, and a file that is replaced hands on its owner and mode. If a run
+//! fails its file goes; only `kill -9` and power loss leave one, which the next command on that name tells
+//! of.
 
 use std::fs::File;
 use std::fs::Metadata;
@@ -21,18 +22,14 @@ use rustix::fs::RenameFlags;
 
 /// Why a file did not get its place.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PlaceError {
     /// What was asked for cannot be done.
     #[error("{0}")]
     Usage(String),
     /// The operating system refused.
     #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: String,
-        /// The operating system's answer.
-        source: io::Error,
-    },
+    Io { path: String, source: io::Error },
 }
 
 fn io_at(path: &Path) -> impl FnOnce(io::Error) -> PlaceError {
@@ -80,7 +77,8 @@ pub fn write(path: &Path, data: &[u8], readers: Readers) -> Result<(), PlaceErro
         {
             inherit(&file, &old)?;
         }
-        // Who looks for what killed runs left knows by the lock that this one runs; not every file system has locks.
+        // Who looks for what killed runs left knows by the lock that this one runs; not every file system has
+        // locks.
         let _ = file.try_lock();
         file.write_all(data)?;
         file.sync_all()
@@ -101,7 +99,8 @@ fn temporary(path: &Path) -> PathBuf {
 }
 
 impl Waiting {
-    /// Makes a file that will be `path`. `make` must fail if there is one with the name that it gets, for that is not ours.
+    /// Makes a file that will be `path`. `make` must fail if there is one with the name that it gets, for
+    /// that is not ours.
     pub fn make<T>(path: &Path, make: impl FnOnce(&Path) -> io::Result<T>) -> Result<(Self, T), PlaceError> {
         let temporary = temporary(path);
         // Whatever fails from here on removes what was begun.

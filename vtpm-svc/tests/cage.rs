@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The cage, tried from inside: what code that has taken over the TPM engine could call.
 //!
-//! Each try is a process of its own, started by this program, which closes the cage around itself and makes one call.
+//! Each try is a process of its own, started by this program, which closes the cage around itself and makes
+//! one call.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -28,7 +29,8 @@ enum Fate {
 
 fn call(number: libc::c_long, arguments: &[libc::c_long]) -> io::Result<()> {
     let at = |n: usize| arguments.get(n).copied().unwrap_or(0);
-    // SAFETY: a call that the cage should end or refuse; pointers are null or of constants, and the process ends after it.
+    // SAFETY: a call that the cage should end or refuse; pointers are null or of constants, and the process
+    // ends after it.
     let result = unsafe { libc::syscall(number, at(0), at(1), at(2), at(3), at(4)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

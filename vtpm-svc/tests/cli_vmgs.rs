@@ -231,8 +231,8 @@ fn a_restore_leaves_running_and_foreign_images_alone() {
     assert!(!ok && text.contains("another process has this file open"), "{text}");
 }
 
-/// `kill -9` at random moments of a change of key: one of the two keys opens everything, and repeating the change ends
-/// with an old key that opens nothing.
+/// `kill -9` at random moments of a change of key: one of the two keys opens everything, and repeating the
+/// change ends with an old key that opens nothing.
 #[test]
 fn a_rekey_that_is_killed_leaves_one_key_that_works() {
     let site = used();
@@ -370,7 +370,8 @@ fn mistakes_are_answered_in_words() {
     assert!(!ok && text.contains("truncated"), "{text}");
 }
 
-/// Who makes keys when it is asked for them is told for whom, and is not asked for a new one where no key changes.
+/// Who makes keys when it is asked for them is told for whom, and is not asked for a new one where no key
+/// changes.
 #[test]
 fn a_hook_is_told_of_the_vm_and_not_asked_for_a_new_key_that_is_not_taken() {
     use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Clients that misbehave: messages that are refused, bodies that come apart or never, silence, sockets of event loops.
+//! Clients that misbehave: messages that are refused, bodies that come apart or never, silence, sockets of
+//! event loops.
 
 mod common;
 
@@ -26,8 +27,8 @@ fn rest(s: &mut UnixStream) -> Vec<u8> {
     all
 }
 
-/// The body of a refused message is somebody's data (of a migration stream, say). Here it is made of commands: end the
-/// service, and clear the TPM at the next start.
+/// The body of a refused message is somebody's data (of a migration stream, say). Here it is made of
+/// commands: end the service, and clear the TPM at the next start.
 #[test]
 fn the_body_of_a_refused_message_is_never_run() {
     let site = Site::new();

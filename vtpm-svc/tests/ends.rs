@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How a TPM's run ends and how the next begins: in good order, in the middle, or continued from a saved state.
+//! How a TPM's run ends and how the next begins: in good order, in the middle, or continued from a saved
+//! state.
 
 mod common;
 
@@ -27,7 +28,8 @@ fn transport(s: &mut UnixStream) -> impl FnMut(&[u8]) -> Result<Vec<u8>, String>
     |command| tpm(s, command).map_err(|e| e.to_string())
 }
 
-/// An index with a PIN that counts wrong tries: authwrite, authread and no NO_DA (TPM 2.0 Library, part 2, 13.4).
+/// An index with a PIN that counts wrong tries: authwrite, authread and no NO_DA (TPM 2.0 Library, part 2,
+/// 13.4).
 fn make_protected(s: &mut UnixStream) {
     let public = Bytes::default().u32(INDEX).u16(0x0b).u32(0x0004_0004).u16(0).u16(8);
     let p = Bytes::default().sized(PIN).sized(&public.0);
@@ -188,8 +190,8 @@ fn a_service_that_is_to_start_the_tpm_starts_it_afresh() {
     }
 }
 
-/// A volatile state that is none, or another TPM's, is refused when it comes, and one that is in the image nevertheless does not
-/// keep the TPM from starting.
+/// A volatile state that is none, or another TPM's, is refused when it comes, and one that is in the image
+/// nevertheless does not keep the TPM from starting.
 #[test]
 fn a_bad_volatile_state_never_stops_a_start() {
     let site = Site::new();

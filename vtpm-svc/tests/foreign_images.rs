@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Images that another tool of the format has written, changed or damaged: what is seen of them, what is refused, and that
-//! the way out which a refusal names works.
+//! Images that another tool of the format has written, changed or damaged: what is seen of them, what is
+//! refused, and that the way out which a refusal names works.
 #![allow(clippy::panic)]
 
 mod common;
@@ -178,7 +178,8 @@ fn a_clock_record_that_is_none_is_named_and_can_be_set() {
     assert_eq!(code, 0, "{text}");
 }
 
-/// A backup from before the image was encrypted would take the place of a good file, and nothing would open it afterwards.
+/// A backup from before the image was encrypted would take the place of a good file, and nothing would open
+/// it afterwards.
 #[test]
 fn a_restore_puts_no_plain_text_where_an_encrypted_image_is() {
     let site = site("foreign-plain");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Image files, their names, their owners and their histories: what happens when a command is killed, comes second, meets a
-//! link, a full disk or another VM's file.
+//! Image files, their names, their owners and their histories: what happens when a command is killed, comes
+//! second, meets a link, a full disk or another VM's file.
 #![allow(clippy::panic)]
 
 mod common;

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `kill -9` at random moments of a workload: nothing that was acknowledged is lost, and the image always opens.
+//! `kill -9` at random moments of a workload: nothing that was acknowledged is lost, and the image always
+//! opens.
 //!
-//! 200 rounds by default; `VTPM_KILLS=2000` is the full run, which `cargo xtask test --long` makes. Two TPMs live through half
-//! of them each. A round starts the service on what the last one left behind, checks it, and kills it at a random
-//! moment: in the middle of a stream of durable commands or, one time in eight, while it starts.
+//! 200 rounds by default; `VTPM_KILLS=2000` is the full run, which `cargo xtask test --long` makes. Two TPMs
+//! live through half of them each. A round starts the service on what the last one left behind, checks it,
+//! and kills it at a random moment: in the middle of a stream of durable commands or, one time in eight,
+//! while it starts.
 
 #![allow(clippy::panic)]
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A TPM whose making fails is made by the next power-on, with everything that was asked for. One test function, because there
-//! is one TPM per process.
+//! A TPM whose making fails is made by the next power-on, with everything that was asked for. One test
+//! function, because there is one TPM per process.
 
 mod common;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Physical presence, the clock's offset and the platform certificate: asked for through the control socket or the image
-//! commands, kept over crashes, done at the next start and only then.
+//! Physical presence, the clock's offset and the platform certificate: asked for through the control socket
+//! or the image commands, kept over crashes, done at the next start and only then.
 
 mod common;
 
@@ -176,7 +176,8 @@ fn the_clock_s_offset_is_kept() {
     assert_eq!(control.clock().expect("clock"), Some(-70_000_000));
 }
 
-/// swtpm's own certificate maker plays the platform's manufacturer; tpm2-tools reads the index where its users look.
+/// swtpm's own certificate maker plays the platform's manufacturer; tpm2-tools reads the index where its
+/// users look.
 #[test]
 fn a_platform_certificate_is_read_back_from_its_index() {
     let site = Site::new();
@@ -224,8 +225,8 @@ fn a_platform_certificate_is_read_back_from_its_index() {
     assert!(!ok && text.contains("platform certificate") && text.contains("DER"), "{text}");
 }
 
-/// A guest that writes the register in a loop: the host neither stores nor says anything for what changes nothing, and not
-/// often for what does.
+/// A guest that writes the register in a loop: the host neither stores nor says anything for what changes
+/// nothing, and not often for what does.
 #[test]
 fn a_guest_cannot_fill_the_host_s_disk_or_log_with_requests() {
     let site = Site::new();
@@ -253,7 +254,8 @@ fn a_guest_cannot_fill_the_host_s_disk_or_log_with_requests() {
     assert!(ok && generation(&text) < 40, "{text}");
 }
 
-/// Each store is two flushes of the host's disk, so a guest that stores in a loop is slowed down. The clock stands for it here.
+/// Each store is two flushes of the host's disk, so a guest that stores in a loop is slowed down. The clock
+/// stands for it here.
 #[test]
 fn stores_have_a_bound_in_the_long_run() {
     let site = Site::new();

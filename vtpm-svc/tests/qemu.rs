@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Stock QEMU on our control socket: a Linux guest runs the tpm2-tools script through its own `/dev/tpmrm0`.
 //!
-//! Ignored by default: it needs a guest kernel (`CVMM_KERNEL=path`, `cargo xtask setup` fetches one), busybox and QEMU,
-//! and without hardware virtualisation it takes minutes.
+//! Ignored by default: it needs a guest kernel (`CVMM_KERNEL=path`, `cargo xtask setup` fetches one), busybox
+//! and QEMU, and without hardware virtualisation it takes minutes.
 
 #![allow(clippy::panic)]
 

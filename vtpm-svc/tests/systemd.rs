@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The unit files: understood by systemd, and their command line works with the sockets and the credential that systemd
-//! hands over, as an ordinary user without capabilities and without a network.
+//! The unit files: understood by systemd, and their command line works with the sockets and the credential
+//! that systemd hands over, as an ordinary user without capabilities and without a network.
 
 mod common;
 
@@ -65,7 +65,8 @@ fn the_sockets_can_be_reached_by_their_owner() {
     assert_eq!(mode & 0o013, 0o011, "others may go through and may not make anything there");
 }
 
-/// The files as they are, under a systemd that runs as the first process, with its users, credentials and sockets.
+/// The files as they are, under a systemd that runs as the first process, with its users, credentials and
+/// sockets.
 #[test]
 #[ignore = "needs root; boots a systemd of its own in namespaces, over a copy-on-write view of the machine"]
 fn the_units_work_as_shipped() {

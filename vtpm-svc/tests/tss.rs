@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The utilities of IBM's TSS, unchanged, against this service and against swtpm, step by step in one run.
 //!
-//! Debian's package has the utilities of the regression suite but not its scripts, so `scripts/tss.sh` drives them
-//! through the suite's subjects. Two things are compared: that each step does what the script expects, and that both
-//! TPMs say the same, response codes included.
+//! Debian's package has the utilities of the regression suite but not its scripts, so `scripts/tss.sh` drives
+//! them through the suite's subjects. Two things are compared: that each step does what the script expects,
+//! and that both TPMs say the same, response codes included.
 
 mod common;
 
@@ -37,7 +37,8 @@ fn drive(site: &Site, ours: bool) -> (bool, String) {
     c.args(["300", "sh"]).arg(script).arg(ports.1.to_string()).current_dir(&work);
     c.env("TPM_INTERFACE_TYPE", "socsim").env("TPM_SERVER_TYPE", "raw").env("TPM_SERVER_NAME", "127.0.0.1");
     c.env("TPM_COMMAND_PORT", ports.0.to_string());
-    // Sessions are used by one process after the other, which the utilities do not support with encrypted files.
+    // Sessions are used by one process after the other, which the utilities do not support with encrypted
+    // files.
     c.env("TPM_DATA_DIR", &work).env("TPM_ENCRYPT_SESSIONS", "0");
     let (ok, text) = output(&mut c);
     // Messages about a missing file give its path.

@@ -27,7 +27,8 @@ fn identity() -> Identity {
     Identity::fresh(None).expect("identity")
 }
 
-/// A thousand commits of mixed sizes and deletions, then a rekey; the second reader agrees on every byte on the way.
+/// A thousand commits of mixed sizes and deletions, then a rekey; the second reader agrees on every byte on
+/// the way.
 #[test]
 fn a_second_reader_agrees_after_a_thousand_mixed_writes_and_a_rekey() {
     for encrypted in [true, false] {
@@ -88,8 +89,8 @@ fn images_from_one_to_sixty_four_mebibytes() {
     }
 }
 
-/// An image as the reference tool makes it: laid out by hand from the format's description, with the second key slot
-/// in use, the attribute copies zero, and no integrity root.
+/// An image as the reference tool makes it: laid out by hand from the format's description, with the second
+/// key slot in use, the attribute copies zero, and no integrity root.
 #[test]
 fn an_image_of_another_tool_opens_once_it_is_adopted() {
     use aes_gcm::KeyInit;

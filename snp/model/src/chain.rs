@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The emulated platform's own certificate chain: ARK, ASK and VCEK of the shapes that AMD's have.
 //!
-//! "Versioned Chip Endorsement Key (VCEK) Certificate and KDS Interface Specification", AMD publication 57230: RSA-4096
-//! with RSASSA-PSS and SHA-384 for ARK and ASK, a P-384 key with AMD's extensions for the VCEK. Made once per host; the
-//! keys of ARK and ASK are dropped at once, so that nobody can extend the chain later. The names say that this is an
-//! emulation, and no verifier trusts its root unless it is told to.
+//! "Versioned Chip Endorsement Key (VCEK) Certificate and KDS Interface Specification", AMD publication
+//! 57230: RSA-4096 with RSASSA-PSS and SHA-384 for ARK and ASK, a P-384 key with AMD's extensions for the
+//! VCEK. Made once per host; the keys of ARK and ASK are dropped at once, so that nobody can extend the chain
+//! later. The names say that this is an emulation, and no verifier trusts its root unless it is told to.
 
 use std::str::FromStr as _;
 use std::time::Duration;
@@ -57,7 +57,8 @@ use snp::attest::report::SIG_ALGO_ECDSA_P384_SHA384;
 const RSA_BITS: usize = 4096;
 /// What each name begins with.
 const OWNER: &str = "O=cvmm,OU=cvmm EMULATED\\, not AMD";
-/// Validity, in seconds after 1970: 2024-01-01 to 2049-01-01. The chain is local to a host, and dates protect nothing here.
+/// Validity, in seconds after 1970: 2024-01-01 to 2049-01-01. The chain is local to a host, and dates protect
+/// nothing here.
 const VALID: [u64; 2] = [1_704_067_200, 2_493_072_000];
 
 /// AMD's extensions under 1.3.6.1.4.1.3704.1.
@@ -160,7 +161,8 @@ impl Chain {
         Self::generate_with_rsa_bits(rng, RSA_BITS)
     }
 
-    /// As [`Chain::generate`], with RSA keys of another length: 2048 bits take a fraction of a second, for tests.
+    /// As [`Chain::generate`], with RSA keys of another length: 2048 bits take a fraction of a second, for
+    /// tests.
     pub fn generate_with_rsa_bits(rng: &mut impl CryptoRngCore, bits: usize) -> Result<Self, ChainError> {
         let tcb = Tcb::EMULATED;
         let mut chip_id = [0; 64];
@@ -227,8 +229,8 @@ impl Chain {
         Zeroizing::new(self.vcek.to_bytes().into())
     }
 
-    /// The chain as PEM, to be stored where only the platform's owner can read it: three certificates, then the VCEK's
-    /// private key.
+    /// The chain as PEM, to be stored where only the platform's owner can read it: three certificates, then
+    /// the VCEK's private key.
     pub fn to_pem(&self) -> Result<String, ChainError> {
         let mut out = String::new();
         for der in [&self.certificates.ark, &self.certificates.ask, &self.certificates.vcek] {
@@ -340,8 +342,9 @@ fn find(cert: &Certificate, id: ObjectIdentifier) -> Result<&[u8], ChainError> {
     found.map(|e| e.extn_value.as_bytes()).ok_or(ChainError::Stored("lacks an extension of the VCEK"))
 }
 
-/// Checks that `vcek` (DER) signed `report`, and that chip and TCB version of the two agree. Nothing more: whether the
-/// VCEK can be trusted, and whether the report says what one wants to hear, is for a real verifier.
+/// Checks that `vcek` (DER) signed `report`, and that chip and TCB version of the two agree. Nothing more:
+/// whether the VCEK can be trusted, and whether the report says what one wants to hear, is for a real
+/// verifier.
 pub fn verify_report_against_chain(report: &Report, vcek: &[u8]) -> Result<(), ChainError> {
     let cert = Certificate::from_der(vcek)?;
     if report.sig_algo() != SIG_ALGO_ECDSA_P384_SHA384 {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! KVM's SEV commands: their order, what each one checks, and the errno of each refusal.
 //!
-//! Stands for `sev_mem_enc_ioctl` (`arch/x86/kvm/svm/sev.c`) and the functions that it calls; each method and each check names
-//! its own. Where Linux 6.12 to 7.3 differ, the model is as strict as the strictest of them, so that what launches here
-//! launches on each. As in KVM, an errno alone says little: with -EIO and a firmware status the firmware said no, with -EIO and
-//! status 0 KVM did, and hides why.
+//! Stands for `sev_mem_enc_ioctl` (`arch/x86/kvm/svm/sev.c`) and the functions that it calls; each method and
+//! each check names its own. Where Linux 6.12 to 7.3 differ, the model is as strict as the strictest of them,
+//! so that what launches here launches on each. As in KVM, an errno alone says little: with -EIO and a
+//! firmware status the firmware said no, with -EIO and status 0 KVM did, and hides why.
 
 use std::fmt;
 
@@ -149,7 +149,8 @@ impl VmModel {
             || args.flags != 0
             || args.vmsa_features & !self.supported_vmsa_features() != 0
             || args.ghcb_version > GHCB_VERSION_MAX
-            // Version 1 has no SNP: refused by `__sev_guest_init` of Linux 7.2 and 7.3, taken by that of 6.12.
+            // Version 1 has no SNP: refused by `__sev_guest_init` of Linux 7.2 and 7.3, taken by that of
+            // 6.12.
             || args.ghcb_version == 1;
         if refused {
             return Err(CommandError::kvm(Errno::EINVAL));
@@ -176,8 +177,8 @@ impl VmModel {
         if let Err(error) = self.inject_error(Step::CreateVcpu) {
             return Err(error.errno);
         }
-        // kvm_vm_ioctl_create_vcpu (Linux 6.12 and 7.3): also after FINISH. Such a vCPU has no measured VMSA, and can only be
-        // started by the guest's AP creation.
+        // kvm_vm_ioctl_create_vcpu (Linux 6.12 and 7.3): also after FINISH. Such a vCPU has no measured VMSA,
+        // and can only be started by the guest's AP creation.
         if self.add_vcpu(id) { Ok(()) } else { Err(Errno::EEXIST) }
     }
 
@@ -218,9 +219,10 @@ impl VmModel {
         Ok(())
     }
 
-    /// `KVM_SEV_SNP_LAUNCH_UPDATE`: `snp_launch_update`, `kvm_gmem_populate` and `sev_gmem_post_populate`. `source` holds
-    /// what `uaddr` points to, and for a refused CPUID page receives the corrected one; it is not used for ZERO pages.
-    /// On success `args` has advanced, maybe not to the end: call again until its length is 0.
+    /// `KVM_SEV_SNP_LAUNCH_UPDATE`: `snp_launch_update`, `kvm_gmem_populate` and `sev_gmem_post_populate`.
+    /// `source` holds what `uaddr` points to, and for a refused CPUID page receives the corrected one; it is
+    /// not used for ZERO pages. On success `args` has advanced, maybe not to the end: call again until its
+    /// length is 0.
     pub fn launch_update(
         &self,
         args: &mut Update,
@@ -245,8 +247,8 @@ impl VmModel {
         if args.len == 0 || !args.len.is_multiple_of(PAGE_SIZE) || args.flags != 0 {
             return Err(invalid);
         }
-        // The source is pinned page by page in 7.2 and 7.3 (`kvm_gmem_populate`), so its address is one of a page; 6.12 copies
-        // from any address. ZERO pages have no source.
+        // The source is pinned page by page in 7.2 and 7.3 (`kvm_gmem_populate`), so its address is one of a
+        // page; 6.12 copies from any address. ZERO pages have no source.
         if page_type != PageType::Zero && (args.uaddr == 0 || !args.uaddr.is_multiple_of(PAGE_SIZE)) {
             return Err(invalid);
         }
@@ -315,8 +317,9 @@ impl VmModel {
         self.pages.launch(gpa).map_err(|_| hidden)
     }
 
-    /// `KVM_SEV_SNP_LAUNCH_FINISH`: `snp_launch_finish` and `snp_launch_update_vmsa`. `vmsas` are the states of all vCPUs in
-    /// the order of their creation; they are measured and sealed first, so a failure is final.
+    /// `KVM_SEV_SNP_LAUNCH_FINISH`: `snp_launch_finish` and `snp_launch_update_vmsa`. `vmsas` are the states
+    /// of all vCPUs in the order of their creation; they are measured and sealed first, so a failure is
+    /// final.
     pub fn launch_finish(&self, args: &FinishArgs, vmsas: &[VmsaState]) -> Result<(), CommandError> {
         let mut launch = self.launch();
         let invalid = CommandError::kvm(Errno::EINVAL);

@@ -145,8 +145,8 @@ fn update_refuses_bad_arguments() {
     }
 }
 
-/// Linux 7.2.13 and 7.3.4, `sev.c:snp_launch_update`: a source that does not begin at a page, no source, and nothing to add
-/// are EINVAL before any page is looked at. Linux 6.12.117 takes all three.
+/// Linux 7.2.13 and 7.3.4, `sev.c:snp_launch_update`: a source that does not begin at a page, no source, and
+/// nothing to add are EINVAL before any page is looked at. Linux 6.12.117 takes all three.
 #[test]
 fn a_source_that_is_not_page_aligned_and_an_empty_range_are_refused() {
     let (vm, mem) = started();
@@ -436,7 +436,8 @@ fn the_projects_own_id_blocks_are_accepted() {
     }
 }
 
-/// AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_finish`: digest, policy, algorithm, signatures; the version is not looked at.
+/// AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_finish`: digest, policy, algorithm, signatures; the version is not
+/// looked at.
 #[test]
 fn a_wrong_id_block_is_refused_with_the_firmwares_reason() {
     type Change = fn(&mut [u8; 96]);
@@ -454,7 +455,8 @@ fn a_wrong_id_block_is_refused_with_the_firmwares_reason() {
         let args = FinishArgs { id: Some((&block, &auth)), ..FinishArgs::default() };
         assert_eq!(vm.launch_finish(&args, &[]).err(), status.map(firmware));
     }
-    // Wrong in more ways than one: another policy, an algorithm that does not exist, and so a signature that does not hold.
+    // Wrong in more ways than one: another policy, an algorithm that does not exist, and so a signature that
+    // does not hold.
     for (policy, algorithm, status) in
         [(8, 1, FwStatus::POLICY_FAILURE), (0, 1, FwStatus::INVALID_PARAM), (0, 0, FwStatus::BAD_SIGNATURE)]
     {

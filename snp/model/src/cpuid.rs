@@ -23,8 +23,8 @@ impl From<&CpuidEntry> for CpuidRegisters {
     }
 }
 
-/// What CPUID of `function` and `index` gives; zeros for what is not in the table, as on AMD processors. With `xcr0`, the
-/// size in function 0xD is that of the enabled components.
+/// What CPUID of `function` and `index` gives; zeros for what is not in the table, as on AMD processors. With
+/// `xcr0`, the size in function 0xD is that of the enabled components.
 pub fn lookup(table: &[CpuidEntry], function: u32, index: u32, xcr0: Option<u64>) -> CpuidRegisters {
     let entry = table.iter().find(|e| e.function == function && (!e.indexed || e.index == index));
     let mut registers = entry.map_or(CpuidRegisters::default(), CpuidRegisters::from);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A GHCB page between VMGEXIT and the guest's resumption, and the shared memory around it.
 //!
-//! Stands for `sev_es_sync_to_ghcb`, `sev_es_unmap_ghcb` and `setup_vmgexit_scratch` of Linux 6.12 and 7.3. Every access goes
-//! through the shared view, and only where the page's state is shared.
+//! Stands for `sev_es_sync_to_ghcb`, `sev_es_unmap_ghcb` and `setup_vmgexit_scratch` of Linux 6.12 and 7.3.
+//! Every access goes through the shared view, and only where the page's state is shared.
 
 use crate::memory::GuestMemory;
 use crate::memory::View;
@@ -71,8 +71,9 @@ impl Exchange {
         self.set(Field::ExitInfo2, exit::INJECT_GP);
     }
 
-    /// A copy of the scratch area of `len` bytes at `scratch`, or `None` if it does not lie in this page's shared buffer as a
-    /// whole. GHCB version 2, which SNP demands, allows no other place (Linux 6.12.117 and 7.3.4; 6.17 and 6.18 took others).
+    /// A copy of the scratch area of `len` bytes at `scratch`, or `None` if it does not lie in this page's
+    /// shared buffer as a whole. GHCB version 2, which SNP demands, allows no other place (Linux 6.12.117 and
+    /// 7.3.4; 6.17 and 6.18 took others).
     pub fn scratch(&self, scratch: u64, len: u64) -> Option<Vec<u8>> {
         let offset = usize::try_from(scratch.checked_sub(self.gpa)?).ok()?;
         let end = usize::try_from(len).ok().and_then(|len| offset.checked_add(len))?;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Faults that a test asks the model for: what hardware cannot be made to do on demand.
 //!
-//! All default to "never". A [`Trigger`] counts the occasions at which its fault could happen, and fires at some of them.
+//! All default to "never". A [`Trigger`] counts the occasions at which its fault could happen, and fires at
+//! some of them.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -94,8 +95,8 @@ pub struct Faults {
     pub refuse_registration: Trigger,
     /// Answer a page-state change with an error, without asking the monitor.
     pub psc_error: Trigger,
-    /// End a page-state change by page after a range, as if it were done: the guest finds the cursor short of the end and
-    /// has to ask again. Each finished range is an occasion.
+    /// End a page-state change by page after a range, as if it were done: the guest finds the cursor short of
+    /// the end and has to ask again. Each finished range is an occasion.
     pub psc_stop: Trigger,
     /// Let `PVALIDATE` say that nothing changed.
     pub pvalidate_no_change: Trigger,

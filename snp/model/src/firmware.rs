@@ -15,7 +15,8 @@ pub mod requests;
 use crate::chain::Chain;
 use crate::firmware::product::Processor;
 
-/// Firmware version that the model claims: build, minor, major. A guest policy may ask for this ABI version at most.
+/// Firmware version that the model claims: build, minor, major. A guest policy may ask for this ABI version
+/// at most.
 pub const FIRMWARE_VERSION: [u8; 3] = [21, 55, 1];
 /// CPUID family, model and stepping in reports: those of Milan, whose TCB layout [`super::chain::Tcb`] has.
 pub const REPORT_CPUID: [u8; 3] = [0x19, 0x01, 0x01];

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How the model reaches guest memory: copies in and out, through one of the two views of a page.
 //!
-//! The model never keeps a reference into guest memory, because the guest writes to it meanwhile. It uses the shared view
-//! for everything that a guest hands to its hypervisor, and asks [`crate::rmp::PageStates`] first, because in strict
-//! runs the wrong view of a page is not accessible.
+//! The model never keeps a reference into guest memory, because the guest writes to it meanwhile. It uses the
+//! shared view for everything that a guest hands to its hypervisor, and asks [`crate::rmp::PageStates`]
+//! first, because in strict runs the wrong view of a page is not accessible.
 
 /// Which of a page's two contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Non-automatic exits: from the bytes of a GHCB page to one checked event.
 //!
-//! Stands for `sev_es_sync_from_ghcb` and `sev_es_validate_vmgexit` of Linux 6.12 (`sev_es_are_required_ghcb_fields_valid` of
-//! 7.3), and for the operand checks of the handlers behind them. Pure: the page is a copy, and every byte of it is hostile.
+//! Stands for `sev_es_sync_from_ghcb` and `sev_es_validate_vmgexit` of Linux 6.12
+//! (`sev_es_are_required_ghcb_fields_valid` of 7.3), and for the operand checks of the handlers behind them.
+//! Pure: the page is a copy, and every byte of it is hostile.
 
 use snp::ghcb::exit;
 use snp::ghcb::exit::Malformed;
@@ -217,7 +218,8 @@ fn event(ghcb: &[u8; page::SIZE], inputs: &Inputs) -> Result<Event, Malformed> {
     })
 }
 
-/// Exit info 1 of an I/O event (APM volume 2, section 15.10.2): bit 0 IN, bit 2 string, bits 6:4 size, bits 31:16 port.
+/// Exit info 1 of an I/O event (APM volume 2, section 15.10.2): bit 0 IN, bit 2 string, bits 6:4 size, bits
+/// 31:16 port.
 fn io(inputs: &Inputs, info1: u64, info2: u64, scratch: Result<u64, Malformed>) -> Result<Event, Malformed> {
     let direction = if info1 & 1 != 0 { Direction::In } else { Direction::Out };
     let string = info1 & 1 << 2 != 0;
@@ -227,7 +229,8 @@ fn io(inputs: &Inputs, info1: u64, info2: u64, scratch: Result<u64, Malformed>) 
         return Err(Malformed::MissingInput);
     }
     let (port, size) = ((info1 >> 16) as u16, (info1 >> 4 & 7) as u8);
-    // The bits' value is the size in bytes. KVM resumes the guest at once for none, and does not look whether it is only one.
+    // The bits' value is the size in bytes. KVM resumes the guest at once for none, and does not look whether
+    // it is only one.
     match size {
         0 => return Ok(Event::Nothing),
         1 | 2 | 4 => {}

@@ -41,7 +41,8 @@ pub enum Outcome {
     },
     /// The vCPU waits, outside of every lock, until an AP creation or a SIPI ([`Reply::Wake`]).
     ResetHold,
-    /// Start or stop a vCPU, which may be this one. The guest is answered: resume it, unless it is the one to stop.
+    /// Start or stop a vCPU, which may be this one. The guest is answered: resume it, unless it is the one to
+    /// stop.
     ApCreate(ApCreation),
     /// Read an MSR; answer with [`Reply::ReadMsr`].
     ReadMsr {
@@ -86,7 +87,8 @@ pub enum Outcome {
 /// The monitor's answer to an [`Outcome`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// `hypercall.ret`: zero if the range was changed, else EINVAL or EAGAIN, which are the same to the guest.
+    /// `hypercall.ret`: zero if the range was changed, else EINVAL or EAGAIN, which are the same to the
+    /// guest.
     MapGpaRange {
         /// The field's value.
         ret: u64,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where a guest's code executes SNP instructions, and how the emulated platform makes them trap.
 //!
-//! A processor without SNP takes VMGEXIT for a VMMCALL and faults on PVALIDATE and RMPADJUST, so the emulated platform
-//! replaces each by a write to a port: `OUT port, AL` and a two-byte NOP, which change no register and no flag. None of this
-//! is measured; the launch digest is that of the original bytes.
+//! A processor without SNP takes VMGEXIT for a VMMCALL and faults on PVALIDATE and RMPADJUST, so the emulated
+//! platform replaces each by a write to a port: `OUT port, AL` and a two-byte NOP, which change no register
+//! and no flag. None of this is measured; the launch digest is that of the original bytes.
 
 mod code;
 pub mod decompress;
@@ -26,7 +26,8 @@ pub use kernel::annotate_code;
 pub use stage0::ShimSites;
 pub use stage0::shim_sites;
 
-/// What the emulated platform has to know about a guest's code beside its pages; nothing by default. Never measured.
+/// What the emulated platform has to know about a guest's code beside its pages; nothing by default. Never
+/// measured.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CodeHints {
     /// The kernel, or firmware. `None`: code that has no SNP instruction to replace.

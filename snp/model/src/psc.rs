@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Page-state changes by GHCB page: from a buffer of entries to exits of merged ranges.
 //!
-//! Stands for `snp_begin_psc`, `__snp_complete_one_psc` and `snp_complete_psc` of Linux 6.12 and 7.3, and keeps to their merging,
-//! because the monitor shall see the exits that it would see on hardware. As in 6.12.117 and 7.3.4 the header must lie in the
-//! GHCB's shared buffer, and what does not fit behind it is not read. One difference: entries are copied once, where KVM reads
-//! them again for each range.
+//! Stands for `snp_begin_psc`, `__snp_complete_one_psc` and `snp_complete_psc` of Linux 6.12 and 7.3, and
+//! keeps to their merging, because the monitor shall see the exits that it would see on hardware. As in
+//! 6.12.117 and 7.3.4 the header must lie in the GHCB's shared buffer, and what does not fit behind it is not
+//! read. One difference: entries are copied once, where KVM reads them again for each range.
 
 use snp::ghcb::msr::PageOperation;
 use snp::ghcb::page;
@@ -41,8 +41,8 @@ pub(crate) enum Step {
 }
 
 impl Psc {
-    /// Copies the buffer at `scratch` from `ghcb`, the copy of the page at `ghcb_gpa`. `None` if the buffer does not lie
-    /// in the shared buffer.
+    /// Copies the buffer at `scratch` from `ghcb`, the copy of the page at `ghcb_gpa`. `None` if the buffer
+    /// does not lie in the shared buffer.
     pub fn new(ghcb: &[u8; page::SIZE], ghcb_gpa: u64, scratch: u64) -> Option<Self> {
         let offset = usize::try_from(scratch.checked_sub(ghcb_gpa)?).ok()?;
         if offset < page::SHARED_BUFFER {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The state of each 4 KiB page: the monitor's private attribute, and what the RMP would hold about it.
 //!
-//! AMD64 Architecture Programmer's Manual, volume 2, section 15.36 (RMP), and volume 3, `PVALIDATE` and `RMPADJUST`.
-//! The attribute is set by the monitor (`KVM_SET_MEMORY_ATTRIBUTES`); a page becomes validated only by `PVALIDATE` or by
-//! `SNP_LAUNCH_UPDATE`, and stops being so by `PVALIDATE` or by a change to shared. One byte per page: 4 MiB for a guest of
-//! 16 GiB. Each page's byte changes atomically, so vCPUs need no lock here.
+//! AMD64 Architecture Programmer's Manual, volume 2, section 15.36 (RMP), and volume 3, `PVALIDATE` and
+//! `RMPADJUST`. The attribute is set by the monitor (`KVM_SET_MEMORY_ATTRIBUTES`); a page becomes validated
+//! only by `PVALIDATE` or by `SNP_LAUNCH_UPDATE`, and stops being so by `PVALIDATE` or by a change to shared.
+//! One byte per page: 4 MiB for a guest of 16 GiB. Each page's byte changes atomically, so vCPUs need no lock
+//! here.
 //!
-//! What a correct guest never does is not refused where hardware would let it pass, but recorded as a [`Finding`].
+//! What a correct guest never does is not refused where hardware would let it pass, but recorded as a
+//! [`Finding`].
 
 use std::fmt;
 use std::ops::Range;
@@ -21,10 +23,11 @@ use snp::plan::PAGE_SIZE;
 
 /// 4 KiB pages of a 2 MiB page.
 pub const PAGES_2M: u64 = 512;
-/// Memory slots that KVM takes on x86: `KVM_USER_MEM_SLOTS`, that is `SHRT_MAX` without the three that KVM keeps for itself
-/// (Linux 6.1, `include/linux/kvm_host.h`, `arch/x86/include/asm/kvm_host.h`).
+/// Memory slots that KVM takes on x86: `KVM_USER_MEM_SLOTS`, that is `SHRT_MAX` without the three that KVM
+/// keeps for itself (Linux 6.1, `include/linux/kvm_host.h`, `arch/x86/include/asm/kvm_host.h`).
 pub const MAX_SLOTS: usize = 32_764;
-/// Slots for which there is room from the start; each further part has room for twice as many as the one before.
+/// Slots for which there is room from the start; each further part has room for twice as many as the one
+/// before.
 const FIRST_PART: usize = 32;
 /// Parts that hold [`MAX_SLOTS`].
 const PARTS: usize = part_of(MAX_SLOTS - 1).0 + 1;
@@ -231,7 +234,8 @@ pub enum InstructionResult {
         /// "The page was in that state already".
         carry: bool,
     },
-    /// The page is not private RAM: a nested page fault, which KVM shows as a `MEMORY_FAULT` exit of a private access.
+    /// The page is not private RAM: a nested page fault, which KVM shows as a `MEMORY_FAULT` exit of a
+    /// private access.
     NestedFault {
         /// Address of the page.
         gpa: u64,
@@ -294,7 +298,8 @@ pub struct PageStates {
 }
 
 impl PageStates {
-    /// States for `ram`, given as one range of guest-physical addresses for each memory slot: all pages shared.
+    /// States for `ram`, given as one range of guest-physical addresses for each memory slot: all pages
+    /// shared.
     pub fn new(ram: &[Range<u64>], two_mib: TwoMib) -> Self {
         let states = PageStates {
             parts: std::array::from_fn(|_| OnceLock::new()),
@@ -310,8 +315,8 @@ impl PageStates {
         states
     }
 
-    /// Adds the RAM of a memory slot, all pages shared; false if there are [`MAX_SLOTS`] already. A range is cut to whole
-    /// pages; of overlapping ranges the first one counts.
+    /// Adds the RAM of a memory slot, all pages shared; false if there are [`MAX_SLOTS`] already. A range is
+    /// cut to whole pages; of overlapping ranges the first one counts.
     #[must_use]
     pub fn add_ram(&self, range: Range<u64>) -> bool {
         let (first, end) = (range.start.div_ceil(PAGE_SIZE), range.end / PAGE_SIZE);
@@ -388,8 +393,8 @@ impl PageStates {
             let last = range.end.div_ceil(PAGE_SIZE).clamp(first, end);
             let [from, to] = [first, last].map(|frame| (frame - region.first) as usize);
             let mut frame = first;
-            // Each page is looked at once: a vCPU may change it meanwhile, and a run must not be told in a state that only one of its
-            // pages has, or had.
+            // Each page is looked at once: a vCPU may change it meanwhile, and a run must not be told in a
+            // state that only one of its pages has, or had.
             let pages = region.pages.get(from..to).unwrap_or_default();
             let mut states = pages.iter().map(|page| page.load(Relaxed)).peekable();
             while let Some(state) = states.next() {
@@ -403,8 +408,9 @@ impl PageStates {
         }
     }
 
-    /// Sets or clears the private attribute of `pages` pages from `gpa` on (`KVM_SET_MEMORY_ATTRIBUTES`). A page that
-    /// becomes shared loses its RMP entry. A page that becomes private is not assigned and not validated.
+    /// Sets or clears the private attribute of `pages` pages from `gpa` on (`KVM_SET_MEMORY_ATTRIBUTES`). A
+    /// page that becomes shared loses its RMP entry. A page that becomes private is not assigned and not
+    /// validated.
     pub fn set_private(&self, gpa: u64, pages: u64, private: bool) -> AttributeChange {
         let mut change = AttributeChange::default();
         let (mut frame, mut left) = (gpa / PAGE_SIZE, pages);
@@ -443,7 +449,8 @@ impl PageStates {
         if state.assigned() { Err(LaunchRefusal::Assigned) } else { Ok(()) }
     }
 
-    /// Enters the page at `gpa` as `SNP_LAUNCH_UPDATE` leaves it: assigned and validated, with a 4 KiB RMP entry.
+    /// Enters the page at `gpa` as `SNP_LAUNCH_UPDATE` leaves it: assigned and validated, with a 4 KiB RMP
+    /// entry.
     pub fn launch(&self, gpa: u64) -> Result<(), LaunchRefusal> {
         self.launchable(gpa)?;
         let page = self.page(gpa).ok_or(LaunchRefusal::OutsideRam)?;
@@ -452,8 +459,8 @@ impl PageStates {
         Ok(())
     }
 
-    /// `PVALIDATE` of the page at `gpa` (without C-bit), with RCX and RDX as the guest gave them. `c_bit` says whether the
-    /// guest's mapping had the C-bit.
+    /// `PVALIDATE` of the page at `gpa` (without C-bit), with RCX and RDX as the guest gave them. `c_bit`
+    /// says whether the guest's mapping had the C-bit.
     pub fn pvalidate(&self, gpa: u64, c_bit: bool, rcx: u64, rdx: u64) -> InstructionResult {
         count(&self.counters.pvalidate_calls, 1);
         // Bit 0 of ECX and of EDX counts. Linux leaves the rest of EDX undefined: it passes a bool in DL.
@@ -500,7 +507,8 @@ impl PageStates {
             return self.no_change(gpa, validate);
         }
         for page in slice {
-            // A page that another vCPU turned shared since the check stays so: its attribute has been cleared.
+            // A page that another vCPU turned shared since the check stays so: its attribute has been
+            // cleared.
             let _ =
                 page.fetch_update(Relaxed, Relaxed, |old| (old & PRIVATE != 0).then(|| set(old, validate)));
         }

@@ -249,7 +249,8 @@ proptest! {
     }
 }
 
-/// One page goes back and forth while the runs are told; its neighbour never changes, and must not be told otherwise.
+/// One page goes back and forth while the runs are told; its neighbour never changes, and must not be told
+/// otherwise.
 #[test]
 fn a_page_that_changes_meanwhile_takes_no_other_along() {
     let pages = private(TwoMib::SizeMismatch);

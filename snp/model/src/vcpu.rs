@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One vCPU's side of the GHCB protocol: what VMGEXIT does, and which exit it becomes.
 //!
-//! Stands for `sev_handle_vmgexit` and `sev_handle_vmgexit_msr_protocol` of Linux 6.12 and 7.3; where they differ the model is as
-//! strict as the stricter one. A VMGEXIT ends in an [`Outcome`]:
-//! either the guest is answered and resumes, or the monitor has to do something and answers by [`VcpuModel::complete`].
-//! The GHCB page is copied once; only the fields that KVM would write are written back, before the guest resumes.
+//! Stands for `sev_handle_vmgexit` and `sev_handle_vmgexit_msr_protocol` of Linux 6.12 and 7.3; where they
+//! differ the model is as strict as the stricter one. A VMGEXIT ends in an [`Outcome`]: either the guest is
+//! answered and resumes, or the monitor has to do something and answers by [`VcpuModel::complete`]. The GHCB
+//! page is copied once; only the fields that KVM would write are written back, before the guest resumes.
 
 use snp::ghcb::exit::Malformed;
 use snp::ghcb::exit::guest_request;
@@ -91,8 +91,8 @@ pub struct VcpuModel {
 }
 
 impl VcpuModel {
-    /// A vCPU after reset: its GHCB MSR holds the SEV_INFO answer (`sev_es_vcpu_reset`). `cpuid` is the table that the
-    /// monitor sets by `KVM_SET_CPUID2`.
+    /// A vCPU after reset: its GHCB MSR holds the SEV_INFO answer (`sev_es_vcpu_reset`). `cpuid` is the table
+    /// that the monitor sets by `KVM_SET_CPUID2`.
     pub fn new(vm: &VmModel, cpuid: Vec<CpuidEntry>) -> Self {
         VcpuModel { ghcb_msr: sev_info(vm), registered: None, dr7: 0x400, cpuid, pending: None }
     }
@@ -112,13 +112,15 @@ impl VcpuModel {
         self.cpuid = cpuid;
     }
 
-    /// The vCPU starts from a new VMSA: whatever it waited for is void. GHCB MSR and registration stay, as in KVM.
+    /// The vCPU starts from a new VMSA: whatever it waited for is void. GHCB MSR and registration stay, as in
+    /// KVM.
     pub fn start_from_vmsa(&mut self) {
         self.pending = None;
     }
 
-    /// The registered GHCB that the next VMGEXIT is about, if its page is private. On hardware the guest's own writes to it
-    /// would have been a memory fault; where they are not noticed, this is when they are known to have happened.
+    /// The registered GHCB that the next VMGEXIT is about, if its page is private. On hardware the guest's
+    /// own writes to it would have been a memory fault; where they are not noticed, this is when they are
+    /// known to have happened.
     pub fn private_ghcb(&self, vm: &VmModel) -> Option<u64> {
         match Request::decode(self.ghcb_msr) {
             Request::GhcbPage { gpa } if self.registered == Some(gpa) => {
@@ -352,7 +354,8 @@ impl VcpuModel {
             return x.resume(guest);
         }
         let mut message = Box::new([0; PAGE_SIZE as usize]);
-        // KVM reads the shared side of the page. Where the page is private that side is empty, and so is this message.
+        // KVM reads the shared side of the page. Where the page is private that side is empty, and so is this
+        // message.
         if !guest.read(request, message.as_mut_slice()) && vm.pages.state(request).is_none() {
             return Outcome::RunFails(Errno::EIO);
         }
@@ -376,8 +379,8 @@ impl VcpuModel {
         send(guest, x, request)
     }
 
-    /// The monitor's answer to the last outcome. An answer that does not fit the outcome fails the run: that is a mistake
-    /// of the caller.
+    /// The monitor's answer to the last outcome. An answer that does not fit the outcome fails the run: that
+    /// is a mistake of the caller.
     pub fn complete(&mut self, vm: &VmModel, mem: &dyn GuestMemory, reply: Reply) -> Outcome {
         let guest = Guest { vm, mem };
         match (self.pending.take(), reply) {
@@ -462,7 +465,8 @@ impl VcpuModel {
     }
 }
 
-/// Answers to a range's conversion that KVM takes (`x86.h:kvm_is_valid_map_gpa_range_ret`, Linux 7.2 and 7.3); 6.12 takes any.
+/// Answers to a range's conversion that KVM takes (`x86.h:kvm_is_valid_map_gpa_range_ret`, Linux 7.2 and
+/// 7.3); 6.12 takes any.
 fn valid_map_gpa_ret(ret: u64) -> bool {
     i32::try_from(ret).is_ok_and(|ret| [0, Errno::EINVAL.0, Errno::EAGAIN.0].contains(&ret))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Events of the GHCB page as a guest sees them: AP creation, instructions in the guest's name, guest requests, and what
-//! injected faults make of them. One test per rule.
+//! Events of the GHCB page as a guest sees them: AP creation, instructions in the guest's name, guest
+//! requests, and what injected faults make of them. One test per rule.
 
 use snp::vmsa::VmsaState;
 
@@ -56,8 +56,8 @@ fn a_vmsa_with_other_features_cannot_be_loaded() {
     assert!(s.vm.load_vmsa(&s.mem, VMSA).unwrap_err().to_string().contains("0x21"));
 }
 
-/// Linux 6.12.117 and 7.3.4, `sev.c:sev_snp_ap_creation`: on error the target is not touched; 7.3.4 wants the guest's
-/// features exactly.
+/// Linux 6.12.117 and 7.3.4, `sev.c:sev_snp_ap_creation`: on error the target is not touched; 7.3.4 wants the
+/// guest's features exactly.
 #[test]
 fn a_wrong_ap_creation_is_an_invalid_input_and_leaves_the_target_alone() {
     // (APIC id, request, VMSA, features)
@@ -143,7 +143,8 @@ fn string_input_lands_in_the_scratch_area() {
     assert_eq!(s.mem.bytes::<3>(BUFFER + 1998, View::Shared), [7, 8, 0]);
 }
 
-/// Linux 6.12.117 and 7.3.4, `sev.c:setup_vmgexit_scratch`: with GHCB version 2 nothing outside of the page's shared buffer.
+/// Linux 6.12.117 and 7.3.4, `sev.c:setup_vmgexit_scratch`: with GHCB version 2 nothing outside of the page's
+/// shared buffer.
 #[test]
 fn a_scratch_area_must_lie_in_the_shared_buffer_of_the_ghcb() {
     let cases =
@@ -281,7 +282,8 @@ fn certificates_are_asked_for_and_too_few_pages_are_reported() {
     assert_eq!(s.reply(Reply::Certs { ret: 1, npages: 0 }), Outcome::RunFails(Errno::EINVAL));
 }
 
-/// A finished guest with its secrets page at 0x5_0000, pages for messages at 0x8000 and 0x9000, and certificates at 0xa000.
+/// A finished guest with its secrets page at 0x5_0000, pages for messages at 0x8000 and 0x9000, and
+/// certificates at 0xa000.
 fn launched() -> (Setup, [u8; 32]) {
     let mut s = Setup::new();
     s.vm.launch_start(&Start { policy: 0x3_0000, ..Start::default() }, &mut rand_core::OsRng).unwrap();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The GHCB protocol as a guest sees it: messages by MSR, the envelope of the page, page-state changes, one test per rule;
-//! and arbitrary bytes for all of it. Events that do something in the guest's name are in `vcpu_events_test.rs`.
+//! The GHCB protocol as a guest sees it: messages by MSR, the envelope of the page, page-state changes, one
+//! test per rule; and arbitrary bytes for all of it. Events that do something in the guest's name are in
+//! `vcpu_events_test.rs`.
 
 use proptest::prelude::*;
 use snp::ghcb::exit;
@@ -357,8 +358,8 @@ fn a_refused_range_is_an_error_and_earlier_progress_stays_visible() {
     assert_eq!(s.psc_state(2), (1, vec![1, 0]));
 }
 
-/// Linux 7.2.13 and 7.3.4, `sev.c:snp_complete_psc_msr` and `snp_complete_one_psc`, `x86.h:kvm_is_valid_map_gpa_range_ret`;
-/// up to 7.1 any other value than 0 is a refusal.
+/// Linux 7.2.13 and 7.3.4, `sev.c:snp_complete_psc_msr` and `snp_complete_one_psc`,
+/// `x86.h:kvm_is_valid_map_gpa_range_ret`; up to 7.1 any other value than 0 is a refusal.
 #[test]
 fn an_answer_to_a_conversion_is_0_einval_or_eagain_and_anything_else_fails_the_run() {
     for ret in [u64::MAX, 1, 12, 1 << 32, 22 << 32] {
@@ -530,7 +531,8 @@ proptest! {
             s.vcpu.write_ghcb_msr(msr);
             let _ = s.vcpu.vmgexit(&s.vm, &s.mem);
             let _ = s.vcpu.complete(&s.vm, &s.mem, reply);
-            // The model asks for the page's state before each access, so none of them failed or took the private view.
+            // The model asks for the page's state before each access, so none of them failed or took the
+            // private view.
             prop_assert_eq!(s.mem.wrong_accesses(), 0);
         }
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What all vCPUs of one guest share: page states, features, which vCPUs exist.
 //!
-//! Stands for KVM's `struct kvm_sev_info` and for `sev_snp_ap_creation` of Linux 6.12 and 7.3. No lock of this type is held
-//! while a vCPU waits for anything.
+//! Stands for KVM's `struct kvm_sev_info` and for `sev_snp_ap_creation` of Linux 6.12 and 7.3. No lock of
+//! this type is held while a vCPU waits for anything.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -62,7 +62,8 @@ pub struct VmConfig {
 /// What becomes of a vCPU after an AP creation event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ApAction {
-    /// Stop it if it runs, load its state from the VMSA at this address by [`VmModel::load_vmsa`], and run it.
+    /// Stop it if it runs, load its state from the VMSA at this address by [`VmModel::load_vmsa`], and run
+    /// it.
     Run {
         /// Address of the VMSA.
         vmsa_gpa: u64,
@@ -85,41 +86,23 @@ pub struct ApCreation {
     pub action: ApAction,
 }
 
-/// Why a vCPU cannot start from a VMSA page. Hardware answers `VMEXIT_INVALID`; KVM fails the vCPU's `KVM_RUN`.
+/// Why a vCPU cannot start from a VMSA page. Hardware answers `VMEXIT_INVALID`; KVM fails the vCPU's
+/// `KVM_RUN`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum VmsaLoadError {
     /// Not RAM.
     #[error("VMSA at {gpa:#x}: not in guest RAM")]
-    OutsideRam {
-        /// Address of the VMSA.
-        gpa: u64,
-    },
+    OutsideRam { gpa: u64 },
     /// Private, validated and marked as VMSA is what the page has to be.
     #[error("VMSA at {gpa:#x}: the page is {state}, but must be private, validated and marked by RMPADJUST")]
-    PageState {
-        /// Address of the VMSA.
-        gpa: u64,
-        /// What the page is.
-        state: String,
-    },
+    PageState { gpa: u64, state: String },
     /// The vCPU's features are not the guest's.
     #[error("VMSA at {gpa:#x}: SEV features {found:#x}, but this guest has {expected:#x}")]
-    Features {
-        /// Address of the VMSA.
-        gpa: u64,
-        /// In the page.
-        found: u64,
-        /// The guest's.
-        expected: u64,
-    },
+    Features { gpa: u64, found: u64, expected: u64 },
     /// The registers cannot be loaded.
     #[error("VMSA at {gpa:#x}: {refusal}")]
-    State {
-        /// Address of the VMSA.
-        gpa: u64,
-        /// Which field, and why.
-        refusal: VmsaRefusal,
-    },
+    State { gpa: u64, refusal: VmsaRefusal },
 }
 
 /// One guest, as KVM, RMP and firmware see it. Shared by all vCPU threads.
@@ -269,9 +252,10 @@ impl VmModel {
         self.pages.rmpadjust(gpa, c_bit, rcx, rdx)
     }
 
-    /// An AP creation event (`sev_snp_ap_creation`): what to do with a vCPU, and whether the guest asked rightly. A wrong request
-    /// leaves its target as it was (Linux 6.12.117 and 7.3.4). Features must be the guest's own (7.3.4, and 6.17 before it;
-    /// 6.12.117 compares the two bits that select how interrupts are injected).
+    /// An AP creation event (`sev_snp_ap_creation`): what to do with a vCPU, and whether the guest asked
+    /// rightly. A wrong request leaves its target as it was (Linux 6.12.117 and 7.3.4). Features must be the
+    /// guest's own (7.3.4, and 6.17 before it; 6.12.117 compares the two bits that select how interrupts are
+    /// injected).
     pub(crate) fn ap_creation(
         &self,
         request: u32,
@@ -289,7 +273,8 @@ impl VmModel {
             ap_creation::CREATE_ON_INIT => ApAction::RunOnInit { vmsa_gpa },
             _ => return (None, false),
         };
-        // An unaligned page; and one where a 2 MiB page would collide with the VMSA's RMP entry (an erratum of the CPU).
+        // An unaligned page; and one where a 2 MiB page would collide with the VMSA's RMP entry (an erratum
+        // of the CPU).
         let unusable = !vmsa_gpa.is_multiple_of(PAGE_SIZE) || vmsa_gpa.is_multiple_of(PAGE_SIZE * PAGES_2M);
         if action != ApAction::Stop && unusable {
             return (None, false);
@@ -300,8 +285,8 @@ impl VmModel {
         (Some(ApCreation { apic_id, action }), true)
     }
 
-    /// Reads the registers with which a vCPU starts after an AP creation. The page's state is checked now, when the VMSA is
-    /// used, as hardware does at VMRUN.
+    /// Reads the registers with which a vCPU starts after an AP creation. The page's state is checked now,
+    /// when the VMSA is used, as hardware does at VMRUN.
     pub fn load_vmsa(&self, mem: &dyn GuestMemory, gpa: u64) -> Result<VmsaState, VmsaLoadError> {
         let state = self.pages.state(gpa).ok_or(VmsaLoadError::OutsideRam { gpa })?;
         if !(state.usable() && state.vmsa()) {

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Shipped minimums: what AMD's bulletins ask of a platform whose reports are to be believed.
 //!
-//! A policy names the baseline that its author looked at, such as `baseline = "2025-02"`, by the month of its newest bulletin. A
-//! later version of this program may bring later baselines and never changes one, so a policy means the same for ever. A product
-//! that no bulletin of a baseline speaks of is not held against it, and the verdict says so.
+//! A policy names the baseline that its author looked at, such as `baseline = "2025-02"`, by the month of its
+//! newest bulletin. A later version of this program may bring later baselines and never changes one, so a
+//! policy means the same for ever. A product that no bulletin of a baseline speaks of is not held against it,
+//! and the verdict says so.
 //!
-//! Sources, read in other projects' words and not on AMD's pages: AMD-SB-3015 (BadRAM, CVE-2024-21944), whose firmware sets the
-//! alias-check bit of PLATFORM_INFO (virtee/snphost, thread 108); AMD-SB-3019 (signature verification of microcode,
-//! CVE-2024-56161), which asks for the SNP part of the TCB given here (microsoft/CCF, thread 6812). Bulletins without numbers that
-//! could be found are not here.
+//! Sources, read in other projects' words and not on AMD's pages: AMD-SB-3015 (BadRAM, CVE-2024-21944), whose
+//! firmware sets the alias-check bit of PLATFORM_INFO (virtee/snphost, thread 108); AMD-SB-3019 (signature
+//! verification of microcode, CVE-2024-56161), which asks for the SNP part of the TCB given here
+//! (microsoft/CCF, thread 6812). Bulletins without numbers that could be found are not here.
 
 use serde::Deserialize;
 use serde::Deserializer;

@@ -55,35 +55,17 @@ const CSP_ID: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.4.1.3704.
 
 /// Why a certificate, or a signature with it, is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CertError {
     /// Neither PEM nor DER of a certificate.
     #[error("{what}: {reason}")]
-    Format {
-        /// What was expected.
-        what: &'static str,
-        /// What the decoder says.
-        reason: String,
-    },
+    Format { what: &'static str, reason: String },
     /// An extension that should say something about the chip does not.
     #[error("the certificate '{subject}' has no readable {what} (extension {oid})")]
-    Extension {
-        /// Common name of the certificate.
-        subject: String,
-        /// What the extension would say.
-        what: &'static str,
-        /// Its object identifier.
-        oid: String,
-    },
+    Extension { subject: String, what: &'static str, oid: String },
     /// A signature that does not hold.
     #[error("'{subject}' is not signed by '{issuer}': {reason}")]
-    NotSigned {
-        /// Common name of what is signed.
-        subject: String,
-        /// Common name of the supposed issuer.
-        issuer: String,
-        /// Why.
-        reason: String,
-    },
+    NotSigned { subject: String, issuer: String, reason: String },
 }
 
 /// A decoded signed structure: certificate or revocation list.
@@ -192,7 +174,8 @@ impl Cert {
         self.parsed.tbs_certificate.subject_public_key_info.algorithm.oid == RSA_ENCRYPTION
     }
 
-    /// A critical extension that is not understood here: who does not know it must not use the certificate (RFC 5280, 4.2).
+    /// A critical extension that is not understood here: who does not know it must not use the certificate
+    /// (RFC 5280, 4.2).
     pub fn unknown_critical(&self) -> Option<ObjectIdentifier> {
         let extensions = self.parsed.tbs_certificate.extensions.iter().flatten();
         let mut unknown =
@@ -357,7 +340,8 @@ impl Crl {
         };
         let parsed = CertificateList::from_der(der).map_err(|e| error(e.to_string()))?;
         let signed = signed_range(der).ok_or_else(|| error("no signed part".into()))?;
-        // RFC 5280, section 5.2: a critical extension changes what the list says, such as "only what is new" or "of others too".
+        // RFC 5280, section 5.2: a critical extension changes what the list says, such as "only what is new"
+        // or "of others too".
         let list = &parsed.tbs_cert_list;
         let of_entries = list.revoked_certificates.iter().flatten().map(|entry| &entry.crl_entry_extensions);
         let extensions = of_entries.chain([&list.crl_extensions]).flatten().flatten();

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The certificate table that a host gives to guests together with a report.
 //!
-//! GHCB specification, section 4.1.8.1: entries of 24 bytes (GUID, offset, length), one of zeros as the end, then the
-//! certificates in DER. GUIDs are stored in the order in which they are written. A table is a claim of whoever made it:
-//! reading it checks that it is a table, not what its certificates are worth.
+//! GHCB specification, section 4.1.8.1: entries of 24 bytes (GUID, offset, length), one of zeros as the end,
+//! then the certificates in DER. GUIDs are stored in the order in which they are written. A table is a claim
+//! of whoever made it: reading it checks that it is a table, not what its certificates are worth.
 
 use std::fmt;
 
@@ -31,7 +31,8 @@ impl Kind {
     /// AMD's revocation list: 92f81bc3-5811-4d3d-97ff-d19f88dc67ea.
     pub const CRL: Kind = Kind(0x92f81bc3_5811_4d3d_97ff_d19f88dc67ea_u128.to_be_bytes());
 
-    /// What a certificate is in a chain of AMD's: by who issued it, or by the extension that names the key's owner.
+    /// What a certificate is in a chain of AMD's: by who issued it, or by the extension that names the key's
+    /// owner.
     pub fn of(cert: &Cert) -> Option<Kind> {
         match (cert.is_ca(), cert.is_issued_in_the_name_of(cert)) {
             (true, true) => Some(Kind::ARK),
@@ -64,48 +65,25 @@ impl fmt::Debug for Kind {
 
 /// Why bytes are no table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum TableError {
     /// It ends before the entry of zeros.
     #[error(
         "offset {offset:#x}: expected an entry of 24 bytes, or 24 zero bytes as the table's end; found the end"
     )]
-    NoEnd {
-        /// Where the entry should be.
-        offset: usize,
-    },
+    NoEnd { offset: usize },
     /// Too many.
     #[error("offset {offset:#x}: expected the end of the table after at most {MAX_ENTRIES} entries")]
-    TooMany {
-        /// Where the end should be.
-        offset: usize,
-    },
+    TooMany { offset: usize },
     /// An entry that points outside of the table's data.
     #[error(
         "offset {offset:#x}: the {kind} lies at {start:#x} with {len:#x} bytes; expected it between the table's end at \
          {first:#x} and the end of all at {last:#x}"
     )]
-    Outside {
-        /// Where the entry is.
-        offset: usize,
-        /// What it holds.
-        kind: Kind,
-        /// Where that should be.
-        start: u32,
-        /// And how long.
-        len: u32,
-        /// First offset that could be right.
-        first: usize,
-        /// Length of the whole.
-        last: usize,
-    },
+    Outside { offset: usize, kind: Kind, start: u32, len: u32, first: usize, last: usize },
     /// The same kind twice: which one is meant?
     #[error("offset {offset:#x}: a second {kind}; expected each kind once")]
-    Twice {
-        /// Where the entry is.
-        offset: usize,
-        /// What it holds.
-        kind: Kind,
-    },
+    Twice { offset: usize, kind: Kind },
 }
 
 /// The table of `entries`; its length says how many pages a guest has to offer.
@@ -157,9 +135,10 @@ pub fn parse(table: &[u8]) -> Result<Vec<(Kind, &[u8])>, TableError> {
     Ok(entries)
 }
 
-/// Makes a table of certificates as files hold them, and a revocation list. What is in it belongs together: one endorsement key, the
-/// intermediate that issued it (files of AMD's have those of both kinds of keys; the other one stays out), that one's root, and the
-/// list that this root has signed. `Err` names what does not fit.
+/// Makes a table of certificates as files hold them, and a revocation list. What is in it belongs together:
+/// one endorsement key, the intermediate that issued it (files of AMD's have those of both kinds of keys; the
+/// other one stays out), that one's root, and the list that this root has signed. `Err` names what does not
+/// fit.
 pub fn of_certificates(certificates: &[Cert], crl: Option<&Crl>) -> Result<Vec<u8>, String> {
     let of_kind = |wanted: Kind| certificates.iter().filter(move |cert| Kind::of(cert) == Some(wanted));
     if let Some(cert) = certificates.iter().find(|cert| Kind::of(cert).is_none()) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From a report's signing key to a root that the verifier trusts.
 //!
-//! Chains are ARK → ASK → VCEK (a chip's own key) or ARK → ASVK → VLEK (a key that AMD gives to a cloud provider). AMD's
-//! roots of Milan, Genoa and Turin are built in, with the intermediates of their VCEKs. A root from elsewhere, such as the
-//! emulated platform's, counts only when the caller names it.
+//! Chains are ARK → ASK → VCEK (a chip's own key) or ARK → ASVK → VLEK (a key that AMD gives to a cloud
+//! provider). AMD's roots of Milan, Genoa and Turin are built in, with the intermediates of their VCEKs. A
+//! root from elsewhere, such as the emulated platform's, counts only when the caller names it.
 
 use std::sync::LazyLock;
 
@@ -13,7 +13,8 @@ use super::cert::Crl;
 use super::report::Signer;
 use super::tcb::Product;
 
-/// How the name of an authority for VLEKs begins (ASVK), as in `SEV-VLEK-Milan`; that for VCEKs is `SEV-Milan`.
+/// How the name of an authority for VLEKs begins (ASVK), as in `SEV-VLEK-Milan`; that for VCEKs is
+/// `SEV-Milan`.
 const VLEK_AUTHORITY: &str = "SEV-VLEK-";
 
 /// AMD's certificates: root and VCEK intermediate of each product.
@@ -72,7 +73,8 @@ pub fn kind_of(endorsement: &Cert) -> Signer {
 }
 
 impl<'a> Chain<'a> {
-    /// Puts the chain of the endorsement certificate in `given` together; `signs` says whether a key signed the report.
+    /// Puts the chain of the endorsement certificate in `given` together; `signs` says whether a key signed
+    /// the report.
     ///
     /// Finding is not checking: see [`Chain::check_signatures`].
     pub fn find(
@@ -142,7 +144,8 @@ impl<'a> Chain<'a> {
         if self.amds {
             self.check_amds_habits(root, intermediate)?;
         }
-        // The root's own signature says nothing: it is believed because the verifier has it, not because it vouches for itself.
+        // The root's own signature says nothing: it is believed because the verifier has it, not because it
+        // vouches for itself.
         if !intermediate.is_issued_in_the_name_of(root) {
             return Err(CertError::NotSigned {
                 subject: intermediate.name(),
@@ -153,7 +156,8 @@ impl<'a> Chain<'a> {
         intermediate.check_signed_by(root)
     }
 
-    /// What every chain of AMD's has (57230, chapter 3): authorities with RSA keys, and an intermediate for each kind of key.
+    /// What every chain of AMD's has (57230, chapter 3): authorities with RSA keys, and an intermediate for
+    /// each kind of key.
     fn check_amds_habits(&self, root: &Cert, intermediate: &Cert) -> Result<(), CertError> {
         let odd = |reason: String| CertError::Format { what: "certificates", reason };
         if let Some(authority) = [root, intermediate].into_iter().find(|cert| !cert.has_rsa_key()) {
@@ -181,7 +185,8 @@ impl<'a> Chain<'a> {
         })
     }
 
-    /// Checks `list`, which has to be the root's, and whether it revokes a certificate of this chain; the error says what is wrong.
+    /// Checks `list`, which has to be the root's, and whether it revokes a certificate of this chain; the
+    /// error says what is wrong.
     pub fn check_revocation(&self, list: &Crl, now: u64) -> Result<(), String> {
         // A list by the intermediate says nothing about the intermediate itself.
         let root = self.root.ok_or_else(|| format!("no root for {}", self.product))?;
@@ -199,7 +204,8 @@ impl<'a> Chain<'a> {
             other => other.to_string(),
         })?;
         let (made, due) = list.period();
-        // RFC 5280, section 5.1.2.5: the date of the next list must be there. Without it a list would count for ever.
+        // RFC 5280, section 5.1.2.5: the date of the next list must be there. Without it a list would count
+        // for ever.
         let due = due.ok_or("the list does not say when the next one is due")?;
         if now < made || now > due {
             return Err("the list is not current: fetch a new one".into());

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Evidence as people hold it: a report alone, with a certificate table behind it, or in the envelope of a paravisor; certificates as
-//! files or as a table.
+//! Evidence as people hold it: a report alone, with a certificate table behind it, or in the envelope of a
+//! paravisor; certificates as files or as a table.
 //!
-//! Every form is told by its first bytes or its length, and none is believed: what comes out is checked as if it had been given piece by
-//! piece. Forms: GHCB specification, section 4.1.8.1 (the table), which is also what the kernel's `tsm` interface gives as `auxblob`; the
-//! attestation data of Azure's confidential VMs (`HCLA`), read from Microsoft's published headers and a public example.
+//! Every form is told by its first bytes or its length, and none is believed: what comes out is checked as if
+//! it had been given piece by piece. Forms: GHCB specification, section 4.1.8.1 (the table), which is also
+//! what the kernel's `tsm` interface gives as `auxblob`; the attestation data of Azure's confidential VMs
+//! (`HCLA`), read from Microsoft's published headers and a public example.
 
 use sha2::Digest as _;
 use sha2::Sha256;
@@ -32,6 +33,7 @@ const DATA_HEADER: usize = 0x14;
 
 /// Why bytes are no evidence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum EvidenceError {
     /// Of no form.
     #[error(
@@ -50,20 +52,10 @@ pub enum EvidenceError {
     Certificates(#[from] CertError),
     /// A certificate of a table.
     #[error("the table's {kind}: {source}")]
-    Cert {
-        /// Which one.
-        kind: Kind,
-        /// Why.
-        source: CertError,
-    },
+    Cert { kind: Kind, source: CertError },
     /// An envelope that is cut, or for something else.
     #[error("the envelope at offset {offset:#x}: {reason}")]
-    Envelope {
-        /// Where.
-        offset: usize,
-        /// What was expected.
-        reason: &'static str,
-    },
+    Envelope { offset: usize, reason: &'static str },
 }
 
 /// What a paravisor had signed along: `report_data` is its hash.

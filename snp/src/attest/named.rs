@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Parts of a report that a policy names one by one: bits of the platform and of the guest policy, firmware versions.
+//! Parts of a report that a policy names one by one: bits of the platform and of the guest policy, firmware
+//! versions.
 //!
-//! SEV-SNP Firmware ABI 1.58: table 24 (`PLATFORM_INFO`), section 4.3 (guest policy), table 23 (`COMMITTED_BUILD`, `COMMITTED_MINOR`,
-//! `COMMITTED_MAJOR`).
+//! SEV-SNP Firmware ABI 1.58: table 24 (`PLATFORM_INFO`), section 4.3 (guest policy), table 23
+//! (`COMMITTED_BUILD`, `COMMITTED_MINOR`, `COMMITTED_MAJOR`).
 
 use std::fmt;
 use std::str::FromStr;

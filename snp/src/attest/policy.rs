@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The verifier's policy: what a report must say, as a TOML file that can be read at a glance.
 //!
-//! Rules that are left out take the strict side where there is one: no debugging, no migration agent, VMPL 0. A file that
-//! would accept any software is refused unless it says so. `docs/policy-guide.md` describes each rule.
+//! Rules that are left out take the strict side where there is one: no debugging, no migration agent, VMPL 0.
+//! A file that would accept any software is refused unless it says so. `docs/policy-guide.md` describes each
+//! rule.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -32,32 +33,20 @@ pub const MEASUREMENT_SET_FORMAT: &str = "cvmm-measurement-1";
 
 /// Why a policy cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PolicyError {
     /// The file cannot be read.
     #[error("cannot read {path}: {source}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        source: std::io::Error,
-    },
+    Read { path: PathBuf, source: std::io::Error },
     /// The file is too large to be what it should be.
     #[error("{path} has more than {MAX_LEN} bytes")]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-    },
+    TooLarge { path: PathBuf },
     /// Not TOML, an unknown rule, or a value of the wrong form. The message has line and column.
     #[error("the policy: {0}")]
     Toml(String),
     /// Not what `cvmm measure --json` writes.
     #[error("{path} is not a digest set of `cvmm measure --json`: {reason}")]
-    MeasurementSet {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
+    MeasurementSet { path: PathBuf, reason: String },
     /// A policy that says nothing about the software.
     #[error(
         "the policy accepts any software: list measurements, measurement_sets, id_key_digests or author_key_digests, or \
@@ -68,19 +57,13 @@ pub enum PolicyError {
     #[error(
         "the policy lists a digest of zeros in {rule}: every guest without an ID block has it, so the rule would say nothing"
     )]
-    ZeroDigest {
-        /// The rule.
-        rule: &'static str,
-    },
+    ZeroDigest { rule: &'static str },
     /// Rules about an ID block that anyone may have signed.
     #[error(
         "the policy has {rule}, which reports take from the ID block, but does not say who may sign one: the host could make \
          its own with any value. Add id_key_digests or author_key_digests, or remove {rule}"
     )]
-    AnySigner {
-        /// The first such rule.
-        rule: &'static str,
-    },
+    AnySigner { rule: &'static str },
 }
 
 /// `N` bytes, written as hex.

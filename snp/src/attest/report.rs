@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The attestation report: layout, field access over the received bytes, and a builder for the platform model.
+//! The attestation report: layout, field access over the received bytes, and a builder for the platform
+//! model.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 7.3, `ATTESTATION_REPORT`; report versions 2, 3 and 5. A [`Report`] keeps the bytes
-//! exactly as they were received, because the signature covers those bytes and not a re-encoding of known fields. Nothing
-//! in a report may be believed before its signature and its signer were checked.
+//! SEV-SNP Firmware ABI 1.58, section 7.3, `ATTESTATION_REPORT`; report versions 2, 3 and 5. A [`Report`]
+//! keeps the bytes exactly as they were received, because the signature covers those bytes and not a
+//! re-encoding of known fields. Nothing in a report may be believed before its signature and its signer were
+//! checked.
 
 use std::fmt;
 
@@ -132,8 +134,8 @@ impl Report {
         &self.bytes[..SIGNED_LEN]
     }
 
-    /// SHA-384 of the signed bytes, by which a report is told from others. Not of all bytes: for a signature (R, S) there is a second
-    /// one, (R, n - S), that anybody can make and that is as good.
+    /// SHA-384 of the signed bytes, by which a report is told from others. Not of all bytes: for a signature
+    /// (R, S) there is a second one, (R, n - S), that anybody can make and that is as good.
     pub fn identity(&self) -> [u8; 48] {
         Sha384::digest(self.signed_bytes()).into()
     }
@@ -176,7 +178,8 @@ impl Report {
     pub fn image_id(&self) -> [u8; 16] {
         self.array(field::IMAGE_ID)
     }
-    /// Privilege level that the requester asked for: 0 to 3, or `0xffff_ffff` for a report that the host asked for.
+    /// Privilege level that the requester asked for: 0 to 3, or `0xffff_ffff` for a report that the host
+    /// asked for.
     pub fn vmpl(&self) -> u32 {
         self.u32_at(field::VMPL)
     }

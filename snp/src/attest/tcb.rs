@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Processor generations and their TCB versions: the same eight bytes mean different things on Turin.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 2.2 (`TCB_VERSION`), and the product table of AMD's VCEK certificate specification
-//! (57230), section 3.1, for the mapping from CPUID to product.
+//! SEV-SNP Firmware ABI 1.58, section 2.2 (`TCB_VERSION`), and the product table of AMD's VCEK certificate
+//! specification (57230), section 3.1, for the mapping from CPUID to product.
 
 use std::fmt;
 

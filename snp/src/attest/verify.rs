@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From a report and its certificates to a verdict that says why.
 //!
-//! A signature alone proves little: the verdict lists every rule with what was expected and what was found, and holds only
-//! if all of them do. It also lists what nobody asked to have checked: "all rules hold" means little if there were few. First come the
-//! rules of authenticity (who signed, with which key, issued by whom, for which chip and
-//! platform version), then those of the caller's policy. Rules: SEV-SNP Firmware ABI 1.58, section 7.3 and chapter 3; AMD
-//! 57230 for certificates. Everything is computed over the received bytes.
+//! A signature alone proves little: the verdict lists every rule with what was expected and what was found,
+//! and holds only if all of them do. It also lists what nobody asked to have checked: "all rules hold" means
+//! little if there were few. First come the rules of authenticity (who signed, with which key, issued by
+//! whom, for which chip and platform version), then those of the caller's policy. Rules: SEV-SNP Firmware ABI
+//! 1.58, section 7.3 and chapter 3; AMD 57230 for certificates. Everything is computed over the received
+//! bytes.
 
 mod authentic;
 mod guest;
@@ -69,7 +70,8 @@ impl Verdict {
 pub struct Evidence<'a> {
     /// The report.
     pub report: &'a Report,
-    /// Certificates from the report's sender: the endorsement certificate, and intermediates that are not built in.
+    /// Certificates from the report's sender: the endorsement certificate, and intermediates that are not
+    /// built in.
     pub certificates: &'a [Cert],
     /// A revocation list, if the caller has one.
     pub crl: Option<&'a Crl>,
@@ -132,7 +134,8 @@ impl Checks {
     }
 }
 
-/// Whether `cert`'s key signed `report`, over the bytes as received. Alone this is no verification: see [`verify`].
+/// Whether `cert`'s key signed `report`, over the bytes as received. Alone this is no verification: see
+/// [`verify`].
 pub fn signs(report: &Report, cert: &Cert) -> bool {
     let mut r_and_s = [0; 144];
     r_and_s[..72].copy_from_slice(&report.signature_r());

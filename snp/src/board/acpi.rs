@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The ACPI tables: processors, interrupt controllers, serial port, clock, power-off and reset.
 //!
-//! ACPI specification 6.5, chapter 5. SNP guests read neither MP tables nor ROMs, so processors and the IOAPIC are known
-//! only from here. The fixed hardware is the smallest that Linux takes for a complete machine: no SMI command (ACPI mode is
-//! always on), no power-management timer, no events.
+//! ACPI specification 6.5, chapter 5. SNP guests read neither MP tables nor ROMs, so processors and the
+//! IOAPIC are known only from here. The fixed hardware is the smallest that Linux takes for a complete
+//! machine: no SMI command (ACPI mode is always on), no power-management timer, no events.
 //!
 //! IRQ 0 keeps its number, as in KVM's default routing; there is no override to pin 2.
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where things are in a guest's physical memory: what a direct boot puts there, and the device gap.
 //!
-//! Everything that the monitor builds lies below 640 KiB, and so does the free memory from which Linux takes its start-up
-//! code for further vCPUs. RAM ends at 3 GiB and goes on at 4 GiB; the gap is for devices and firmware.
+//! Everything that the monitor builds lies below 640 KiB, and so does the free memory from which Linux takes
+//! its start-up code for further vCPUs. RAM ends at 3 GiB and goes on at 4 GiB; the gap is for devices and
+//! firmware.
 
 use std::ops::Range;
 
@@ -40,8 +41,8 @@ pub const HOLE_END: u64 = 4 << 30;
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// Registers of the TPM, where every driver expects locality 0. One page.
 pub const TPM_REGISTERS: u32 = 0xfed4_0000;
-/// Registers of the TPM's physical-presence interface: beyond the pages of localities 1 to 4, which guests take for
-/// themselves. One page.
+/// Registers of the TPM's physical-presence interface: beyond the pages of localities 1 to 4, which guests
+/// take for themselves. One page.
 pub const TPM_PRESENCE: u32 = 0xfed4_5000;
 /// The TPM's buffer for commands and responses. One page.
 pub const TPM_BUFFER: u32 = 0xfed4_6000;

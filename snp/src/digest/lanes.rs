@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! SHA-384 of eight pages at a time, one page per 64-bit lane of a 512-bit register.
 //!
-//! The pages of a launch are hashed independently of each other, and no CPU has SHA-512 instructions in the field yet, so
-//! one message at a time leaves most of a wide vector unit idle. Written over plain arrays that the compiler turns into
-//! AVX-512, this is more than three times as fast per core as the best single-message implementation measured (see
-//! `docs/measurement.md`). It hashes nothing but whole pages; everything else, and every CPU without AVX-512, uses the
-//! `sha2` crate, against which the tests check this code. Algorithm: FIPS 180-4, section 6.4 and 6.5.
+//! The pages of a launch are hashed independently of each other, and no CPU has SHA-512 instructions in the
+//! field yet, so one message at a time leaves most of a wide vector unit idle. Written over plain arrays that
+//! the compiler turns into AVX-512, this is more than three times as fast per core as the best single-message
+//! implementation measured (see `docs/measurement.md`). It hashes nothing but whole pages; everything else,
+//! and every CPU without AVX-512, uses the `sha2` crate, against which the tests check this code. Algorithm:
+//! FIPS 180-4, section 6.4 and 6.5.
 
 #![allow(
     unsafe_code,
@@ -20,7 +21,8 @@ pub(super) const LANES: usize = 8;
 /// One page as the hash takes it.
 pub(super) type Page = [u8; PAGE_SIZE as usize];
 
-/// FIPS 180-4, section 4.2.3: the first 64 bits of the fractional parts of the cube roots of the first 80 primes.
+/// FIPS 180-4, section 4.2.3: the first 64 bits of the fractional parts of the cube roots of the first 80
+/// primes.
 const K: [u64; 80] = [
     0x428a_2f98_d728_ae22,
     0x7137_4491_23ef_65cd,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The parallel half of the digest: the hash of every measured page, delivered in launch order.
 //!
-//! Pages are hashed in batches by as many threads as there are cores, while the caller chains the results. What is kept at
-//! any time is one hash (48 bytes) per page that is ahead of the chain, never the pages: with a mapped file as the record's
-//! contents, an image of any size is measured in little memory.
+//! Pages are hashed in batches by as many threads as there are cores, while the caller chains the results.
+//! What is kept at any time is one hash (48 bytes) per page that is ahead of the chain, never the pages: with
+//! a mapped file as the record's contents, an image of any size is measured in little memory.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Non-automatic exits: the codes of the events, and of the answers, that go through the GHCB page.
 //!
-//! GHCB specification, sections 4.1 (events) and 4.1.x (error codes); event numbers below 0x8000_0000 are those of the SVM
-//! intercepts. Uses `core` only.
+//! GHCB specification, sections 4.1 (events) and 4.1.x (error codes); event numbers below 0x8000_0000 are
+//! those of the SVM intercepts. Uses `core` only.
 
 /// SVM exit codes that a guest's #VC handler passes on.
 #[allow(missing_docs, reason = "names of the SVM intercepts")]
@@ -47,7 +47,8 @@ pub const TERMINATION: u64 = 0x8000_fffe;
 /// The guest got a #VC that it cannot handle.
 pub const UNSUPPORTED_EVENT: u64 = 0x8000_ffff;
 
-/// Requests of [`AP_CREATION`], in exit info 1 bits 31:0 (KVM reads the VMPL field in bits 19:16 as part of it).
+/// Requests of [`AP_CREATION`], in exit info 1 bits 31:0 (KVM reads the VMPL field in bits 19:16 as part of
+/// it).
 #[allow(missing_docs, reason = "names are those of the specification")]
 pub mod ap_creation {
     pub const CREATE_ON_INIT: u32 = 0;

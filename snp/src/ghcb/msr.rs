@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The GHCB MSR protocol: requests and answers that fit into one 64-bit value.
 //!
-//! GHCB specification, section 2.3.1. The low 12 bits of the GHCB MSR name the request; zero there means that the MSR holds
-//! the address of a GHCB page. Uses `core` only.
+//! GHCB specification, section 2.3.1. The low 12 bits of the GHCB MSR name the request; zero there means that
+//! the MSR holds the address of a GHCB page. Uses `core` only.
 
 /// The GHCB MSR.
 pub const MSR_GHCB: u32 = 0xc001_0130;

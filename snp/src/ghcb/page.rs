@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The GHCB page: where each field lies, and which fields are marked valid.
 //!
-//! GHCB specification, section 2.6 (layout) and table 3 (valid bitmap). A field counts only if its bit in the valid bitmap
-//! is set; the bit's number is the field's offset divided by eight. Uses `core` only.
+//! GHCB specification, section 2.6 (layout) and table 3 (valid bitmap). A field counts only if its bit in the
+//! valid bitmap is set; the bit's number is the field's offset divided by eight. Uses `core` only.
 
 /// Size of the page.
 pub const SIZE: usize = 4096;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Why a guest gave up, in words.
 //!
-//! A guest ends itself either by GHCB MSR request 0x100, which carries a reason code set and a reason code, or by a GHCB
-//! event, of which KVM passes on only the page's address. Set 0 is the GHCB specification's (section 2.3.1, termination
-//! request), set 1 is Linux's (`arch/x86/include/asm/sev-common.h`), set [`STAGE0_SET`] is our own shim's.
+//! A guest ends itself either by GHCB MSR request 0x100, which carries a reason code set and a reason code,
+//! or by a GHCB event, of which KVM passes on only the page's address. Set 0 is the GHCB specification's
+//! (section 2.3.1, termination request), set 1 is Linux's (`arch/x86/include/asm/sev-common.h`), set
+//! [`STAGE0_SET`] is our own shim's.
 
 use std::fmt;
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The ID block (96 bytes) and the ID auth page (4096 bytes) that carries its signatures.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 8.18. The ID key signs the block; the author key, which is optional, signs the ID
-//! key. A launch gets one try: [`IdAuth::check`] finds out beforehand what the firmware would answer.
+//! SEV-SNP Firmware ABI 1.58, section 8.18. The ID key signs the block; the author key, which is optional,
+//! signs the ID key. A launch gets one try: [`IdAuth::check`] finds out beforehand what the firmware would
+//! answer.
 
 use p384::ecdsa::SigningKey;
 
@@ -40,35 +41,18 @@ mod at {
 
 /// Why bytes are no ID block or auth page.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum IdError {
     /// A wrong length.
     #[error("the {what} has {found} bytes, expected {expected}")]
-    Length {
-        /// Which structure.
-        what: &'static str,
-        /// Its length.
-        found: usize,
-        /// The right length.
-        expected: usize,
-    },
+    Length { what: &'static str, found: usize, expected: usize },
     /// A field with a wrong value.
     #[error("offset {offset:#x}: {what} is {found}, expected {expected}")]
-    Field {
-        /// Offset in the structure.
-        offset: usize,
-        /// The field.
-        what: &'static str,
-        /// Its value.
-        found: u64,
-        /// The right value.
-        expected: u64,
-    },
+    Field { offset: usize, what: &'static str, found: u64, expected: u64 },
     /// A key or signature inside.
     #[error("{what} at offset {offset:#x}: {source}")]
     Key {
-        /// Which one.
         what: &'static str,
-        /// Where it begins in the auth page.
         offset: usize,
         /// What is wrong; its offsets count from there.
         source: KeyError,
@@ -77,28 +61,19 @@ pub enum IdError {
 
 /// What a launch and its ID block disagree about, in the order in which it is checked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum IdMismatch {
     /// Another digest.
     #[error(
         "the ID block is for launch digest {block}, this launch has {launch} (firmware would say BAD_MEASUREMENT, 11)"
     )]
-    Digest {
-        /// What the block says.
-        block: LaunchDigest,
-        /// What was computed from the launch plan.
-        launch: LaunchDigest,
-    },
+    Digest { block: LaunchDigest, launch: LaunchDigest },
     /// Another policy.
     #[error(
         "the ID block is for guest policy {block}, this launch has {launch} (firmware would say POLICY_FAILURE, 7): \
          launch with `policy` {block}, or make a new block"
     )]
-    Policy {
-        /// What the block says.
-        block: GuestPolicy,
-        /// What the launch asks for.
-        launch: GuestPolicy,
-    },
+    Policy { block: GuestPolicy, launch: GuestPolicy },
     /// The ID key did not sign this block.
     #[error("the ID key's signature does not cover this ID block (firmware would say BAD_SIGNATURE, 10)")]
     BlockSignature,
@@ -174,7 +149,8 @@ impl IdAuth {
         IdAuth { block_signature: Signature::make(id_key, &block.encode()), id_key: public, author }
     }
 
-    /// The auth page. `KVM_SEV_SNP_LAUNCH_FINISH` takes it with `id_block_en`, and `auth_key_en` if there is an author.
+    /// The auth page. `KVM_SEV_SNP_LAUNCH_FINISH` takes it with `id_block_en`, and `auth_key_en` if there is
+    /// an author.
     pub fn encode(&self) -> [u8; AUTH_LEN] {
         let mut page = [0; AUTH_LEN];
         let mut put = |offset: usize, bytes: &[u8]| page[offset..offset + bytes.len()].copy_from_slice(bytes);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! ECDSA P-384 keys and signatures in the firmware's form, and in the PEM and DER forms that people keep.
 //!
-//! The firmware's numbers are little-endian in fields of 72 bytes, of which 48 are used (SEV-SNP Firmware ABI 1.58, chapter
-//! 10). Everything that is decoded here may come from a stranger: unused bytes must be zero, points must be on the curve.
+//! The firmware's numbers are little-endian in fields of 72 bytes, of which 48 are used (SEV-SNP Firmware ABI
+//! 1.58, chapter 10). Everything that is decoded here may come from a stranger: unused bytes must be zero,
+//! points must be on the curve.
 
 use std::fmt;
 
@@ -31,11 +32,11 @@ const NUMBER: usize = 48;
 
 /// Why a key or signature cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum KeyError {
     /// No PEM block of a wanted kind.
     #[error("expected a PEM file with '{expected}', found {found}")]
     NoPem {
-        /// Labels that would do.
         expected: &'static str,
         /// The label that is there, or that there is none.
         found: String,
@@ -44,22 +45,14 @@ pub enum KeyError {
     #[error(
         "the {what} is not an ECDSA key on curve P-384: {reason} (make one with: openssl ecparam -name secp384r1 -genkey -noout)"
     )]
-    NotP384 {
-        /// Which key.
-        what: &'static str,
-        /// What the decoder says.
-        reason: String,
-    },
+    NotP384 { what: &'static str, reason: String },
     /// A field with a wrong value.
     #[error("offset {offset:#x}: {what} is {found}, expected {expected}")]
     Field {
         /// Offset in the structure that was decoded.
         offset: usize,
-        /// The field.
         what: &'static str,
-        /// What it holds.
         found: String,
-        /// What would have been right.
         expected: &'static str,
     },
     /// Not a signature in DER, nor 96 bytes of R and S.

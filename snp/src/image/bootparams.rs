@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What Linux is told at its entry: `boot_params` with its memory map, the confidential-computing blob, and the start info
-//! that a PVH kernel gets instead.
+//! What Linux is told at its entry: `boot_params` with its memory map, the confidential-computing blob, and
+//! the start info that a PVH kernel gets instead.
 //!
 //! Linux `Documentation/arch/x86/boot.rst` and `zero-page.rst`, `arch/x86/include/uapi/asm/bootparam.h`,
-//! `arch/x86/include/asm/sev.h` (`cc_blob_sev_info`), and Xen's `public/arch-x86/hvm/start_info.h`. All of it is measured in
-//! an SNP guest, for the host chooses it.
+//! `arch/x86/include/asm/sev.h` (`cc_blob_sev_info`), and Xen's `public/arch-x86/hvm/start_info.h`. All of it
+//! is measured in an SNP guest, for the host chooses it.
 
 use std::ops::Range;
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Direct boot: a Linux kernel, an initrd and a command line, started with no firmware in between.
 //!
-//! Produces the whole launch: memory contents, registers of every vCPU, and the addresses that the monitor has to know. One
-//! function for plain and SNP guests, so that both boot the same way. In an SNP guest everything that the host could have
-//! chosen otherwise is a measured page.
+//! Produces the whole launch: memory contents, registers of every vCPU, and the addresses that the monitor
+//! has to know. One function for plain and SNP guests, so that both boot the same way. In an SNP guest
+//! everything that the host could have chosen otherwise is a measured page.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -40,10 +40,11 @@ const PLAIN_ADDRESS_LIMIT: u64 = 1 << 46;
 /// Who makes an SNP guest's RAM usable before the kernel runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Validation {
-    /// The launch does: all RAM is in the plan, as ZERO pages where nothing else is. Costs one firmware command for each 4 KiB.
+    /// The launch does: all RAM is in the plan, as ZERO pages where nothing else is. Costs one firmware
+    /// command for each 4 KiB.
     AllByLaunch,
-    /// stage0 does, before the kernel runs, or the kernel itself. The launch takes a dozen pages, whatever the memory and the
-    /// files.
+    /// stage0 does, before the kernel runs, or the kernel itself. The launch takes a dozen pages, whatever
+    /// the memory and the files.
     Stage0(Acceptance),
 }
 
@@ -52,7 +53,8 @@ pub enum Validation {
 pub struct Snp<'a> {
     /// Position of the C-bit, from the platform.
     pub c_bit: u8,
-    /// Leaves for the CPUID page. Its contents are not measured: `None` leaves them out, for a plan that only gets measured.
+    /// Leaves for the CPUID page. Its contents are not measured: `None` leaves them out, for a plan that only
+    /// gets measured.
     pub cpuid: Option<&'a CpuidTable>,
     /// Who validates RAM.
     pub validation: Validation,
@@ -176,7 +178,8 @@ impl DirectBoot<'_> {
         Ok(DirectImage { plan, board, ram, entry, shim: None })
     }
 
-    /// The same contents, but handed over by stage0: it brings its own tables, and launch pages stay launch pages.
+    /// The same contents, but handed over by stage0: it brings its own tables, and launch pages stay launch
+    /// pages.
     fn with_stage0(
         &self,
         mut records: Vec<Record>,

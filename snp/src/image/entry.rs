@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How vCPUs start: descriptor table, page tables and registers for each way into a kernel.
 //!
-//! Linux `Documentation/arch/x86/boot.rst`, "64-bit boot protocol" (flat segments 0x10 and 0x18, identity map, RSI) and Xen's
-//! `docs/misc/pvh.pandoc` (32-bit, paging off, EBX). In an SNP guest the C-bit is in CR3 and in every table entry, so that
-//! kernel and page tables are fetched as private memory. Register values are those that end up in the measured VMSA: KVM
-//! itself adds EFER.SVME and CR4.MCE there.
+//! Linux `Documentation/arch/x86/boot.rst`, "64-bit boot protocol" (flat segments 0x10 and 0x18, identity
+//! map, RSI) and Xen's `docs/misc/pvh.pandoc` (32-bit, paging off, EBX). In an SNP guest the C-bit is in CR3
+//! and in every table entry, so that kernel and page tables are fetched as private memory. Register values
+//! are those that end up in the measured VMSA: KVM itself adds EFER.SVME and CR4.MCE there.
 
 use crate::board::layout;
 use crate::plan::PAGE_SIZE;
@@ -75,8 +75,8 @@ pub fn gdt_page(entry: Entry) -> Vec<u8> {
     page
 }
 
-/// Contents of the pages at [`layout::PAGE_TABLES`]: the first 4 GiB mapped to themselves by 2 MiB pages, every entry with
-/// `c_mask` set.
+/// Contents of the pages at [`layout::PAGE_TABLES`]: the first 4 GiB mapped to themselves by 2 MiB pages,
+/// every entry with `c_mask` set.
 pub fn page_tables(c_mask: u64) -> Vec<u8> {
     let table = |n: u64| (layout::PAGE_TABLES + n * PAGE_SIZE) | PRESENT | WRITABLE | c_mask;
     let mut entries = vec![0u64; 6 * 512];
@@ -146,8 +146,9 @@ fn long_mode(mode: Mode, rip: u64) -> VmsaState {
     state
 }
 
-/// Registers of vCPUs that start in the shim: 32-bit protected mode with flat segments and paging off, so that nothing in them
-/// depends on the position of the C-bit. The first one starts at `start`, the others wait at `park`.
+/// Registers of vCPUs that start in the shim: 32-bit protected mode with flat segments and paging off, so
+/// that nothing in them depends on the position of the C-bit. The first one starts at `start`, the others
+/// wait at `park`.
 pub fn shim_vcpus(count: u32, start: u64, park: u64) -> Vec<VmsaState> {
     let mut state = base(Mode::Snp { c_mask: 0 });
     flat(&mut state, CODE32);
@@ -162,8 +163,9 @@ pub fn shim_vcpus(count: u32, start: u64, park: u64) -> Vec<VmsaState> {
 
 /// Registers of all vCPUs, the first one entering the kernel by `entry`, the others inert.
 ///
-/// In an SNP guest the others' registers are measured too. They wait in a halt loop with interrupts off; Linux starts them
-/// with registers of its own making. In a plain guest they are in the reset state and wait for a start-up interrupt.
+/// In an SNP guest the others' registers are measured too. They wait in a halt loop with interrupts off;
+/// Linux starts them with registers of its own making. In a plain guest they are in the reset state and wait
+/// for a start-up interrupt.
 pub fn vcpus(count: u32, entry: Entry, mode: Mode) -> Vec<VmsaState> {
     let first = match entry {
         Entry::Long(rip) => VmsaState { rsi: layout::BOOT_PARAMS, ..long_mode(mode, rip) },

@@ -11,8 +11,10 @@ use crate::stage0::TooMany;
 /// Most vCPUs of an image: their ids are xAPIC ids, of which 255 is the broadcast address.
 pub const VCPUS_MAX: u32 = 255;
 
-/// Why there is no image. Messages begin with the field of the request that has to change, and have fields in backticks.
+/// Why there is no image. Messages begin with the field of the request that has to change, and have fields in
+/// backticks.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ImageError {
     /// The kernel file is no good.
     #[error("`kernel`: {0}")]
@@ -23,23 +25,13 @@ pub enum ImageError {
         min_mib = layout::MEMORY_MIN >> 20,
         max_mib = .max >> 20
     )]
-    Memory {
-        /// What was asked for.
-        found: u64,
-        /// Largest possible size.
-        max: u64,
-    },
+    Memory { found: u64, max: u64 },
     /// vCPU count that is not possible.
     #[error("`cpus`: {0}; give 1 to {VCPUS_MAX}")]
     Vcpus(u32),
     /// The command line does not fit.
     #[error("`cmdline`: {found} bytes, but this kernel takes at most {max}; shorten it")]
-    CmdlineLength {
-        /// Its length in bytes.
-        found: usize,
-        /// Longest possible.
-        max: u32,
-    },
+    CmdlineLength { found: usize, max: u32 },
     /// The kernel would stop reading at a zero byte.
     #[error("`cmdline`: contains a zero byte at offset {0}; remove it")]
     CmdlineNul(usize),
@@ -48,40 +40,19 @@ pub enum ImageError {
         "`memory`: the kernel works in addresses {start:#x} to {end:#x}, but RAM below the device gap ends at {top:#x}; \
          give more memory"
     )]
-    KernelFit {
-        /// First address.
-        start: u64,
-        /// Address after the last.
-        end: u64,
-        /// Top of low RAM.
-        top: u64,
-    },
+    KernelFit { start: u64, end: u64, top: u64 },
     /// The initrd does not fit between the kernel and the end of low RAM.
     #[error(
         "`initrd`: {len} bytes do not fit between the kernel's end {start:#x} and {end:#x}; \
          give a smaller initrd{advice}"
     )]
-    InitrdFit {
-        /// Its length in bytes.
-        len: u64,
-        /// Lowest possible address.
-        start: u64,
-        /// Address after the highest possible one.
-        end: u64,
-        /// What else would help.
-        advice: &'static str,
-    },
+    InitrdFit { len: u64, start: u64, end: u64, advice: &'static str },
     /// An empty initrd is a mistake.
     #[error("`initrd`: the file is empty; leave the option out or give an initrd")]
     InitrdEmpty,
     /// C-bit that no table entry or plan can have.
     #[error("C-bit {c_bit}: the CPUID table says {table:?}; expected the same position, from 32 to 51")]
-    CBit {
-        /// As given by the platform.
-        c_bit: u8,
-        /// As in the table.
-        table: Option<u8>,
-    },
+    CBit { c_bit: u8, table: Option<u8> },
     /// The CPUID page cannot be made.
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
@@ -90,12 +61,7 @@ pub enum ImageError {
         "`memory`: no room for a second copy of {name} ({len} bytes), which stage0 needs until it has checked it; \
          give more memory or a smaller `initrd`"
     )]
-    StagingFit {
-        /// What does not fit.
-        name: String,
-        /// Its length in bytes.
-        len: u64,
-    },
+    StagingFit { name: String, len: u64 },
     /// An ELF kernel with more parts than the inputs page takes.
     #[error("`kernel`: {0}; use the bzImage of this kernel")]
     TooMany(#[from] TooMany),

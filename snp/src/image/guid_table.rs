@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The table of GUIDed entries at the end of OVMF-like firmware, and the SEV metadata that one entry points to.
+//! The table of GUIDed entries at the end of OVMF-like firmware, and the SEV metadata that one entry points
+//! to.
 //!
-//! Layout: edk2, `OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm` (table) and `X64/OvmfSevMetadata.asm` (metadata). The table
-//! ends 32 bytes before the end of the file and is read backwards: each entry is its data, then its whole length (u16),
-//! then its GUID. The file is hostile input: every offset and length comes from it, and nothing is believed unchecked.
+//! Layout: edk2, `OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm` (table) and `X64/OvmfSevMetadata.asm`
+//! (metadata). The table ends 32 bytes before the end of the file and is read backwards: each entry is its
+//! data, then its whole length (u16), then its GUID. The file is hostile input: every offset and length comes
+//! from it, and nothing is believed unchecked.
 
 use crate::guid::Guid;
 use crate::le;
@@ -26,40 +28,22 @@ const SVSM_INFO: Guid = Guid::new(0xa789_a612, 0x0597, 0x4c4b, 0xa49f_cbb1_fe9d_
 
 /// What is wrong with the file, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum TableError {
     /// No table at all: not OVMF, or the variable store alone.
     #[error(
         "offset {offset:#x}: expected the GUID 96b582de-1fb2-45f7-baea-a366c55a082d that ends an OVMF table, so this \
          file of {len} bytes is no firmware image with a reset vector"
     )]
-    NoTable {
-        /// Where the footer's GUID should be.
-        offset: usize,
-        /// Length of the file.
-        len: usize,
-    },
+    NoTable { offset: usize, len: usize },
     /// A value that does not fit.
     #[error("offset {offset:#x}: {what} is {found}, expected {expected}")]
-    Field {
-        /// Where the field lies in the file.
-        offset: usize,
-        /// The field.
-        what: &'static str,
-        /// Its value.
-        found: u64,
-        /// What would have been right.
-        expected: String,
-    },
+    Field { offset: usize, what: &'static str, found: u64, expected: String },
     /// Two entries of one kind.
     #[error(
         "offset {offset:#x}: a second {what} entry; expected one, because readers differ in which they take"
     )]
-    Twice {
-        /// Where the second one lies.
-        offset: usize,
-        /// Its name.
-        what: &'static str,
-    },
+    Twice { offset: usize, what: &'static str },
     /// No metadata, so the firmware cannot start as an SNP guest.
     #[error(
         "the firmware has no SEV metadata (no entry dc886566-984a-4798-a75e-5585a7bf67cc), so it cannot run as an SNP \
@@ -68,12 +52,7 @@ pub enum TableError {
     NoMetadata,
     /// The metadata's first four bytes.
     #[error("offset {offset:#x}: SEV metadata starts with {found:02x?}, expected \"ASEV\"")]
-    Signature {
-        /// Where it lies in the file.
-        offset: usize,
-        /// What is there.
-        found: [u8; 4],
-    },
+    Signature { offset: usize, found: [u8; 4] },
 }
 
 /// A section of the SEV metadata.
@@ -119,7 +98,8 @@ fn once<T>(
     Ok(())
 }
 
-/// One step of the walk from the table's end: the entry that ends at `end`, as {GUID, start of its data, length of it}.
+/// One step of the walk from the table's end: the entry that ends at `end`, as {GUID, start of its data,
+/// length of it}.
 fn entry_before(file: &[u8], start: usize, end: usize) -> Result<(Guid, usize, usize), TableError> {
     let room = end - start;
     let bad = |found: usize, expected: String| TableError::Field {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A kernel file, told apart and checked: a Linux bzImage or an x86-64 ELF image.
 //!
-//! The file is trusted for nothing: every offset is checked against its length, every address against the others. What fits
-//! into a guest's memory is decided later, by [`super::direct`].
+//! The file is trusted for nothing: every offset is checked against its length, every address against the
+//! others. What fits into a guest's memory is decided later, by [`super::direct`].
 
 mod bzimage;
 mod error;
@@ -89,7 +89,8 @@ impl Kernel {
         }
     }
 
-    /// Memory for which the file has nothing and that must be zero when the kernel starts. A bzImage clears its own.
+    /// Memory for which the file has nothing and that must be zero when the kernel starts. A bzImage clears
+    /// its own.
     pub fn zeros(&self) -> Vec<Range<u64>> {
         match self {
             Kernel::BzImage(_) => Vec::new(),
@@ -111,7 +112,8 @@ impl Kernel {
     }
 }
 
-/// Whether the file is a PE image with a section of that name (PE format, "MS-DOS Stub", "COFF File Header", "Section Table").
+/// Whether the file is a PE image with a section of that name (PE format, "MS-DOS Stub", "COFF File Header",
+/// "Section Table").
 fn has_section(file: &[u8], name: [u8; 8]) -> bool {
     let f = Fields(file);
     let found = || {

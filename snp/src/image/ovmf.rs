@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! OVMF firmware files, and what a monitor makes of them: a launch plan.
 //!
-//! The firmware lies below 4 GiB and is measured first, then come the sections of its SEV metadata in the order in which
-//! the file lists them, then one save area per vCPU. Monitors differ in details that change the digest; [`VmmType`] holds
-//! them. A file that other tools measure in silence although no launch could have that digest is refused here.
+//! The firmware lies below 4 GiB and is measured first, then come the sections of its SEV metadata in the
+//! order in which the file lists them, then one save area per vCPU. Monitors differ in details that change
+//! the digest; [`VmmType`] holds them. A file that other tools measure in silence although no launch could
+//! have that digest is refused here.
 
 use super::guid_table::GuidTable;
 use super::guid_table::Section;
@@ -35,36 +36,20 @@ mod kind {
 
 /// Why a firmware file, or a launch with it, is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum OvmfError {
     /// The file's own structure.
     #[error(transparent)]
     Table(#[from] TableError),
     /// Not whole pages, or more than there is room for.
     #[error("the file has {len} bytes; expected a positive multiple of 4096, at most 4 GiB")]
-    Length {
-        /// Its length.
-        len: usize,
-    },
+    Length { len: usize },
     /// A section type of which nothing is known.
     #[error("offset {offset:#x}: SEV metadata section of type {kind:#x}, expected 1, 2, 3, 4 or 0x10")]
-    SectionType {
-        /// Where it is described in the file.
-        offset: usize,
-        /// The type.
-        kind: u32,
-    },
+    SectionType { offset: usize, kind: u32 },
     /// A section whose size would be measured differently by different monitors.
     #[error("offset {offset:#x}: section {name} has {size:#x} bytes, expected {expected}")]
-    SectionSize {
-        /// Where it is described in the file.
-        offset: usize,
-        /// The section.
-        name: &'static str,
-        /// Its size in bytes.
-        size: u32,
-        /// What would have been right.
-        expected: &'static str,
-    },
+    SectionSize { offset: usize, name: &'static str, size: u32, expected: &'static str },
     /// A kernel that would start unmeasured.
     #[error(
         "a kernel is given, but the firmware has no section for its hashes (SNP_KERNEL_HASHES, type 0x10), so the \
@@ -77,16 +62,7 @@ pub enum OvmfError {
         "offset {offset:#x}: the firmware reads kernel hashes at {base:#x} ({size} bytes), expected {TABLE_LEN} bytes \
          or more inside its KERNEL_HASHES section, the page at {section:#x}"
     )]
-    HashTablePlace {
-        /// Where the entry lies in the file.
-        offset: usize,
-        /// Address at which the firmware looks.
-        base: u32,
-        /// Room that it promises.
-        size: u32,
-        /// Address of the section.
-        section: u32,
-    },
+    HashTablePlace { offset: usize, base: u32, size: u32, section: u32 },
     /// The firmware does not say where it expects the hashes.
     #[error(
         "the firmware has a KERNEL_HASHES section, but no entry 7255371f-3a3b-4b04-927b-1da6efa8d454 that says where \
@@ -97,10 +73,7 @@ pub enum OvmfError {
     #[error(
         "{vcpus} vCPUs, but the firmware has no SEV-ES reset block that says where the second one starts"
     )]
-    NoResetBlock {
-        /// Number of vCPUs asked for.
-        vcpus: u32,
-    },
+    NoResetBlock { vcpus: u32 },
     /// An SVSM without a start address.
     #[error("the SVSM has no entry a789a612-0597-4c4b-a49f-cbb1fe9d1ddd that says where it starts")]
     NoSvsmEntry,
@@ -109,12 +82,7 @@ pub enum OvmfError {
         "an SVSM of {svsm:#x} bytes below a variable store of {vars:#x} bytes: expected whole pages that fit under the \
          firmware, and a start address below 4 GiB"
     )]
-    SvsmPlace {
-        /// Length of the SVSM file.
-        svsm: usize,
-        /// Length of the variable store.
-        vars: u64,
-    },
+    SvsmPlace { svsm: usize, vars: u64 },
     /// The plan as a whole.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -162,11 +130,12 @@ impl Ovmf {
         self.image.as_slice().len() as u64
     }
 
-    /// The part of the file that runs as it is, with its address: the firmware volume that has the reset vector. What other
-    /// volumes hold is compressed. A file without volumes is code as a whole.
+    /// The part of the file that runs as it is, with its address: the firmware volume that has the reset
+    /// vector. What other volumes hold is compressed. A file without volumes is code as a whole.
     pub fn boot_code(&self) -> (u64, &[u8]) {
         let file = self.image.as_slice();
-        // A volume's header has its length (u64) at 32 and "_FVH" at 40 (UEFI Platform Initialization 1.7, volume 3, 3.2.1).
+        // A volume's header has its length (u64) at 32 and "_FVH" at 40 (UEFI Platform Initialization 1.7,
+        // volume 3, 3.2.1).
         let ends_the_file = |at: &usize| {
             let header = file.get(*at..).and_then(|f| f.first_chunk::<48>());
             header.and_then(|h| h.last_chunk::<16>()).is_some_and(|fields| {
@@ -299,7 +268,8 @@ fn size_error(section: &Section, name: &'static str, expected: &'static str) -> 
 }
 
 fn check_section(section: &Section) -> Result<(), OvmfError> {
-    // For SECRETS and CPUID, tools measure one page whatever the size says and monitors all of it: only one page is clear.
+    // For SECRETS and CPUID, tools measure one page whatever the size says and monitors all of it: only one
+    // page is clear.
     let (name, one_page) = match section.kind {
         kind::SEC_MEM => ("SEC_MEM", false),
         kind::SECRETS => ("SECRETS", true),

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The memory that a launch with firmware needs: the guest's RAM, and a region of its own for each run of launch pages that
-//! lies outside of it, such as the firmware below 4 GiB.
+//! The memory that a launch with firmware needs: the guest's RAM, and a region of its own for each run of
+//! launch pages that lies outside of it, such as the firmware below 4 GiB.
 //!
-//! Every region becomes a memory slot with private memory of its own. The plan comes from a file, so it is not believed: a
-//! page where devices are, beyond what a guest can address, or one of many scattered ones is refused.
+//! Every region becomes a memory slot with private memory of its own. The plan comes from a file, so it is
+//! not believed: a page where devices are, beyond what a guest can address, or one of many scattered ones is
+//! refused.
 
 use std::ops::Range;
 
@@ -18,40 +19,23 @@ const EXTRA_MAX: usize = 16;
 
 /// Why a guest has no place for a page.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum RegionError {
     /// Where devices are.
     #[error("{name} at {gpa:#x}..{end:#x} covers the interrupt controllers at {:#x}..{:#x}", DEVICES.start, DEVICES.end)]
-    Devices {
-        /// The record.
-        name: String,
-        /// Its address.
-        gpa: u64,
-        /// Its end.
-        end: u64,
-    },
+    Devices { name: String, gpa: u64, end: u64 },
     /// Beyond the address space.
     #[error("{name} at {gpa:#x}..{end:#x} lies beyond {limit:#x}, where this guest's addresses end")]
-    Limit {
-        /// The record.
-        name: String,
-        /// Its address.
-        gpa: u64,
-        /// Its end.
-        end: u64,
-        /// End of the guest's addresses.
-        limit: u64,
-    },
+    Limit { name: String, gpa: u64, end: u64, limit: u64 },
     /// Too many pieces.
     #[error(
         "pages lie in more than {EXTRA_MAX} places outside of RAM, the last at {gpa:#x}; give more `memory`"
     )]
-    Scattered {
-        /// Where the last one is.
-        gpa: u64,
-    },
+    Scattered { gpa: u64 },
 }
 
-/// RAM of `board`, and what `pages` need beside it, ascending and disjoint. `limit` is the end of the guest's addresses.
+/// RAM of `board`, and what `pages` need beside it, ascending and disjoint. `limit` is the end of the guest's
+/// addresses.
 pub fn regions<'a>(
     board: &Board,
     pages: impl Iterator<Item = &'a Record>,

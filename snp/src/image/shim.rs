@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The stage0 variant of a direct boot: the launch takes the shim and a page of inputs, everything else is staged.
+//! The stage0 variant of a direct boot: the launch takes the shim and a page of inputs, everything else is
+//! staged.
 //!
-//! What would be NORMAL pages of a plan that launches all RAM becomes bytes in memory that the host may write to, with their
-//! SHA-384 in the measured inputs; stage0 moves them to the same addresses inside the guest. The plan's size depends neither
-//! on the files nor on the memory, and nothing in it depends on the position of the C-bit.
+//! What would be NORMAL pages of a plan that launches all RAM becomes bytes in memory that the host may write
+//! to, with their SHA-384 in the measured inputs; stage0 moves them to the same addresses inside the guest.
+//! The plan's size depends neither on the files nor on the memory, and nothing in it depends on the position
+//! of the C-bit.
 
 use std::ops::Range;
 
@@ -30,10 +32,11 @@ use crate::stage0::reason::Reason;
 /// What enters a guest through stage0.
 #[derive(Clone, Debug)]
 pub struct Shim {
-    /// Bytes to be placed in shared memory before the run: guest-physical address and contents. Not measured; stage0 compares
-    /// their hashes.
+    /// Bytes to be placed in shared memory before the run: guest-physical address and contents. Not measured;
+    /// stage0 compares their hashes.
     pub staging: Vec<(u64, Bytes)>,
-    /// Memory that is shared at launch, ascending: the GHCB page and the staging ranges. All other RAM is private.
+    /// Memory that is shared at launch, ascending: the GHCB page and the staging ranges. All other RAM is
+    /// private.
     pub shared: Vec<Range<u64>>,
     /// What the measured inputs page says.
     pub inputs: InputsPage,
@@ -92,8 +95,8 @@ pub(super) struct Layout<'a> {
     pub accept: Option<Vec<Range<u64>>>,
 }
 
-/// Lengthens the kernel's records over the memory behind them that must be zero. Nothing else clears it: memory that stage0
-/// has validated holds what the host left there.
+/// Lengthens the kernel's records over the memory behind them that must be zero. Nothing else clears it:
+/// memory that stage0 has validated holds what the host left there.
 pub(super) fn add_zeros(contents: &mut Vec<Record>, zeros: &[Range<u64>]) {
     for zero in zeros {
         let start = zero.start & !(PAGE_SIZE - 1);
@@ -186,8 +189,9 @@ impl Layout<'_> {
     }
 }
 
-/// Finds room for the bytes of each record, from 2 MiB up, in low RAM that holds none of them in the end. Records come in the
-/// order of their sizes, the largest first, each into the lowest gap that takes it; results are in the order of `contents`.
+/// Finds room for the bytes of each record, from 2 MiB up, in low RAM that holds none of them in the end.
+/// Records come in the order of their sizes, the largest first, each into the lowest gap that takes it;
+/// results are in the order of `contents`.
 fn place(contents: &[&Record], low_top: u64) -> Result<Vec<u64>, ImageError> {
     let mut used: Vec<Range<u64>> = contents.iter().map(|r| r.gpa..r.end()).collect();
     used.sort_by_key(|r| r.start);

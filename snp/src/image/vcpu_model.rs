@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! vCPU models and their CPUID signatures, up to Turin.
 //!
-//! The model enters the digest only as its signature, CPUID leaf 1 EAX, which KVM and QEMU leave in RDX when a vCPU
-//! starts. Families, models and steppings are those of QEMU's `builtin_x86_defs`; the encoding is that of AMD's CPUID
-//! specification (publication 25481), Fn0000_0001_EAX.
+//! The model enters the digest only as its signature, CPUID leaf 1 EAX, which KVM and QEMU leave in RDX when
+//! a vCPU starts. Families, models and steppings are those of QEMU's `builtin_x86_defs`; the encoding is that
+//! of AMD's CPUID specification (publication 25481), Fn0000_0001_EAX.
 
 /// Base name, number of versions that QEMU or the `sev` crate know, family, model, stepping.
 const MODELS: [(&str, u32, u32, u32, u32); 6] = [

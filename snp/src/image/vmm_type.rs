@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What monitors put into a vCPU's registers when firmware starts: the same firmware has one digest per monitor.
+//! What monitors put into a vCPU's registers when firmware starts: the same firmware has one digest per
+//! monitor.
 //!
-//! Sources, since no specification covers this: the register values that `sev-snp-measure` 0.0.13 and the `sev` crate
-//! 8.0.0 found on the monitors (both are oracles of the tests), and Linux's `sev_es_sync_vmsa`. Where the two differ
-//! (EC2's RDX), `docs/measurement.md` says which is followed and why.
+//! Sources, since no specification covers this: the register values that `sev-snp-measure` 0.0.13 and the
+//! `sev` crate 8.0.0 found on the monitors (both are oracles of the tests), and Linux's `sev_es_sync_vmsa`.
+//! Where the two differ (EC2's RDX), `docs/measurement.md` says which is followed and why.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The CPUID table: one list of leaves for `KVM_SET_CPUID2` and for the CPUID page.
 //!
-//! An SNP guest trusts the page that the firmware has checked, but asks the hypervisor too, before it has found the page and
-//! for the parts that hold APIC ids; so both must come from one table. Layout of the page: SEV-SNP Firmware ABI 1.58, section
-//! 8.17.2.6 and table "CPUID_FUNCTION". What the firmware accepts is known from the one that AMD published for Genoa
-//! (`snp-model` has the rules): what the processor has, in the leaves of its list. [`CpuidTable::snp`] keeps to
-//! that. The table is built from the leaves that the *platform* offers, never from this process's own CPUID instruction.
+//! An SNP guest trusts the page that the firmware has checked, but asks the hypervisor too, before it has
+//! found the page and for the parts that hold APIC ids; so both must come from one table. Layout of the page:
+//! SEV-SNP Firmware ABI 1.58, section 8.17.2.6 and table "CPUID_FUNCTION". What the firmware accepts is known
+//! from the one that AMD published for Genoa (`snp-model` has the rules): what the processor has, in the
+//! leaves of its list. [`CpuidTable::snp`] keeps to that. The table is built from the leaves that the
+//! *platform* offers, never from this process's own CPUID instruction.
 
 use super::cpuid_entry::CpuidEntry;
 use super::cpuid_entry::Register;
@@ -14,7 +15,8 @@ use crate::plan::PAGE_SIZE;
 
 /// Entries that fit into the page.
 pub const MAX_ENTRIES: usize = 64;
-/// Possible positions of the C-bit: above what 32-bit code can address, inside of a page-table entry's address.
+/// Possible positions of the C-bit: above what 32-bit code can address, inside of a page-table entry's
+/// address.
 pub const C_BITS: std::ops::RangeInclusive<u8> = 32..=51;
 /// Position of the first entry in the page.
 const FIRST_ENTRY: usize = 16;
@@ -36,7 +38,8 @@ const LEAF1_HTT: u32 = 1 << 28;
 /// Leaf 0x80000001, ECX.
 const SVM: u32 = 1 << 2;
 const TOPOEXT: u32 = 1 << 22;
-/// Extended APIC id: not offered by KVM (Linux 6.12 to 7.3, `__do_cpuid_func`, gives it all zero), filled in here.
+/// Extended APIC id: not offered by KVM (Linux 6.12 to 7.3, `__do_cpuid_func`, gives it all zero), filled in
+/// here.
 const TOPOLOGY_LEAF: u32 = 0x8000_001e;
 /// Leaf 0x80000021, ECX: TSA_SQ_NO and TSA_L1_NO.
 const TSA_NO: u32 = 1 << 1 | 1 << 2;
@@ -44,14 +47,15 @@ const TSA_NO: u32 = 1 << 1 | 1 << 2;
 const HIGHEST_BASIC: u32 = 0x10;
 const HIGHEST_FEATURES: u32 = 1;
 
-/// Components of XCR0 whose sub-leaves are among [`SNP_LEAVES`]: x87, SSE, AVX, AVX-512, protection keys. A guest that finds a
-/// component without its sub-leaf ends itself (Linux, `snp_cpuid_calc_xsave_size`).
+/// Components of XCR0 whose sub-leaves are among [`SNP_LEAVES`]: x87, SSE, AVX, AVX-512, protection keys. A
+/// guest that finds a component without its sub-leaf ends itself (Linux, `snp_cpuid_calc_xsave_size`).
 const XCR0_COMPONENTS: u32 = 0x2e7;
 
-/// Leaves that an SNP guest gets, if the platform offers them: leaf, first and last sub-leaf. The firmware demands that any
-/// other leaf of the basic and the extended range is zero (AMD-ASPFW, `cpuid_lookup.c:sanitize_cpuid_entry`); one that is not
-/// there reads as zero. In its list, but useless to a guest, are 0x8000000A (see [`CpuidTable::snp`]), 0x8000001B,
-/// 0x80000020, 0x80000024; and 0x80000026 only on processors from Genoa on.
+/// Leaves that an SNP guest gets, if the platform offers them: leaf, first and last sub-leaf. The firmware
+/// demands that any other leaf of the basic and the extended range is zero (AMD-ASPFW,
+/// `cpuid_lookup.c:sanitize_cpuid_entry`); one that is not there reads as zero. In its list, but useless to a
+/// guest, are 0x8000000A (see [`CpuidTable::snp`]), 0x8000001B, 0x80000020, 0x80000024; and 0x80000026 only
+/// on processors from Genoa on.
 const SNP_LEAVES: &[(u32, u32, u32)] = &[
     (0, 0, 0),
     (1, 0, 0),
@@ -91,23 +95,14 @@ fn is_snp_leaf(e: &CpuidEntry) -> bool {
 
 /// Why there is no table.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CpuidError {
     /// More leaves than the page holds.
     #[error("{count} CPUID leaves, but the CPUID page holds {MAX_ENTRIES}; the leaves are: {leaves}")]
-    TooMany {
-        /// How many there are.
-        count: usize,
-        /// All of them.
-        leaves: String,
-    },
+    TooMany { count: usize, leaves: String },
     /// A leaf without which an SNP guest does not start.
     #[error("the platform offers no CPUID leaf {leaf:#x}, which an SNP guest needs: {why}")]
-    Missing {
-        /// The leaf.
-        leaf: u32,
-        /// What for.
-        why: &'static str,
-    },
+    Missing { leaf: u32, why: &'static str },
     /// The guest's start-up check of the C-bit uses RDRAND.
     #[error("the platform does not offer RDRAND (CPUID leaf 0x1, ECX bit 30), which an SNP guest needs")]
     NoRdrand,
@@ -137,12 +132,14 @@ pub struct CpuidTable {
 }
 
 impl CpuidTable {
-    /// A plain guest's table: what the platform offers, the HYPERVISOR bit, and a topology of `vcpus` cores in one package.
+    /// A plain guest's table: what the platform offers, the HYPERVISOR bit, and a topology of `vcpus` cores
+    /// in one package.
     ///
-    /// `host` is the raw CPUID of the processor below, if known. Linux 6.17 and 6.18 offer TSA_SQ_NO and TSA_L1_NO on every
-    /// processor, also on those that have the flaw (`arch/x86/kvm/cpuid.c`, `SYNTHESIZED_F` without a look at the host); a
-    /// guest that believes it does without its mitigation. So these two are offered only if the processor says so itself. On a
-    /// processor without the flaw nothing is lost: guests know it by family.
+    /// `host` is the raw CPUID of the processor below, if known. Linux 6.17 and 6.18 offer TSA_SQ_NO and
+    /// TSA_L1_NO on every processor, also on those that have the flaw (`arch/x86/kvm/cpuid.c`,
+    /// `SYNTHESIZED_F` without a look at the host); a guest that believes it does without its mitigation. So
+    /// these two are offered only if the processor says so itself. On a processor without the flaw nothing is
+    /// lost: guests know it by family.
     pub fn plain(offered: &[CpuidEntry], vcpus: u32, host: Option<&RawCpuid>) -> CpuidTable {
         let mut table = CpuidTable { entries: offered.to_vec() };
         let tsa = host.map_or(0, |host| host.register(0x8000_0021, 0, Register::Ecx));
@@ -153,11 +150,11 @@ impl CpuidTable {
 
     /// An SNP guest's table: without what the firmware refuses or the guest must not see, with the SEV leaf.
     ///
-    /// SVM is not offered, though the firmware allows it: a guest whose state KVM cannot see cannot have guests of its own, and
-    /// VMRUN would only be one more exit that ends it. Two bits that KVM emulates for plain guests go on every processor:
-    /// NO_SMM_CTL_MSR, because Milan's firmware has refused it, and GP_ON_USER_CPUID (offered from Linux 7.2 on), because Milan
-    /// lacks it too, and because it is not true here: the guest answers CPUID by itself, with a #VC handler, and KVM cannot
-    /// make it fault.
+    /// SVM is not offered, though the firmware allows it: a guest whose state KVM cannot see cannot have
+    /// guests of its own, and VMRUN would only be one more exit that ends it. Two bits that KVM emulates for
+    /// plain guests go on every processor: NO_SMM_CTL_MSR, because Milan's firmware has refused it, and
+    /// GP_ON_USER_CPUID (offered from Linux 7.2 on), because Milan lacks it too, and because it is not true
+    /// here: the guest answers CPUID by itself, with a #VC handler, and KVM cannot make it fault.
     pub fn snp(offered: &[CpuidEntry], vcpus: u32, sev: &SnpCpuid) -> Result<CpuidTable, CpuidError> {
         let mut table = CpuidTable::plain(offered, vcpus, None);
         table.entries.retain(is_snp_leaf);
@@ -177,8 +174,8 @@ impl CpuidTable {
                     e.eax = e.eax.min(HIGHEST_FEATURES);
                     e.ebx &= !(1 << 1); // TSC_ADJUST
                     e.ecx &= !(1 << 16); // LA57: spares direct boot the switch of paging levels
-                    // FSRM and, on Turin, VP2INTERSECT. The rest, SPEC_CTRL and its kind, is Intel's place for what AMD has
-                    // in leaf 0x80000008; one such bit, and the firmware answers with zero.
+                    // FSRM and, on Turin, VP2INTERSECT. The rest, SPEC_CTRL and its kind, is Intel's place
+                    // for what AMD has in leaf 0x80000008; one such bit, and the firmware answers with zero.
                     e.edx &= 1 << 4 | 1 << 8;
                 }
                 // The guest adds up the size of its own XSAVE area; this is the legacy area and the header.
@@ -355,7 +352,8 @@ pub fn encode_page(entries: &[PageEntry]) -> Result<[u8; PAGE_SIZE as usize], Cp
     Ok(page)
 }
 
-/// Reads a page; an error if its count is one that a guest refuses. Reserved fields are ignored, as Linux does.
+/// Reads a page; an error if its count is one that a guest refuses. Reserved fields are ignored, as Linux
+/// does.
 pub fn decode_page(page: &[u8; PAGE_SIZE as usize]) -> Result<Vec<PageEntry>, CpuidError> {
     let word = |bytes: &[u8]| bytes.iter().rev().fold(0u32, |value, b| value << 8 | u32::from(*b));
     let count = word(&page[..4]);
@@ -481,7 +479,8 @@ mod tests {
         assert_eq!(ecx(Some(&raw(6))), 0xff);
     }
 
-    /// AMD-ASPFW, `cpuid_lookup.c`: 7.2, 0x24, 0x80000025 are in no table; 0x80000024 and 0x80000020 are of no use.
+    /// AMD-ASPFW, `cpuid_lookup.c`: 7.2, 0x24, 0x80000025 are in no table; 0x80000024 and 0x80000020 are of
+    /// no use.
     #[test]
     fn an_snp_guest_gets_only_leaves_that_the_firmware_knows() {
         let mut more = offered();

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the firmware would change in a CPUID page that it refused.
 //!
-//! `SNP_LAUNCH_UPDATE` answers INVALID_PARAM to a page with an entry that it does not accept, and gives the page back with
-//! its own values (SEV-SNP Firmware ABI 1.58, section 8.17.2.6). The page is not measured, so to offer that version without a
-//! look would let the host decide what the guest believes about its processor. [`CpuidDiff`] shows the differences, and
-//! sorts them into three kinds:
+//! `SNP_LAUNCH_UPDATE` answers INVALID_PARAM to a page with an entry that it does not accept, and gives the
+//! page back with its own values (SEV-SNP Firmware ABI 1.58, section 8.17.2.6). The page is not measured, so
+//! to offer that version without a look would let the host decide what the guest believes about its
+//! processor. [`CpuidDiff`] shows the differences, and sorts them into three kinds:
 //!
-//! - bits that KVM made up and the firmware does not know ([`Difference::is_made_up`]): the processor does not have them in
-//!   its own CPUID, so the guest loses nothing that is the processor's. They are accepted without being asked, and named;
+//! - bits that KVM made up and the firmware does not know ([`Difference::is_made_up`]): the processor does
+//!   not have them in its own CPUID, so the guest loses nothing that is the processor's. They are accepted
+//!   without being asked, and named;
 //! - what may be accepted on request: features that only disappear, and cache descriptions;
 //! - anything else, never. The C-bit can never move, and no bit can be gained.
 
@@ -49,8 +50,9 @@ pub struct CpuidDiff {
 
 /// Feature bits that may disappear: leaf, sub-leaf if it matters, register, bits.
 ///
-/// Not among them: what a Linux guest needs to start or to be safe, RDRAND and HYPERVISOR (leaf 1, ECX 30 and 31), SYSCALL, NX
-/// and LM (leaf 0x80000001, EDX 11, 20, 29), and the whole SEV leaf, in which the host could move the C-bit.
+/// Not among them: what a Linux guest needs to start or to be safe, RDRAND and HYPERVISOR (leaf 1, ECX 30 and
+/// 31), SYSCALL, NX and LM (leaf 0x80000001, EDX 11, 20, 29), and the whole SEV leaf, in which the host could
+/// move the C-bit.
 const MAY_DISAPPEAR: &[(u32, Option<u32>, Register, u32)] = &[
     (1, None, Register::Ecx, !(1 << 30 | 1 << 31)),
     (7, Some(0), Register::Ebx, u32::MAX),
@@ -84,9 +86,11 @@ const SEV_LEAF: u32 = 0x8000_001f;
 const COHERENCY_SFW_NO: u32 = 1 << 31;
 /// SEV leaf, EBX 11:6: by how many bits encryption reduces physical addresses.
 const REDUCTION: u32 = 0xfc0;
-/// Leaf 0x80000021, EAX: VERW_CLEAR, SBPB, IBPB_BRTYPE. They announce microcode, and firmware learns of them later.
+/// Leaf 0x80000021, EAX: VERW_CLEAR, SBPB, IBPB_BRTYPE. They announce microcode, and firmware learns of them
+/// later.
 const ANNOUNCEMENTS: u32 = 1 << 5 | 1 << 27 | 1 << 28;
-/// Registers in which each bit is a feature, and those of its bits that KVM may have made up: leaf, sub-leaf, register, bits.
+/// Registers in which each bit is a feature, and those of its bits that KVM may have made up: leaf, sub-leaf,
+/// register, bits.
 const MAY_BE_MADE_UP: &[(u32, u32, Register, u32)] = &[
     (1, 0, Register::Ecx, !(1 << 30 | 1 << 31)),
     (7, 0, Register::Ebx, u32::MAX),
@@ -145,16 +149,19 @@ impl Difference {
         self.offered & !self.accepted
     }
 
-    /// Whether what is lost is not the processor's: KVM made it up, or offers it earlier than the firmware learns of it. `host`
-    /// is the raw CPUID of the processor; without it, only the second kind is known.
+    /// Whether what is lost is not the processor's: KVM made it up, or offers it earlier than the firmware
+    /// learns of it. `host` is the raw CPUID of the processor; without it, only the second kind is known.
     ///
-    /// - The bits are features that the processor does not have (`arch/x86/kvm/cpuid.c`, `SYNTHESIZED_F` and `EMULATED_F`).
-    /// - They are VERW_CLEAR, SBPB or IBPB_BRTYPE, whether the processor has them or not. Linux forces them on where microcode
-    ///   has the mitigation (`arch/x86/kernel/cpu/amd.c`), and microcode may set them itself; published firmware knows them
-    ///   weeks to months later. A guest without them takes its processor for one without that microcode, which costs speed.
-    /// - It is COHERENCY_SFW_NO, and the C-bit is as offered. A guest without it evicts caches that need not be evicted. The
-    ///   published firmware clears bits 11:6 with it, which it does not look at otherwise (`cpuid_lookup.c:FN8000001F_CUSTOM`);
-    ///   they describe the host's addresses, and an SNP guest makes no use of them.
+    /// - The bits are features that the processor does not have (`arch/x86/kvm/cpuid.c`, `SYNTHESIZED_F` and
+    ///   `EMULATED_F`).
+    /// - They are VERW_CLEAR, SBPB or IBPB_BRTYPE, whether the processor has them or not. Linux forces them
+    ///   on where microcode has the mitigation (`arch/x86/kernel/cpu/amd.c`), and microcode may set them
+    ///   itself; published firmware knows them weeks to months later. A guest without them takes its
+    ///   processor for one without that microcode, which costs speed.
+    /// - It is COHERENCY_SFW_NO, and the C-bit is as offered. A guest without it evicts caches that need not
+    ///   be evicted. The published firmware clears bits 11:6 with it, which it does not look at otherwise
+    ///   (`cpuid_lookup.c:FN8000001F_CUSTOM`); they describe the host's addresses, and an SNP guest makes no
+    ///   use of them.
     pub fn is_made_up(&self, host: Option<&RawCpuid>) -> bool {
         let (lost, gained) = (self.lost(), self.accepted & !self.offered);
         if gained != 0 || lost == 0 {
@@ -200,7 +207,8 @@ impl Difference {
 }
 
 impl CpuidDiff {
-    /// Compares the page that was offered with the page that came back. An error if the latter is no CPUID page at all.
+    /// Compares the page that was offered with the page that came back. An error if the latter is no CPUID
+    /// page at all.
     pub fn new(offered: &Page, returned: &Page) -> Result<Self, CpuidError> {
         let (before, after) = (decode_page(offered)?, decode_page(returned)?);
         let key = |e: &PageEntry| (e.eax_in, e.ecx_in, e.xcr0_in, e.xss_in);
@@ -239,8 +247,8 @@ impl CpuidDiff {
         self.all(|d| d.is_acceptable() || d.is_made_up(None))
     }
 
-    /// Whether every difference is one that KVM made up, so that the page may be accepted without being asked; see
-    /// [`Difference::is_made_up`].
+    /// Whether every difference is one that KVM made up, so that the page may be accepted without being
+    /// asked; see [`Difference::is_made_up`].
     pub fn is_made_up(&self, host: Option<&RawCpuid>) -> bool {
         self.all(|d| d.is_made_up(host))
     }
@@ -249,7 +257,8 @@ impl CpuidDiff {
         !self.structure && !self.differences.is_empty() && self.differences.iter().all(good)
     }
 
-    /// What a guest lost, in one line, whose page with these differences was accepted because KVM made them up.
+    /// What a guest lost, in one line, whose page with these differences was accepted because KVM made them
+    /// up.
     pub fn lost_note(&self) -> String {
         let lost: Vec<String> = self
             .differences
@@ -349,7 +358,8 @@ mod tests {
         assert!(!difference(0, Register::Eax, 0x10, 0).is_made_up(Some(&milan)));
     }
 
-    /// A processor whose microcode sets VERW_CLEAR, and older firmware; SBPB and IBPB_BRTYPE were learnt the same way.
+    /// A processor whose microcode sets VERW_CLEAR, and older firmware; SBPB and IBPB_BRTYPE were learnt the
+    /// same way.
     #[test]
     fn announcements_of_microcode_are_accepted_even_if_the_processor_has_them() {
         let turin = RawCpuid::parse("80000021 0 ffffffff 0 0 0").unwrap();
@@ -362,7 +372,8 @@ mod tests {
         }
     }
 
-    /// AMD-ASPFW, `cpuid_lookup.c:FN8000001F_CUSTOM`, and Linux, `arch/x86/kvm/cpuid.c`, which clears EBX 31:6 itself.
+    /// AMD-ASPFW, `cpuid_lookup.c:FN8000001F_CUSTOM`, and Linux, `arch/x86/kvm/cpuid.c`, which clears EBX
+    /// 31:6 itself.
     #[test]
     fn of_the_sev_leaf_only_the_coherency_bit_may_go() {
         let host = RawCpuid::default();

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the CPUID instruction gives on a processor.
 //!
-//! KVM offers guests more than that: features that it emulates, and facts about microcode that it knows and the processor
-//! does not tell (Linux 7.3, `arch/x86/kvm/cpuid.c`, `EMULATED_F` and `SYNTHESIZED_F`). The SNP firmware compares a guest's
-//! table with the processor, so both are needed to say who made a bit up. Raw CPUID is always handed in, by a platform for
-//! its host or as a dump of a chip: nothing here executes the instruction.
+//! KVM offers guests more than that: features that it emulates, and facts about microcode that it knows and
+//! the processor does not tell (Linux 7.3, `arch/x86/kvm/cpuid.c`, `EMULATED_F` and `SYNTHESIZED_F`). The SNP
+//! firmware compares a guest's table with the processor, so both are needed to say who made a bit up. Raw
+//! CPUID is always handed in, by a platform for its host or as a dump of a chip: nothing here executes the
+//! instruction.
 
 use super::cpuid_entry::CpuidEntry;
 use super::cpuid_entry::Register;
@@ -72,8 +73,8 @@ pub struct RawCpuid {
 }
 
 impl RawCpuid {
-    /// Asks for every leaf that the processor says it has; `cpuid` takes leaf and sub-leaf, and gives EAX to EDX. Answers that are
-    /// zero throughout are left out.
+    /// Asks for every leaf that the processor says it has; `cpuid` takes leaf and sub-leaf, and gives EAX to
+    /// EDX. Answers that are zero throughout are left out.
     pub fn read(cpuid: impl Fn(u32, u32) -> [u32; 4]) -> Self {
         let mut entries = Vec::new();
         for first in RANGES {
@@ -103,8 +104,8 @@ impl RawCpuid {
         RawCpuid { entries }
     }
 
-    /// Reads a dump: leaf, sub-leaf, EAX, EBX, ECX and EDX in hexadecimal on each line. `#` begins a comment, and lines that
-    /// begin with a word are left to the caller.
+    /// Reads a dump: leaf, sub-leaf, EAX, EBX, ECX and EDX in hexadecimal on each line. `#` begins a comment,
+    /// and lines that begin with a word are left to the caller.
     pub fn parse(dump: &str) -> Result<Self, DumpError> {
         let mut entries = Vec::new();
         for (line, text) in lines(dump).filter(|(_, text)| !text.starts_with("allow ")) {
@@ -179,8 +180,8 @@ mod tests {
         assert_eq!(RawCpuid::read(|_, _| [u32::MAX; 4]), RawCpuid::default());
     }
 
-    /// Sub-leaves as an EPYC 7713 has them (a public dump of its raw CPUID): XSAVE components 2, 9, 11 and 12 with holes
-    /// between, cache levels that end with type 0.
+    /// Sub-leaves as an EPYC 7713 has them (a public dump of its raw CPUID): XSAVE components 2, 9, 11 and 12
+    /// with holes between, cache levels that end with type 0.
     #[test]
     fn sub_leaves_are_found_behind_holes_and_end_where_the_processor_says() {
         let answers = [

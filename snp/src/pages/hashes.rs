@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The page of kernel hashes: how a firmware knows that kernel, initrd and command line are the measured ones.
+//! The page of kernel hashes: how a firmware knows that kernel, initrd and command line are the measured
+//! ones.
 //!
-//! The monitor hands the three to OVMF through a channel that the host controls; OVMF compares them with the SHA-256
-//! hashes in this measured page. Layout: QEMU, `target/i386/sev.c`, `SevHashTable`: a header GUID and length, then one
-//! entry each for command line, initrd and kernel, padded with zeros to a multiple of 16 bytes.
+//! The monitor hands the three to OVMF through a channel that the host controls; OVMF compares them with the
+//! SHA-256 hashes in this measured page. Layout: QEMU, `target/i386/sev.c`, `SevHashTable`: a header GUID and
+//! length, then one entry each for command line, initrd and kernel, padded with zeros to a multiple of 16
+//! bytes.
 
 use sha2::Digest as _;
 use sha2::Sha256;

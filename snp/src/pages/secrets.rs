@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The secrets page: the keys by which a guest talks to the firmware.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 8.17.2.5, and Linux `struct snp_secrets_page`. On hardware the firmware writes it; the
-//! software model builds the same page here. The guest owns the OS area and may write anything there.
+//! SEV-SNP Firmware ABI 1.58, section 8.17.2.5, and Linux `struct snp_secrets_page`. On hardware the firmware
+//! writes it; the software model builds the same page here. The guest owns the OS area and may write anything
+//! there.
 
 use crate::le;
 use crate::plan::PAGE_SIZE;

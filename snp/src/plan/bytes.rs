@@ -26,7 +26,8 @@ impl Bytes {
         Some(Bytes { buffer: Arc::clone(&self.buffer), window: start + window.start..start + window.end })
     }
 
-    /// Takes in `next` if it follows these bytes in the same buffer, or if both are empty; says whether it did.
+    /// Takes in `next` if it follows these bytes in the same buffer, or if both are empty; says whether it
+    /// did.
     pub fn join(&mut self, next: &Bytes) -> bool {
         let same = Arc::ptr_eq(&self.buffer, &next.buffer);
         if self.window.is_empty() && next.window.is_empty() {

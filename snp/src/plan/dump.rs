@@ -3,14 +3,15 @@
 //!
 //! Two streams. One holds JSON lines in launch order, one object each:
 //!
-//! - `{"kind":"pages","name":"kernel","type":"normal","page_type":1,"gpa":16777216,"len":4096,"offset":0,"bytes":4000}`: a run of
-//!   pages. `len` bytes from guest-physical address `gpa`; their first `bytes` bytes are at `offset` of the other stream, the
-//!   rest is zero. `type` is a name and `page_type` the firmware's number for it.
-//! - `{"kind":"vcpu","index":0,"page_type":2,"gpa":281474976706560,"len":4096,"offset":4000,"bytes":4096}`: a vCPU's save area,
-//!   with the address under which it is measured. These come last, in vCPU order.
+//! -
+//!   `{"kind":"pages","name":"kernel","type":"normal","page_type":1,"gpa":16777216,"len":4096,"offset":0,"bytes":4000}`:
+//!   a run of pages. `len` bytes from guest-physical address `gpa`; their first `bytes` bytes are at `offset`
+//!   of the other stream, the rest is zero. `type` is a name and `page_type` the firmware's number for it.
+//! - `{"kind":"vcpu","index":0,"page_type":2,"gpa":281474976706560,"len":4096,"offset":4000,"bytes":4096}`: a
+//!   vCPU's save area, with the address under which it is measured. These come last, in vCPU order.
 //!
-//! The other stream holds the contents, one after the other. The digest is computed from both as [`crate::digest`] says; this
-//! module computes none of it.
+//! The other stream holds the contents, one after the other. The digest is computed from both as
+//! [`crate::digest`] says; this module computes none of it.
 
 use std::io;
 use std::io::Write;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Reading a VMSA that a guest has written, and refusing what the emulated platform could not load.
 //!
-//! A guest starts its other vCPUs from pages that it fills itself. A [`VmsaState`] does not hold every field of the page;
-//! one that it does not hold must have its reset value, because dropping it silently would run the vCPU with other
-//! registers than the guest asked for.
+//! A guest starts its other vCPUs from pages that it fills itself. A [`VmsaState`] does not hold every field
+//! of the page; one that it does not hold must have its reset value, because dropping it silently would run
+//! the vCPU with other registers than the guest asked for.
 
 use super::EFER_SVME;
 use super::Segment;
@@ -13,27 +13,14 @@ use crate::page::PAGE_SIZE;
 
 /// Why a VMSA cannot be loaded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum VmsaRefusal {
     /// A field that must have one value here.
     #[error("offset {offset:#x} ({field}) is {found:#x}, but only {expected} can be loaded")]
-    Value {
-        /// Offset in the page.
-        offset: usize,
-        /// The field's name.
-        field: &'static str,
-        /// What the page holds.
-        found: u64,
-        /// What it could hold.
-        expected: &'static str,
-    },
+    Value { offset: usize, field: &'static str, found: u64, expected: &'static str },
     /// A byte of the page that belongs to no field that can be loaded.
     #[error("offset {offset:#x} holds {found:#x}: this state cannot be loaded, it must be zero")]
-    Unsupported {
-        /// Offset in the page.
-        offset: usize,
-        /// What the page holds there.
-        found: u8,
-    },
+    Unsupported { offset: usize, found: u8 },
 }
 
 /// x87 tag word as Linux writes it for a vCPU to start (all registers "zero"), beside 0 for "all empty".
@@ -42,7 +29,8 @@ const FTW: usize = 0x40c;
 const VMPL: usize = 0xca;
 
 impl VmsaState {
-    /// Reads `page`. Fails if it holds state that this type does not have, or values with which no vCPU can run.
+    /// Reads `page`. Fails if it holds state that this type does not have, or values with which no vCPU can
+    /// run.
     pub fn decode(page: &[u8; PAGE_SIZE as usize]) -> Result<Self, VmsaRefusal> {
         let u16_at = |at| le::u16_at(page, at);
         let u32_at = |at| le::u32_at(page, at);
@@ -111,8 +99,9 @@ impl VmsaState {
 }
 
 impl VmsaState {
-    /// Refuses what a vCPU of an ordinary VM cannot be given although hardware would take it from a save area: the calls that set
-    /// registers drop it silently (Linux 7.3, arch/x86/kvm: `kvm_arch_vcpu_ioctl_set_fpu`, `__set_sregs`).
+    /// Refuses what a vCPU of an ordinary VM cannot be given although hardware would take it from a save
+    /// area: the calls that set registers drop it silently (Linux 7.3, arch/x86/kvm:
+    /// `kvm_arch_vcpu_ioctl_set_fpu`, `__set_sregs`).
     pub fn check_loadable(&self) -> Result<(), VmsaRefusal> {
         let reset = VmsaState::reset();
         let refuse =

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The image as a guest sees it. Structure offsets come from `linux-loader`'s bindings of the kernel's own headers, the rest from
-//! the specifications named at each test.
+//! The image as a guest sees it. Structure offsets come from `linux-loader`'s bindings of the kernel's own
+//! headers, the rest from the specifications named at each test.
 
 use std::mem::offset_of;
 

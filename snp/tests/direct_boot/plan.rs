@@ -82,7 +82,8 @@ fn what_the_host_chooses_is_in_the_digest() {
     assert_eq!(digest(DirectBoot { guest: with_table, ..base }), reference);
 }
 
-/// Linux 7.3.4, `sev.c:sev_es_sync_vmsa`: of what Secure TSC changes only `sev_features` is in the save area when it is measured.
+/// Linux 7.3.4, `sev.c:sev_es_sync_vmsa`: of what Secure TSC changes only `sev_features` is in the save area
+/// when it is measured.
 #[test]
 fn secure_tsc_is_a_feature_of_every_vcpu_and_changes_nothing_else() {
     let kernel = bzimage();

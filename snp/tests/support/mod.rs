@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the integration tests of this crate share: firmware at random, real reports, and oracles in other languages.
+//! What the integration tests of this crate share: firmware at random, real reports, and oracles in other
+//! languages.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Real reports with their certificates, and one that tests change.
 //!
-//! The Milan report is in the `sev` crate's package. The others are read from the folder that `CVMM_REPORT_FIXTURES` names;
-//! without it tests say that they were skipped.
+//! The Milan report is in the `sev` crate's package. The others are read from the folder that
+//! `CVMM_REPORT_FIXTURES` names; without it tests say that they were skipped.
 
 use std::path::PathBuf;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What `l2-init` printed, read outside of the guest: lines `cvmm-guest: KEY VALUE`, and the attestation reports in them.
+//! What `l2-init` printed, read outside of the guest: lines `cvmm-guest: KEY VALUE`, and the attestation
+//! reports in them.
 
 use anyhow::Context;
 use anyhow::Result;

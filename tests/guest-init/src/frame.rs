@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The messages between the harness and the agent in L1, over any byte stream.
 //!
-//! A frame is a length (u32, little-endian, of what follows), a kind (u8), a job number (u32, little-endian), and a payload:
-//! raw bytes for streams, JSON for the rest. The peer is our own program, yet its kernel and its emulator may break: a
-//! reader checks length and kind and never allocates more than [`MAX_FRAME`].
+//! A frame is a length (u32, little-endian, of what follows), a kind (u8), a job number (u32, little-endian),
+//! and a payload: raw bytes for streams, JSON for the rest. The peer is our own program, yet its kernel and
+//! its emulator may break: a reader checks length and kind and never allocates more than [`MAX_FRAME`].
 
 use std::io;
 use std::io::Read;

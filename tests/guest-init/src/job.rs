@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A command with a time limit, its output as it comes, and the way it ended.
 //!
-//! Every process that the tests start goes through here, on the host and inside L1, so that nothing runs without a
-//! limit and nothing outlives its job: the whole process group is killed when the job's first process ends.
+//! Every process that the tests start goes through here, on the host and inside L1, so that nothing runs
+//! without a limit and nothing outlives its job: the whole process group is killed when the job's first
+//! process ends.
 
 use std::io::Read;
 use std::io::Write;

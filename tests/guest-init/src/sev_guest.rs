@@ -2,8 +2,8 @@
 //! Asks `/dev/sev-guest` for reports and keys, as Linux defines it (include/uapi/linux/sev-guest.h;
 //! message contents: SEV-SNP Firmware ABI 1.58, chapter 7).
 //!
-//! The three requests are ioctls whose argument holds addresses of a request and a response buffer; issuing them is the
-//! one thing here that the compiler cannot check.
+//! The three requests are ioctls whose argument holds addresses of a request and a response buffer; issuing
+//! them is the one thing here that the compiler cannot check.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -88,7 +88,8 @@ impl SevGuest {
     pub fn report(&self, user_data: [u8; 64]) -> Result<[u8; REPORT_SIZE]> {
         let request = ReportRequest { user_data, vmpl: 0, reserved: [0; 28] };
         let mut response = [0; 4000];
-        // SAFETY: the kernel reads a `snp_report_req` and writes at most 4000 bytes; both live until the call returns.
+        // SAFETY: the kernel reads a `snp_report_req` and writes at most 4000 bytes; both live until the call
+        // returns.
         let answer =
             unsafe { self.call::<GET_REPORT>(&raw const request as u64, response.as_mut_ptr() as u64) };
         answer?;
@@ -104,8 +105,8 @@ impl SevGuest {
             certificates: table.as_mut_ptr() as u64,
             length: table.len() as u32,
         };
-        // SAFETY: the kernel reads and writes a `snp_ext_report_req`, writes at most 4000 bytes to the response and `length`
-        // bytes to the certificate table; all three live until the call returns.
+        // SAFETY: the kernel reads and writes a `snp_ext_report_req`, writes at most 4000 bytes to the
+        // response and `length` bytes to the certificate table; all three live until the call returns.
         let answer =
             unsafe { self.call::<GET_EXT_REPORT>(&raw mut request as u64, response.as_mut_ptr() as u64) };
         answer.with_context(|| format!("certificates need {} bytes", request.length))?;
@@ -123,7 +124,8 @@ impl SevGuest {
             tcb_version: 0,
         };
         let mut response = [0; 64];
-        // SAFETY: the kernel reads a `snp_derived_key_req` and writes at most 64 bytes; both live until the call returns.
+        // SAFETY: the kernel reads a `snp_derived_key_req` and writes at most 64 bytes; both live until the
+        // call returns.
         let answer =
             unsafe { self.call::<GET_DERIVED_KEY>(&raw const request as u64, response.as_mut_ptr() as u64) };
         answer?;
@@ -136,11 +138,12 @@ impl SevGuest {
     /// Issues one request.
     ///
     /// # Safety
-    /// `request` and `response` must be addresses of live buffers of the types and sizes that `OPCODE` demands.
+    /// `request` and `response` must be addresses of live buffers of the types and sizes that `OPCODE`
+    /// demands.
     unsafe fn call<const OPCODE: Opcode>(&self, request: u64, response: u64) -> Result<()> {
         let mut envelope = Envelope { version: 1, request, response, error: 0 };
-        // SAFETY: OPCODE is one of the three requests above, all of which take an `Envelope`; the caller vouches for the
-        // buffers that it points to.
+        // SAFETY: OPCODE is one of the three requests above, all of which take an `Envelope`; the caller
+        // vouches for the buffers that it points to.
         let result: Result<(), Errno> =
             unsafe { ioctl::ioctl(&self.device, Updater::<OPCODE, Envelope>::new(&mut envelope)) };
         result.with_context(|| {

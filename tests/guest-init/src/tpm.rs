@@ -25,7 +25,8 @@ const RANDOM: u16 = 16;
 /// `TPM2_GetRandom` of [`RANDOM`] bytes (TPM 2.0 Library, Part 3, 16.1): no sessions, 12 bytes, code 0x17b.
 const GET_RANDOM: [u8; 12] = [0x80, 0x01, 0, 0, 0, 12, 0, 0, 0x01, 0x7b, 0, RANDOM as u8];
 
-/// Prints `tpm_version`, a `tpm_pcr INDEX HEX` for each PCR of firmware, boot loader and system (SHA-256), `tpm_log HEX` and `tpm_random HEX`.
+/// Prints `tpm_version`, a `tpm_pcr INDEX HEX` for each PCR of firmware, boot loader and system (SHA-256),
+/// `tpm_log HEX` and `tpm_random HEX`.
 pub fn show() -> Result<()> {
     let read = |path: String| fs::read_to_string(&path).context(path);
     println!("cvmm-guest: tpm_version {}", read(format!("{FILES}/tpm_version_major"))?.trim());

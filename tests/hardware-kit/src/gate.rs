@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Whether there is anything to test: `cvmm doctor` decides, so that an emulated run cannot be taken for an acceptance.
+//! Whether there is anything to test: `cvmm doctor` decides, so that an emulated run cannot be taken for an
+//! acceptance.
 
 use std::time::Duration;
 
@@ -18,7 +19,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 pub enum Gate {
     /// Guests can be launched.
     Open {
-        /// The firmware refuses values of the CPUID page and takes its own: every launch needs `--accept-cpuid`.
+        /// The firmware refuses values of the CPUID page and takes its own: every launch needs
+        /// `--accept-cpuid`.
         accept_cpuid: bool,
     },
     /// They cannot, and why.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a monitor uses while its guest sleeps: CPU time of each vCPU thread, and memory.
 //!
-//! A vCPU that KVM does not run, but whose thread asks it to over and over, uses a whole CPU (Linux, `kvm_arch_vcpu_ioctl_run`
-//! answers EAGAIN to a vCPU that has not been started). The guest does not show it, and neither does its report.
+//! A vCPU that KVM does not run, but whose thread asks it to over and over, uses a whole CPU (Linux,
+//! `kvm_arch_vcpu_ioctl_run` answers EAGAIN to a vCPU that has not been started). The guest does not show it,
+//! and neither does its report.
 
 use std::fs;
 use std::path::Path;
@@ -22,7 +23,8 @@ pub struct Thread {
     pub id: String,
     /// Its name, such as `vcpu1`.
     pub name: String,
-    /// Nanoseconds in which it ran, or waited for a CPU: on a busy host a thread that never sleeps does not run all the time.
+    /// Nanoseconds in which it ran, or waited for a CPU: on a busy host a thread that never sleeps does not
+    /// run all the time.
     pub busy: u64,
 }
 
@@ -43,15 +45,16 @@ pub fn threads(process: u32) -> Result<Vec<Thread>> {
     Ok(all)
 }
 
-/// Name and CPU time in nanoseconds of a line of `stat` (Linux, `proc(5)`): fields 2, 14 and 15. A name can have spaces and
-/// brackets. A tick is a hundredth of a second for user space on x86 (`USER_HZ`).
+/// Name and CPU time in nanoseconds of a line of `stat` (Linux, `proc(5)`): fields 2, 14 and 15. A name can
+/// have spaces and brackets. A tick is a hundredth of a second for user space on x86 (`USER_HZ`).
 fn parse(stat: &str) -> Option<(String, u64)> {
     let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
     let mut times = rest.split_whitespace().skip(11).map_while(|field| field.parse::<u64>().ok());
     Some((name.to_owned(), (times.next()? + times.next()?) * 10_000_000))
 }
 
-/// Nanoseconds that a thread waited for a CPU: the second field of `schedstat` (Linux, `Documentation/scheduler/sched-stats.rst`).
+/// Nanoseconds that a thread waited for a CPU: the second field of `schedstat` (Linux,
+/// `Documentation/scheduler/sched-stats.rst`).
 fn waited(schedstat: &str) -> Option<u64> {
     schedstat.split_whitespace().nth(1)?.parse().ok()
 }

@@ -37,7 +37,8 @@ impl KernelLog {
         loop {
             let length = match log.read(&mut record) {
                 Ok(length @ 1..) => length,
-                // Records were overwritten before they were read; the next read gives the oldest that is left.
+                // Records were overwritten before they were read; the next read gives the oldest that is
+                // left.
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => continue,
                 _ => break,
             };

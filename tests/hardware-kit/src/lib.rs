@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What whoever has an SNP host runs: `run`, a static program beside a static cvmm, a kernel and an initial ramdisk. It needs no
-//! package, no network and no Rust, and leaves one file that tells everything that this project wants to know of a host.
+//! What whoever has an SNP host runs: `run`, a static program beside a static cvmm, a kernel and an initial
+//! ramdisk. It needs no package, no network and no Rust, and leaves one file that tells everything that this
+//! project wants to know of a host.
 //!
-//! **It has never run on hardware**: the project has no SNP host. What each step proves is in `docs/hardware-acceptance.md`. Where
-//! `cvmm doctor` does not say that SNP guests can be launched it refuses, and says what doctor found missing. A *rehearsal* goes
-//! through the same steps on the emulated platform, to test the kit itself; its report says on every page that it is no acceptance.
+//! **It has never run on hardware**: the project has no SNP host. What each step proves is in
+//! `docs/hardware-acceptance.md`. Where `cvmm doctor` does not say that SNP guests can be launched it
+//! refuses, and says what doctor found missing. A *rehearsal* goes through the same steps on the emulated
+//! platform, to test the kit itself; its report says on every page that it is no acceptance.
 
 mod gate;
 mod idle;
@@ -45,8 +47,8 @@ Exit codes:
     3  refused: SNP guests cannot be launched on this host; the report says what is missing"
 )]
 pub struct Args {
-    /// The host's VCEK or VLEK certificate, and its issuer's if that is not AMD's VCEK intermediate; without it the report's
-    /// signature is not checked
+    /// The host's VCEK or VLEK certificate, and its issuer's if that is not AMD's VCEK intermediate; without
+    /// it the report's signature is not checked
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub certs: Vec<PathBuf>,
     /// Where the report goes

@@ -32,8 +32,8 @@ struct Step {
     seconds: f64,
 }
 
-/// The report of one run. It is in its file from the beginning, and up to date before and after each step: a host on which this runs
-/// for the first time may go down.
+/// The report of one run. It is in its file from the beginning, and up to date before and after each step: a
+/// host on which this runs for the first time may go down.
 pub struct Report {
     file: PathBuf,
     /// The step that is being done.

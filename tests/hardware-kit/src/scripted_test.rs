@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Every step, against a stand-in for cvmm on an SNP host that is not there.
 //!
-//! The stand-in is a shell script. It answers `doctor`, `measure`, `verify` and `certs` as cvmm does, and a launch with the lines that
-//! `l2-init` prints; its reports have nonce, measurement and report id where the firmware has them (SEV-SNP Firmware ABI 1.58,
-//! table 23). What a test wants it to do wrong is in its environment's `FAULT`, written into the script.
+//! The stand-in is a shell script. It answers `doctor`, `measure`, `verify` and `certs` as cvmm does, and a
+//! launch with the lines that `l2-init` prints; its reports have nonce, measurement and report id where the
+//! firmware has them (SEV-SNP Firmware ABI 1.58, table 23). What a test wants it to do wrong is in its
+//! environment's `FAULT`, written into the script.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -60,7 +61,8 @@ case "$*" in *restart*) report 02;; esac
 exit 3
 "#;
 
-/// Runs a test's program under the name of a sleeping guest's monitor: a thread for each vCPU. It is this very test binary.
+/// Runs a test's program under the name of a sleeping guest's monitor: a thread for each vCPU. It is this
+/// very test binary.
 const SLEEPER: &str = "CVMM_KIT_SLEEPER";
 
 struct Host {

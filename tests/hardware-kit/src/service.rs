@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The TPM service on a host whose libraries are not known.
 //!
-//! `vtpm-svc` loads libtpms when it starts, so it cannot be a static program like the others. The kit brings it with every library that
-//! it needs and with their loader, in a folder of its own; the loader has to be told where they are. `vtpm-svc` beside cvmm, where
-//! cvmm looks for the service, is a name of this program, which does that and is gone.
+//! `vtpm-svc` loads libtpms when it starts, so it cannot be a static program like the others. The kit brings
+//! it with every library that it needs and with their loader, in a folder of its own; the loader has to be
+//! told where they are. `vtpm-svc` beside cvmm, where cvmm looks for the service, is a name of this program,
+//! which does that and is gone.
 
 use std::ffi::OsStr;
 use std::ffi::OsString;

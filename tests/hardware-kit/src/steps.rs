@@ -39,8 +39,8 @@ const PAGES_MAX: u64 = 10;
 const GUEST_MIB: u64 = 1024;
 /// The same in a rehearsal, which keeps two copies of it.
 const REHEARSAL_MIB: u64 = 512;
-/// Shared memory that the monitor may hold for a guest of that size, in MiB: bounce buffers (6 % of the memory, at least 64
-/// MiB), what the guest shares besides, and the monitor itself.
+/// Shared memory that the monitor may hold for a guest of that size, in MiB: bounce buffers (6 % of the
+/// memory, at least 64 MiB), what the guest shares besides, and the monitor itself.
 const SHARED_MIB_MAX: u64 = 192;
 /// Longest time for one guest.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -275,7 +275,8 @@ impl Test<'_> {
         Ok(Found::Passed(json!({ "bytes": given.len() })))
     }
 
-    /// A guest with a TPM: its digest is the predicted one, its PCRs hold what `cvmm measure` says, and the TPM answers.
+    /// A guest with a TPM: its digest is the predicted one, its PCRs hold what `cvmm measure` says, and the
+    /// TPM answers.
     fn tpm(&self, cpus: u32, report: &mut Report) -> Result<Value> {
         const ACTIONS: &str = "tpm,report,reboot";
         let mut measure = vec!["measure".to_owned(), "--json".into(), "--vtpm".into()];
@@ -345,7 +346,8 @@ impl Test<'_> {
         Ok(options)
     }
 
-    /// A zero byte at the end of an initrd changes nothing for the guest; the report must show it all the same.
+    /// A zero byte at the end of an initrd changes nothing for the guest; the report must show it all the
+    /// same.
     fn tampered(&self, cpus: u32, digest: &str, report: &mut Report) -> Result<Found> {
         let mut bytes = fs::read(&self.kit.initrd)?;
         bytes.push(0);
@@ -365,8 +367,8 @@ impl Test<'_> {
         Ok(Found::Passed(value))
     }
 
-    /// While a guest that has used its memory sleeps, its vCPUs use no CPU and the monitor holds only what the guest shares. The
-    /// host's available memory is told and not judged: others use it, too.
+    /// While a guest that has used its memory sleeps, its vCPUs use no CPU and the monitor holds only what
+    /// the guest shares. The host's available memory is told and not judged: others use it, too.
     fn idle(&self, cpus: u32) -> Result<Value> {
         let before = kib("/proc/meminfo", "MemAvailable:")?;
         let options = self.launch_options(&self.kit.initrd, cpus, "info,memory,sleep");
@@ -407,7 +409,8 @@ impl Test<'_> {
             "host_available_mib": { "before": before >> 10, "during": during? >> 10, "after": after >> 10 },
         });
         ensure!(shares.len() == cpus as usize, "{} vCPU threads for {cpus} vCPUs", shares.len());
-        // The emulated platform keeps the private side in the monitor, and its CPUs may be emulated themselves.
+        // The emulated platform keeps the private side in the monitor, and its CPUs may be emulated
+        // themselves.
         if !self.kit.rehearsal {
             if let Some((name, share)) = shares.iter().find(|(_, share)| *share > BUSY) {
                 bail!(

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How guest memory is validated: all of it before the kernel runs, or most of it by the kernel, on hosts that take
-//! `PVALIDATE` of 2 MiB and on hosts that do not.
+//! How guest memory is validated: all of it before the kernel runs, or most of it by the kernel, on hosts
+//! that take `PVALIDATE` of 2 MiB and on hosts that do not.
 //!
-//! Every run is a strict one of an unmodified Debian kernel to its user space: a page touched before it was validated, or
-//! through the wrong view, ends it, and a page validated twice is reported. RAM is overcommitted: L1 has less than the largest
-//! guest. What must not grow with RAM is compared across runs, not with a number noted here.
+//! Every run is a strict one of an unmodified Debian kernel to its user space: a page touched before it was
+//! validated, or through the wrong view, ends it, and a page validated twice is reported. RAM is
+//! overcommitted: L1 has less than the largest guest. What must not grow with RAM is compared across runs,
+//! not with a number noted here.
 
 use std::time::Duration;
 
@@ -25,7 +26,8 @@ use crate::statistics::launch_pages;
 use crate::suite::Case;
 use crate::suite::Context;
 
-/// Most memory that a monitor may have when stage0 is done, in KiB: files, staging memory, and what the kernel's place holds.
+/// Most memory that a monitor may have when stage0 is done, in KiB: files, staging memory, and what the
+/// kernel's place holds.
 const RESIDENT_MAX: u64 = 400 << 10;
 
 /// For guests that exit once for each 4 KiB of their memory: 16 GiB take six minutes in an emulated machine.
@@ -113,8 +115,8 @@ fn lazy_by_pages(context: &Context, memories: &[&'static str]) -> Result<()> {
     lazy(&runs)
 }
 
-/// stage0's work does not depend on the size of RAM once its windows fit. The initrd is placed at the end of RAM, but not
-/// above 2 GiB; stage0 validates 2 MiB after it, which a guest of 1 GiB does not have.
+/// stage0's work does not depend on the size of RAM once its windows fit. The initrd is placed at the end of
+/// RAM, but not above 2 GiB; stage0 validates 2 MiB after it, which a guest of 1 GiB does not have.
 fn lazy(runs: &[Run]) -> Result<()> {
     for small in runs.iter().filter(|run| run.memory_mib < 2048) {
         let large = runs.last().map_or(0, |run| run.stage0.pvalidate);
@@ -175,7 +177,8 @@ fn run(
         verbose: false,
     };
     let mut job = guest.run_job(&context.cvmm, &context.keys()?);
-    // Little memory for bounce buffers: Linux would zero 6 % of RAM for them, which takes minutes in software emulation.
+    // Little memory for bounce buffers: Linux would zero 6 % of RAM for them, which takes minutes in software
+    // emulation.
     let cmdline = job.argv.iter().position(|word| word == "--cmdline");
     if let Some(value) = cmdline.and_then(|at| job.argv.get_mut(at + 1)) {
         value.push_str(" swiotlb=4096");

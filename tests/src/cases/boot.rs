@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Unmodified Debian kernels boot to user space, plain and as SNP guests, and an SNP guest's report carries the digest that
-//! was predicted.
+//! Unmodified Debian kernels boot to user space, plain and as SNP guests, and an SNP guest's report carries
+//! the digest that was predicted.
 //!
-//! Kernels are those of the stable release, of its backports, and the newest ones of later suites that the archive has.
+//! Kernels are those of the stable release, of its backports, and the newest ones of later suites that the
+//! archive has.
 //!
-//! The prediction is made on the host before the guest starts, and twice: by `cvmm measure`, and by [`crate::digest`] from
-//! the plan's dump. The report comes from the guest, through the kernel's own driver.
+//! The prediction is made on the host before the guest starts, and twice: by `cvmm measure`, and by
+//! [`crate::digest`] from the plan's dump. The report comes from the guest, through the kernel's own driver.
 
 use std::fs;
 use std::path::Path;
@@ -129,7 +130,8 @@ fn kernel_file(context: &Context, role: Role, image: Image) -> Result<PathBuf> {
     }
 }
 
-/// Boots `guest` where `context` runs guests, and checks what it says about itself and, for SNP, about its launch.
+/// Boots `guest` where `context` runs guests, and checks what it says about itself and, for SNP, about its
+/// launch.
 pub fn boots(context: &Context, guest: &Guest) -> Result<Console> {
     let predicted = match guest.mode {
         Mode::Plain => None,

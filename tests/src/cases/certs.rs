@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Certificates that the operator gives to guests: the guest's driver gets exactly the file's table, with a report that verifies
-//! by it.
+//! Certificates that the operator gives to guests: the guest's driver gets exactly the file's table, with a
+//! report that verifies by it.
 
 use std::fs;
 
@@ -30,7 +30,8 @@ pub fn cases() -> Vec<Case> {
 fn table_of_file(context: &Context) -> Result<()> {
     let file = context.workspace.work().join("certs.table");
     let mut make = job(&context.cvmm);
-    // The keys' file holds the platform's own certificates, root first; the platform itself would hand them out in another order.
+    // The keys' file holds the platform's own certificates, root first; the platform itself would hand them
+    // out in another order.
     make.argv.extend(["certs".into(), context.keys()?.display().to_string()]);
     make.argv.extend(["--out".into(), file.display().to_string()]);
     let made = context.run_on_host(&make);

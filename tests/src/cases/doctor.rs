@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cvmm doctor` agrees with what the launch does on the same machine, and the acceptance test refuses machines without SNP.
+//! `cvmm doctor` agrees with what the launch does on the same machine, and the acceptance test refuses
+//! machines without SNP.
 
 use std::path::Path;
 
@@ -24,7 +25,8 @@ const REFUSED: i32 = 3;
 pub fn cases() -> Vec<Case> {
     vec![
         Case::new("doctor/knows-a-machine-that-emulates", |context| {
-            // The machine that runs this suite's emulated guests; L1's kernel has no SNP, and a host with it is not tested here.
+            // The machine that runs this suite's emulated guests; L1's kernel has no SNP, and a host with it
+            // is not tested here.
             let mut doctor = job(&context.cvmm);
             doctor.argv.extend(["doctor".into(), "--json".into()]);
             let output = context.run(&doctor)?;

@@ -78,7 +78,8 @@ fn signalled(context: &Context, mode: Mode, signal: i32, code: i32) -> Result<()
     Ok(())
 }
 
-/// A guest that reports and reboots, twice: the digest is the predicted one each time, and each time it is another guest.
+/// A guest that reports and reboots, twice: the digest is the predicted one each time, and each time it is
+/// another guest.
 fn restarted(context: &Context) -> Result<()> {
     let guest =
         Guest { report_data: "a7".repeat(64), ..guest(context, Mode::SplitStrict, "info,report,reboot")? };

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! IGVM files and OVMF as SNP guests: `cvmm --igvm` and `cvmm --firmware` launch what `cvmm measure` measures, and what other
-//! tools compute for the same file.
+//! IGVM files and OVMF as SNP guests: `cvmm --igvm` and `cvmm --firmware` launch what `cvmm measure`
+//! measures, and what other tools compute for the same file.
 //!
-//! Expected digests come from the `igvm` crate and from `sev-snp-measure`. On the emulated platform the launch itself fails
-//! if the model of the firmware, which hashes what enters the guest, does not arrive at the predicted digest.
+//! Expected digests come from the `igvm` crate and from `sev-snp-measure`. On the emulated platform the
+//! launch itself fails if the model of the firmware, which hashes what enters the guest, does not arrive at
+//! the predicted digest.
 
 use std::path::Path;
 
@@ -154,9 +155,9 @@ fn igvm_runs(context: &Context, twist: Twist) -> Result<()> {
     Ok(())
 }
 
-/// Debian's OVMF is launched with the digest of sev-snp-measure, and its first phase runs: it asks the hypervisor for its
-/// features through the GHCB MSR, registers a GHCB, checks its VMPL, and then uses that page. With `cmdline`, a copy of the
-/// file that has a page for the hashes of a kernel.
+/// Debian's OVMF is launched with the digest of sev-snp-measure, and its first phase runs: it asks the
+/// hypervisor for its features through the GHCB MSR, registers a GHCB, checks its VMPL, and then uses that
+/// page. With `cmdline`, a copy of the file that has a page for the hashes of a kernel.
 fn ovmf(context: &Context, vcpus: u32, cmdline: Option<&str>) -> Result<Verdict> {
     let work = context.workspace.work();
     let debian = std::env::var_os("CVMM_DEBIAN_OVMF").map_or_else(|| work.join("ovmf/usr/share"), Into::into);
@@ -215,7 +216,8 @@ fn ovmf(context: &Context, vcpus: u32, cmdline: Option<&str>) -> Result<Verdict>
 /// Turns Debian's third area of SEC memory into a page for hashes, and says so in the file's table.
 fn make_room_for_hashes(file: &mut [u8]) -> Result<()> {
     let find = |pattern: &[u8]| file.windows(pattern.len()).position(|window| window == pattern);
-    // {gpa 0x80a000, 0x3000 bytes, type 1}; and the entry 7255371f-3a3b-4b04-927b-1da6efa8d454 with base and size 0.
+    // {gpa 0x80a000, 0x3000 bytes, type 1}; and the entry 7255371f-3a3b-4b04-927b-1da6efa8d454 with base and
+    // size 0.
     let section = [0x80_a000u32, 0x3000, 1].map(u32::to_le_bytes).concat();
     let section = find(&section).context("no such section")?;
     let guid =

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Boots every kernel of a folder that somebody names: `cargo xtask test --kernels DIR`.
 //!
-//! The checks are those of [`super::boot`]. A kernel without the `sev-guest` driver shows no report; its launch digest is compared
-//! with the prediction all the same.
+//! The checks are those of [`super::boot`]. A kernel without the `sev-guest` driver shows no report; its
+//! launch digest is compared with the prediction all the same.
 
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The hardware kit, where no SNP host is: it refuses from a root with nothing in it but its own archive, which is stricter than any
-//! other distribution, and it rehearses its steps on the emulated platform.
+//! The hardware kit, where no SNP host is: it refuses from a root with nothing in it but its own archive,
+//! which is stricter than any other distribution, and it rehearses its steps on the emulated platform.
 
 use std::fs;
 use std::path::Path;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A guest takes a CPU offline and online again.
 //!
-//! An SNP guest's kernel parks the CPU in a hypercall (Linux, `sev_es_play_dead` in arch/x86/coco/sev/core.c) and brings it back with
-//! a new save area, as at the first start (`wakeup_cpu_via_vmgexit` there), so both ways have to work more than once.
+//! An SNP guest's kernel parks the CPU in a hypercall (Linux, `sev_es_play_dead` in arch/x86/coco/sev/core.c)
+//! and brings it back with a new save area, as at the first start (`wakeup_cpu_via_vmgexit` there), so both
+//! ways have to work more than once.
 
 use anyhow::Result;
 use anyhow::ensure;

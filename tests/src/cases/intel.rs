@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What cvmm does on an Intel host: plain and SNP guests, and one with a TPM, on the KVM of an outer guest under Bochs.
+//! What cvmm does on an Intel host: plain and SNP guests, and one with a TPM, on the KVM of an outer guest
+//! under Bochs.
 //!
-//! The checks are those of [`super::boot`] and [`super::vtpm`]. Bochs runs some fifty million instructions a second, so there are
-//! few cases, and their guests do little.
+//! The checks are those of [`super::boot`] and [`super::vtpm`]. Bochs runs some fifty million instructions a
+//! second, so there are few cases, and their guests do little.
 
 use std::time::Duration;
 
@@ -26,7 +27,8 @@ use crate::suite::Case;
 use crate::suite::Context;
 use crate::suite::Verdict;
 
-/// How the names of these cases begin. None is tried again when it fails: of Bochs's CPU no such faults are known as of QEMU's.
+/// How the names of these cases begin. None is tried again when it fails: of Bochs's CPU no such faults are
+/// known as of QEMU's.
 pub const PREFIX: &str = "intel/";
 
 /// The exit code of cvmm for a guest that ended by a triple fault.
@@ -62,8 +64,8 @@ pub fn cases() -> Vec<Case> {
     .collect()
 }
 
-/// VMMCALL raises #UD, as on the host's own CPU, and KVM does not write VMCALL over it. So does a VMGEXIT that the platform did not
-/// find. The kernel has no interrupt table: its end is a triple fault.
+/// VMMCALL raises #UD, as on the host's own CPU, and KVM does not write VMCALL over it. So does a VMGEXIT
+/// that the platform did not find. The kernel has no interrupt table: its end is a triple fault.
 fn vmmcall(context: &Context) -> Result<()> {
     let code = Code::new().say(b'a').vmmcall().say(b'b');
     let output = strict::run(context.on_intel(), code)?;

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `docs/policy-guide.md` as it is written: its commands run in order, in a directory of their own, and what it promises comes true.
+//! `docs/policy-guide.md` as it is written: its commands run in order, in a directory of their own, and what
+//! it promises comes true.
 //!
-//! Each fenced block of the guide says in an HTML comment on the line above what it is; a block that does not is an error:
+//! Each fenced block of the guide says in an HTML comment on the line above what it is; a block that does not
+//! is an error:
 //!
 //! | comment | the block |
 //! |---|---|
@@ -12,8 +14,9 @@
 //! | `file: NAME` | is a file that the reader writes |
 //! | `output` | has lines that the script above printed; `…` stands for any text |
 //!
-//! That the guide's steps succeed is not enough: it must still have those that this page of the documentation is for, so the
-//! report is also looked at here, by offsets of the firmware's specification, and verified with another nonce, in vain.
+//! That the guide's steps succeed is not enough: it must still have those that this page of the documentation
+//! is for, so the report is also looked at here, by offsets of the firmware's specification, and verified
+//! with another nonce, in vain.
 
 use std::fs;
 use std::path::Path;
@@ -106,7 +109,8 @@ fn outcomes(context: &Context, folder: &Path, steps: &Steps) -> Result<()> {
     ensure!(report.len() == 1184, "a report of {} bytes", report.len());
     let digest = hex(Report(&report).measurement().context("measurement")?);
     ensure!(launched.contains(&format!("launch digest {digest}")), "not the report of: {launched}");
-    // Only an ID block gives a guest a family and an image (SEV-SNP Firmware ABI 1.58, table 23: offsets 0x10 and 0x20).
+    // Only an ID block gives a guest a family and an image (SEV-SNP Firmware ABI 1.58, table 23: offsets 0x10
+    // and 0x20).
     let named = |at: usize, name: &[u8]| report.get(at..).is_some_and(|bytes| bytes.starts_with(name));
     ensure!(named(0x10, b"shop\0") && named(0x20, b"web-1\0"), "the ID block is not in the report");
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Strict runs end at the first access that SNP hardware would not allow, and say which.
 //!
-//! The guests are kernels of a few bytes behind the real stage0 ([`crate::snp_kernel`]), because Linux makes no such access.
+//! The guests are kernels of a few bytes behind the real stage0 ([`crate::snp_kernel`]), because Linux makes
+//! no such access.
 
 use std::fs;
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One altered bit, anywhere between the owner's files and the running kernel, and a host that keeps altering memory while the
-//! guest takes it over.
+//! One altered bit, anywhere between the owner's files and the running kernel, and a host that keeps altering
+//! memory while the guest takes it over.
 //!
-//! Files that are not the owner's give another digest, which the owner's ID block refuses. A host that alters bytes after the
-//! digest was computed (`--tamper`, a hidden option of the monitor) meets stage0. That stage0 refuses hostile memory maps is
-//! shown by `tests/tests/stage0_native/`, because here the monitor would not make them.
+//! Files that are not the owner's give another digest, which the owner's ID block refuses. A host that alters
+//! bytes after the digest was computed (`--tamper`, a hidden option of the monitor) meets stage0. That stage0
+//! refuses hostile memory maps is shown by `tests/tests/stage0_native/`, because here the monitor would not
+//! make them.
 
 use std::fs;
 use std::path::Path;
@@ -29,7 +30,8 @@ use crate::machine::job;
 use crate::suite::Case;
 use crate::suite::Context;
 
-/// cvmm's exit codes for a launch that failed, for a request that is not valid, and for a guest that terminated itself.
+/// cvmm's exit codes for a launch that failed, for a request that is not valid, and for a guest that
+/// terminated itself.
 const LAUNCH_FAILED: i32 = 1;
 const USAGE: i32 = 2;
 const TERMINATED: i32 = 4;
@@ -48,7 +50,8 @@ pub fn cases() -> Vec<Case> {
         ("cmdline", "the command line is not the one that was measured"),
         ("boot-params", "the boot parameters are not the ones that were measured"),
         ("acpi", "the ACPI tables are not the ones that were measured"),
-        // Without an ID block nobody compares the digest, and stage0 takes the altered hash for the right one.
+        // Without an ID block nobody compares the digest, and stage0 takes the altered hash for the right
+        // one.
         ("hashes", "the boot parameters are not the ones that were measured"),
     ];
     let staged = staged.map(|(what, words)| {
@@ -88,7 +91,8 @@ pub fn cases() -> Vec<Case> {
     files.into_iter().chain(pages).chain(staged).chain(races).collect()
 }
 
-/// The host changes a byte back and forth while stage0 copies and hashes: the guest ends, or runs with what was measured.
+/// The host changes a byte back and forth while stage0 copies and hashes: the guest ends, or runs with what
+/// was measured.
 fn race(context: &Context, options: &[&str]) -> Result<()> {
     let guest = guest(context)?;
     let output = run(context, &guest, options)?;
@@ -151,8 +155,8 @@ fn alter(context: &Context, good: &Guest, what: &str) -> Result<Guest> {
 
 fn altered(context: &Context, file: &Path) -> Result<PathBuf> {
     let mut bytes = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    // In a kernel not in its compressed part, which the emulated platform would find broken before it launches anything, but
-    // in the checksum at its end.
+    // In a kernel not in its compressed part, which the emulated platform would find broken before it
+    // launches anything, but in the checksum at its end.
     let at = match kernel::Kernel::parse(bytes.clone()) {
         Ok(kernel::Kernel::BzImage(image)) => image.body.end - 1,
         _ => bytes.len() / 2,

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A guest has a TPM: Debian's tools use it through the kernel's driver, plain and as an SNP guest; what was measured before the
-//! guest ran is in its log and in its PCRs; its state outlives the monitor; and a TPM that dies takes nothing with it.
+//! A guest has a TPM: Debian's tools use it through the kernel's driver, plain and as an SNP guest; what was
+//! measured before the guest ran is in its log and in its PCRs; its state outlives the monitor; and a TPM
+//! that dies takes nothing with it.
 //!
-//! The log is read by `tpm2_eventlog`, which replays it by itself; its values are compared with what the guest's PCRs hold.
+//! The log is read by `tpm2_eventlog`, which replays it by itself; its values are compared with what the
+//! guest's PCRs hold.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,7 +35,8 @@ use crate::tpm;
 /// Making RSA keys in software, in an emulated machine, takes long.
 const LIMIT: Duration = Duration::from_secs(360);
 
-/// The PCR that Linux itself extends (its integrity measurement architecture), after the log that is handed to it.
+/// The PCR that Linux itself extends (its integrity measurement architecture), after the log that is handed
+/// to it.
 const IMA: &str = "10";
 
 /// What the tools' script prints when it is through.
@@ -134,8 +137,8 @@ fn log_and_tools(context: &Context, role: Role, mode: Mode) -> Result<()> {
     Ok(())
 }
 
-/// The log that the guest's kernel shows is one that `tpm2_eventlog` reads, its replay gives the PCRs of the guest, and it
-/// names the files that were booted.
+/// The log that the guest's kernel shows is one that `tpm2_eventlog` reads, its replay gives the PCRs of the
+/// guest, and it names the files that were booted.
 fn log_holds(context: &Context, guest: &Guest, console: &Console) -> Result<()> {
     ensure!(console.get("version")? == "2", "not a TPM 2.0");
     let log = console.bytes("eventlog")?;
@@ -212,8 +215,8 @@ const AHEAD: i64 = 315_360_000;
 /// How much later the next run may look at it, in seconds.
 const LATER: i64 = 600;
 
-/// A counter, a key and the guest's clock are there again in the next run, under a service that cvmm starts and under one that
-/// somebody else did; without the file there is no run, and the file is not made.
+/// A counter, a key and the guest's clock are there again in the next run, under a service that cvmm starts
+/// and under one that somebody else did; without the file there is no run, and the file is not made.
 fn state_survives(context: &Context) -> Result<()> {
     let guest = guest(context, Role::BackportsCloud, Mode::Plain, "keep,clock,poweroff")?;
     let state = "--vmgs $d/vm.vmgs --key-file $d/key --anchor $d/anchors";

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! An L1 with an Intel CPU: Bochs is the one emulator in Debian that has VMX with EPT.
 //!
-//! Bochs has neither 9p nor virtio. So L1 boots from a CD that holds, besides its kernel and initial ramdisk, copies of the files
-//! that jobs name, at their paths and with the libraries that they need; what a job writes stays in L1's memory. The agent's
-//! messages go over the second serial port, which Bochs connects to the harness by TCP. Bochs takes a byte from there only
-//! when the port has room, so none is lost.
+//! Bochs has neither 9p nor virtio. So L1 boots from a CD that holds, besides its kernel and initial ramdisk,
+//! copies of the files that jobs name, at their paths and with the libraries that they need; what a job
+//! writes stays in L1's memory. The agent's messages go over the second serial port, which Bochs connects to
+//! the harness by TCP. Bochs takes a byte from there only when the port has room, so none is lost.
 
 use std::fs;
 use std::fs::File;
@@ -39,8 +39,8 @@ const BOCHS: &str = "bochs-bin";
 /// L1 is up after about a minute of an idle core; several tests may share it.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(900);
 
-/// A core runs about as many instructions in a second as L1's clock has for one, but those that leave a guest take Bochs much longer,
-/// and what else runs on the machine slows it down further.
+/// A core runs about as many instructions in a second as L1's clock has for one, but those that leave a guest
+/// take Bochs much longer, and what else runs on the machine slows it down further.
 pub(super) const SPEED: Speed = Speed { longer: 3, slower: 5 };
 
 /// Instructions in a second of L1's clock.
@@ -83,7 +83,8 @@ pub fn build_iso(workspace: &Workspace, files: &[PathBuf], iso: &Path) -> Result
     fs::remove_dir_all(&tree).with_context(|| format!("cannot remove {}", tree.display()))
 }
 
-/// GRUB's configuration. The calibration of timers is left out, as in guests: a clock that counts instructions is exact.
+/// GRUB's configuration. The calibration of timers is left out, as in guests: a clock that counts
+/// instructions is exact.
 fn menu() -> String {
     format!(
         "set timeout=0\nmenuentry l1 {{\n\
@@ -99,7 +100,8 @@ pub fn start(directory: &Path, iso: &Path, console: &Path, agent: SocketAddr) ->
     // Debian's Bochs has its debugger built in, which waits for a command to go on.
     fs::write(&commands, "c\n")?;
     let log = File::create(super::emulator_log(console)).context("cannot create the emulator's log")?;
-    // A serial line has no end that the agent could see: without this Bochs would outlive a harness that is killed.
+    // A serial line has no end that the agent could see: without this Bochs would outlive a harness that is
+    // killed.
     Command::new("setpriv")
         .args(["--pdeathsig", "KILL", BOCHS])
         .arg("-q")
@@ -115,9 +117,10 @@ pub fn start(directory: &Path, iso: &Path, console: &Path, agent: SocketAddr) ->
         .context("cannot start setpriv")
 }
 
-/// Bochs's configuration. The CPU has VMX, EPT and unrestricted guests; it lacks some registers that Linux and KVM read, which must
-/// not be an exception. Debian's Bochs cannot do without a display; this one is a terminal, which may be a file. The other that
-/// needs no screen is a VNC server, open to the network. The speaker's sound driver brings Bochs down where there is no sound card.
+/// Bochs's configuration. The CPU has VMX, EPT and unrestricted guests; it lacks some registers that Linux
+/// and KVM read, which must not be an exception. Debian's Bochs cannot do without a display; this one is a
+/// terminal, which may be a file. The other that needs no screen is a VNC server, open to the network. The
+/// speaker's sound driver brings Bochs down where there is no sound card.
 fn settings(iso: &Path, console: &Path, log: &Path, agent: SocketAddr) -> String {
     format!(
         "config_interface: textconfig\n\

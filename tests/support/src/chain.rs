@@ -168,7 +168,8 @@ impl Authority {
         self.list(revoked, made, Some(due), None)
     }
 
-    /// A revocation list in DER, by the root; `extension` is its object identifier, and whether it is critical.
+    /// A revocation list in DER, by the root; `extension` is its object identifier, and whether it is
+    /// critical.
     pub fn list(
         &self,
         revoked: &[u8],

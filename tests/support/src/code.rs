@@ -22,14 +22,15 @@ pub fn out(port: u16, value: u8) -> Vec<u8> {
     vec![0x66, 0xba, lo, hi, 0xb0, value, 0xee]
 }
 
-/// Switches off: `SLP_EN` with sleep type 5 to PM1a_CNT, as the FADT and `_S5` of cvmm's machine say. For 32-bit and 64-bit
-/// mode.
+/// Switches off: `SLP_EN` with sleep type 5 to PM1a_CNT, as the FADT and `_S5` of cvmm's machine say. For
+/// 32-bit and 64-bit mode.
 pub fn power_off() -> Vec<u8> {
     // mov dx, 0x604; mov ax, 0x3400; out dx, ax
     vec![0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef]
 }
 
-/// Writes `value` to the GHCB MSR and exits to the hypervisor, in the form that the emulated platform's patches leave.
+/// Writes `value` to the GHCB MSR and exits to the hypervisor, in the form that the emulated platform's
+/// patches leave.
 pub fn ghcb_msr(value: u64) -> Vec<u8> {
     let mut code = vec![0xb8]; // mov eax, low
     code.extend((value as u32).to_le_bytes());

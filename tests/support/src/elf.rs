@@ -27,8 +27,8 @@ impl Segment {
     }
 }
 
-/// An executable. `sections` gives for each the index of its segment, the range of the contents, and whether they hold code.
-/// `notes` is the contents of a note segment.
+/// An executable. `sections` gives for each the index of its segment, the range of the contents, and whether
+/// they hold code. `notes` is the contents of a note segment.
 pub fn executable(
     entry: u64,
     segments: &[Segment],
@@ -95,7 +95,8 @@ pub fn flat(address: u64, code: &[u8]) -> Vec<u8> {
     executable(address, &[Segment::flat(address, code.to_vec())], &[], &[])
 }
 
-/// Xen's note of type 18, `XEN_ELFNOTE_PHYS32_ENTRY` (xen/include/public/elfnote.h), with the 32-bit entry point.
+/// Xen's note of type 18, `XEN_ELFNOTE_PHYS32_ENTRY` (xen/include/public/elfnote.h), with the 32-bit entry
+/// point.
 pub fn pvh_note(entry: u32) -> Vec<u8> {
     let mut note = Vec::new();
     for word in [4u32, 4, 18] {

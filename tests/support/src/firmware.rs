@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Firmware files with valid SEV metadata, made from scratch after edk2's layout, without the code under test.
+//! Firmware files with valid SEV metadata, made from scratch after edk2's layout, without the code under
+//! test.
 
 use crate::noise;
 

@@ -17,7 +17,8 @@ pub struct Held {
     pub rss_kib: u64,
 }
 
-/// What the process holds now that no guest runs. A thread that was joined stays in the table of tasks for a moment longer.
+/// What the process holds now that no guest runs. A thread that was joined stays in the table of tasks for a
+/// moment longer.
 pub fn held() -> Held {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {

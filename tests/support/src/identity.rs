@@ -5,7 +5,8 @@ use snp::digest::LaunchDigest;
 use snp::identity::IdBlock;
 use snp::policy::GuestPolicy;
 
-/// An ID block for the launch with `digest` and the default policy; the other fields differ from each other and from zero.
+/// An ID block for the launch with `digest` and the default policy; the other fields differ from each other
+/// and from zero.
 pub fn id_block(digest: LaunchDigest) -> IdBlock {
     IdBlock {
         launch_digest: digest,

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Changes of IGVM files (Independent Guest Virtual Machine file format, version 1) that no writer of good files makes.
+//! Changes of IGVM files (Independent Guest Virtual Machine file format, version 1) that no writer of good
+//! files makes.
 //!
-//! The fixed header has the variable headers' place at byte 8 and their size at 12, the file's size at 16, and at 20 a CRC-32
-//! over fixed and variable headers.
+//! The fixed header has the variable headers' place at byte 8 and their size at 12, the file's size at 16,
+//! and at 20 a CRC-32 over fixed and variable headers.
 
 /// Length of the fixed header.
 pub const FIXED: usize = 24;
@@ -12,8 +13,8 @@ pub fn word(file: &[u8], at: usize) -> usize {
     u32::from_le_bytes(file[at..at + 4].try_into().unwrap()) as usize
 }
 
-/// The file with one more variable header at the end of the list. All headers then lie behind the data, so that no other offset
-/// changes.
+/// The file with one more variable header at the end of the list. All headers then lie behind the data, so
+/// that no other offset changes.
 pub fn with_header(file: &[u8], kind: u32, body: &[u8]) -> Vec<u8> {
     let (start, size) = (word(file, 8), word(file, 12));
     let mut out = file.to_vec();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Made-up kernels: files that look like a bzImage or a vmlinux, with every field in view; and real ones, where there are any.
+//! Made-up kernels: files that look like a bzImage or a vmlinux, with every field in view; and real ones,
+//! where there are any.
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -12,13 +13,13 @@ use crate::code::VMGEXIT;
 use crate::elf::Segment;
 use crate::elf::executable;
 
-/// The GUID of the table of unaccepted memory, d5d1de3c-105c-44f9-9ea9-bcef98120031 (Linux, `include/linux/efi.h`): a kernel that
-/// accepts memory itself has it in its code.
+/// The GUID of the table of unaccepted memory, d5d1de3c-105c-44f9-9ea9-bcef98120031 (Linux,
+/// `include/linux/efi.h`): a kernel that accepts memory itself has it in its code.
 pub const UNACCEPTED: [u8; 16] =
     [0x3c, 0xde, 0xd1, 0xd5, 0x5c, 0x10, 0xf9, 0x44, 0x9e, 0xa9, 0xbc, 0xef, 0x98, 0x12, 0x00, 0x31];
 
-/// A bzImage of boot protocol 2.15 with one setup sector: `head`, `payload` and `tail` make up the protected-mode part, which
-/// is padded with zeros to a multiple of 16 bytes.
+/// A bzImage of boot protocol 2.15 with one setup sector: `head`, `payload` and `tail` make up the
+/// protected-mode part, which is padded with zeros to a multiple of 16 bytes.
 #[derive(Clone, Debug)]
 pub struct BzImage {
     /// Up to the payload.
@@ -32,14 +33,16 @@ pub struct BzImage {
 }
 
 impl BzImage {
-    /// One whose protected-mode part is `body`, of at least 1040 bytes, with a payload of 16 bytes in it that nobody looks at.
+    /// One whose protected-mode part is `body`, of at least 1040 bytes, with a payload of 16 bytes in it that
+    /// nobody looks at.
     pub fn around(body: &[u8], init_size: u32) -> BzImage {
         let (head, rest) = body.split_at(0x400);
         let (payload, tail) = rest.split_at(16);
         BzImage { head: head.to_vec(), payload: payload.to_vec(), tail: tail.to_vec(), init_size }
     }
 
-    /// With both halves of [`UNACCEPTED`] in the tail, apart as a compiler leaves them in code that compares with it.
+    /// With both halves of [`UNACCEPTED`] in the tail, apart as a compiler leaves them in code that compares
+    /// with it.
     pub fn accepting_memory(mut self) -> BzImage {
         let (first, second) = UNACCEPTED.split_at(8);
         self.tail[0x3f0..0x3f8].copy_from_slice(first);
@@ -97,7 +100,8 @@ pub fn small_bzimage(payload: Vec<u8>) -> BzImage {
     BzImage { head, payload, tail, init_size: 0x10_0000 }
 }
 
-/// Directories of unpacked Debian kernel packages (`*/boot/vmlinuz-*`), from `CVMM_TEST_KERNELS`. Says so if there is none.
+/// Directories of unpacked Debian kernel packages (`*/boot/vmlinuz-*`), from `CVMM_TEST_KERNELS`. Says so if
+/// there is none.
 pub fn debian_kernels() -> Vec<PathBuf> {
     let Some(root) = std::env::var_os("CVMM_TEST_KERNELS") else {
         println!("note: CVMM_TEST_KERNELS is not set, so no real kernel is looked at");

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the tests of several packages need: made-up inputs, keys, and guests of a few bytes.
 //!
-//! A builder is here if tests of two packages use it; what one package's tests share stays beside them. Nothing here is an
-//! oracle: an expected value comes from a specification, another tool or a real device, never from a builder. Test programs in
-//! `tests/` of any package may use all of it. Tests inside of a package's `src/` are compiled into another copy of that package, so
-//! they may use what has no types of their own package in it.
+//! A builder is here if tests of two packages use it; what one package's tests share stays beside them.
+//! Nothing here is an oracle: an expected value comes from a specification, another tool or a real device,
+//! never from a builder. Test programs in `tests/` of any package may use all of it. Tests inside of a
+//! package's `src/` are compiled into another copy of that package, so they may use what has no types of
+//! their own package in it.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

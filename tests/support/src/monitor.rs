@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The monitor on the emulated platform: a platform with keys of its own, launches, runs, and what a guest said.
+//! The monitor on the emulated platform: a platform with keys of its own, launches, runs, and what a guest
+//! said.
 
 use std::error::Error;
 use std::io;
@@ -87,7 +88,8 @@ pub fn emulated(backing: Backing, product: Option<Product>) -> Option<EmulatedPl
 /// The CPUID table of an SNP guest with `vcpus` vCPUs.
 pub fn snp_cpuid(platform: &EmulatedPlatform, vcpus: u32) -> CpuidTable {
     let mut offered = cpuid::from_kvm(&platform.supported_cpuid().unwrap());
-    // RDRAND, which an SNP guest needs and no guest here uses; a KVM that is a software model may not have it.
+    // RDRAND, which an SNP guest needs and no guest here uses; a KVM that is a software model may not have
+    // it.
     offered.iter_mut().filter(|e| e.function == 1).for_each(|e| e.ecx |= 1 << 30);
     CpuidTable::snp(&offered, vcpus, &platform.snp_cpuid()).unwrap()
 }

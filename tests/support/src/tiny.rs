@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Guests of a few bytes, assembled by hand, as ELF kernels that are entered in 64-bit mode. They use so few instructions that
-//! any KVM runs them, even one that is a slow software model.
+//! Guests of a few bytes, assembled by hand, as ELF kernels that are entered in 64-bit mode. They use so few
+//! instructions that any KVM runs them, even one that is a slow software model.
 
 use snp::image::direct::DirectBoot;
 use snp::image::direct::DirectImage;
@@ -73,8 +73,9 @@ pub fn emulated_guest(code: &[u8], backing: Backing) -> Option<(EmulatedPlatform
 pub fn emulated_guest_with(code: &[u8], backing: Backing, cpus: u32) -> Option<(EmulatedPlatform, Guest)> {
     let host = kvm()?;
     let platform = emulated(backing, None)?;
-    // The registers and tables of a plain boot will do, with what KVM adds to EFER, CR4 and the features for SEV guests
-    // (Linux 6.12, `svm_set_efer`, `svm_set_cr4`, `sev_es_sync_vmsa`); the plan is code and tables, each page measured.
+    // The registers and tables of a plain boot will do, with what KVM adds to EFER, CR4 and the features for
+    // SEV guests (Linux 6.12, `svm_set_efer`, `svm_set_cr4`, `sev_es_sync_vmsa`); the plan is code and
+    // tables, each page measured.
     let mut image = image(code, cpus);
     image.plan.vcpus.iter_mut().for_each(|state| {
         state.efer |= EFER_SVME;
@@ -96,10 +97,11 @@ pub fn emulated_guest_with(code: &[u8], backing: Backing, cpus: u32) -> Option<(
     Some((platform, guest))
 }
 
-/// Whether this KVM hands filtered MSRs to the monitor, as Linux does since 5.10 and a software model of it may not. The
-/// emulated platform needs that; without it these tests say so and do nothing.
+/// Whether this KVM hands filtered MSRs to the monitor, as Linux does since 5.10 and a software model of it
+/// may not. The emulated platform needs that; without it these tests say so and do nothing.
 pub fn msrs_reach_the_monitor() -> bool {
-    // After reset the GHCB MSR holds the SEV_INFO answer, whose low byte is 1: mov ecx, 0xc0010130; rdmsr; to the console.
+    // After reset the GHCB MSR holds the SEV_INFO answer, whose low byte is 1: mov ecx, 0xc0010130; rdmsr; to
+    // the console.
     let code = [&[0xb9, 0x30, 0x01, 0x01, 0xc0, 0x0f, 0x32, 0x66, 0xba, 0xf8, 0x03, 0xee][..], &power_off()]
         .concat();
     let guest = emulated_guest(&code, Backing::Single);

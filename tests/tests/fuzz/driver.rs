@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Runs one parser on changed copies of valid inputs until its time is over.
 //!
-//! Nothing here follows which code a case reaches. Instead every seed is a valid input, most cases change only a few bytes
-//! where the format's fields are, and `repair` makes checksums right again; the line that each target prints says how many
-//! cases were accepted, so it can be seen that the changes get behind the first check.
+//! Nothing here follows which code a case reaches. Instead every seed is a valid input, most cases change
+//! only a few bytes where the format's fields are, and `repair` makes checksums right again; the line that
+//! each target prints says how many cases were accepted, so it can be seen that the changes get behind the
+//! first check.
 //!
-//! The whole process has an address space of [`MEMORY`]: a parser that believes a length of some gigabytes dies. The input of
-//! the case that runs lies in `target/cvmm/fuzz/TARGET.input`, so that it is there after an abort as well.
+//! The whole process has an address space of [`MEMORY`]: a parser that believes a length of some gigabytes
+//! dies. The input of the case that runs lies in `target/cvmm/fuzz/TARGET.input`, so that it is there after
+//! an abort as well.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -28,9 +30,11 @@ use crate::mutate::mutate;
 
 /// Address space of the process.
 const MEMORY: u64 = 2 << 30;
-/// The seed unless `CVMM_FUZZ_SEED` says otherwise: a change is judged by the cases that the one before it passed.
+/// The seed unless `CVMM_FUZZ_SEED` says otherwise: a change is judged by the cases that the one before it
+/// passed.
 const SEED: u64 = 1;
-/// Of so many refusals one may say neither place nor expectation: a text that nobody foresaw is a flaw, not a failure.
+/// Of so many refusals one may say neither place nor expectation: a text that nobody foresaw is a flaw, not a
+/// failure.
 const UNCLEAR_ONE_IN: u64 = 1000;
 /// Seconds for each target unless `CVMM_FUZZ_SECONDS` says otherwise.
 const SECONDS: f64 = 0.3;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a guest, or a host towards its guest, hands over: GHCB pages and MSR values, save areas, CPUID pages, stage0's inputs.
+//! What a guest, or a host towards its guest, hands over: GHCB pages and MSR values, save areas, CPUID pages,
+//! stage0's inputs.
 
 use snp::ghcb::msr;
 use snp::ghcb::page;

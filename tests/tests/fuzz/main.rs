@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Fuzzing of every parser of input from outside: each test changes valid inputs at random for `CVMM_FUZZ_SECONDS` and
-//! expects an answer, never a panic, gigabytes or silence. `docs/testing.md` says how to run one for longer and how to
-//! repeat a case.
+//! Fuzzing of every parser of input from outside: each test changes valid inputs at random for
+//! `CVMM_FUZZ_SECONDS` and expects an answer, never a panic, gigabytes or silence. `docs/testing.md` says how
+//! to run one for longer and how to repeat a case.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(missing_docs, reason = "a test program")]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the TPM and its service read: guest-state images, control messages, commands, event logs, UEFI variables, PE files.
+//! What the TPM and its service read: guest-state images, control messages, commands, event logs, UEFI
+//! variables, PE files.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -46,7 +47,8 @@ fn put32(image: &mut [u8], at: usize, value: u32) {
     image[at..at + 4].copy_from_slice(&value.to_le_bytes());
 }
 
-/// The headers' checksums, by the format's description: CRC-32 at 12 over 168 bytes of each of the first two sectors.
+/// The headers' checksums, by the format's description: CRC-32 at 12 over 168 bytes of each of the first two
+/// sectors.
 fn seal_headers(image: &mut [u8]) {
     for at in [0, 512] {
         if at + 168 > image.len() {
@@ -194,8 +196,8 @@ impl Backend for Checker {
     }
 }
 
-/// Accesses to a CRB: each record is an offset (2 bytes), a length with the direction in its top bit (1), a spare byte, and
-/// a value (4); what is left of the first bytes is the command in the guest's page.
+/// Accesses to a CRB: each record is an offset (2 bytes), a length with the direction in its top bit (1), a
+/// spare byte, and a value (4); what is left of the first bytes is the command in the guest's page.
 #[test]
 fn crb_accesses() {
     let access =

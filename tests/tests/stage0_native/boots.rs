@@ -57,7 +57,8 @@ fn the_plan_of_a_direct_boot_runs_and_puts_every_byte_in_its_place() {
         let mut rig = Rig::of_image(&image);
         let mut host = Host::default();
         assert_eq!(rig.run(&mut host), End::Kernel);
-        // What stage0 leaves behind is what the plan without stage0 launches, less its page tables and descriptor table.
+        // What stage0 leaves behind is what the plan without stage0 launches, less its page tables and
+        // descriptor table.
         let skip = ["free RAM", "page tables", "descriptor table", "CPUID page", "secrets page"];
         for record in expected.plan.records.iter().filter(|r| !skip.contains(&&*r.name)) {
             let bytes = record.contents.as_slice();
@@ -101,7 +102,8 @@ fn address_bits() -> u32 {
 #[test]
 fn the_same_measured_bytes_run_with_every_c_bit_position() {
     let bits = address_bits();
-    // A table entry with a bit beyond the address width faults, so the highest position is the width's last one.
+    // A table entry with a bit beyond the address width faults, so the highest position is the width's last
+    // one.
     for c_bit in [36, 39, 47, bits - 1].into_iter().filter(|c_bit| *c_bit < bits) {
         let mut host = Host { c_bit, ..Host::default() };
         let mut rig = Rig::new();
@@ -112,8 +114,8 @@ fn the_same_measured_bytes_run_with_every_c_bit_position() {
 
 #[test]
 fn the_stack_stays_far_from_the_page_tables() {
-    // Nothing guards the lower end of the 16 KiB stack, below which the page tables lie. stage0 fills it with zeros first, so what
-    // it never reached is zero still.
+    // Nothing guards the lower end of the 16 KiB stack, below which the page tables lie. stage0 fills it with
+    // zeros first, so what it never reached is zero still.
     const STACK: u64 = 0x4000;
     let mut rig = Rig::new();
     assert_eq!(rig.run(&mut Host::default()), End::Kernel);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A host that runs a rig's guest on KVM and answers it, in good faith or not. It follows the GHCB specification, and no code of
-//! ours that follows it too.
+//! A host that runs a rig's guest on KVM and answers it, in good faith or not. It follows the GHCB
+//! specification, and no code of ours that follows it too.
 
 #![allow(unsafe_code, reason = "hands guest memory to KVM")]
 
@@ -75,7 +75,8 @@ impl Rig {
         let mut filter = kvm_msr_filter::default();
         filter.ranges[0] =
             kvm_msr_filter_range { flags: 3, nmsrs: 2, base: GHCB_MSR, bitmap: bitmap.as_mut_ptr() };
-        // SAFETY: KVM copies filter and bitmap during the call; the request number is that of KVM_X86_SET_MSR_FILTER.
+        // SAFETY: KVM copies filter and bitmap during the call; the request number is that of
+        // KVM_X86_SET_MSR_FILTER.
         let rc = unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&vm), 0x4188_aec6, &raw mut filter) };
         assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
         let c = 1u64 << host.c_bit;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a host can change without anybody looking at the launch digest: stage0 says what is wrong, and the kernel never runs.
+//! What a host can change without anybody looking at the launch digest: stage0 says what is wrong, and the
+//! kernel never runs.
 
 use snp::stage0::layout;
 use snp::stage0::reason::Reason;

@@ -80,7 +80,8 @@ pub const HIGH_LEN: u64 = 2 * LARGE + 3 * PAGE;
 
 pub fn kernel() -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..0x2345u32).map(|i| (i * 7) as u8).collect();
-    // mov eax, cs; out 0xe9, al; hlt. Enough to know that it was entered; the registers are read from outside.
+    // mov eax, cs; out 0xe9, al; hlt. Enough to know that it was entered; the registers are read from
+    // outside.
     bytes[0x200..0x205].copy_from_slice(&[0x8c, 0xc8, 0xe6, DONE_PORT as u8, 0xf4]);
     bytes
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Debian packages: installs the few that the harness runs, and downloads kernels without installing them.
 //!
-//! Downloads use an apt state of their own, below the workspace: the machine's package sources stay as they are. The archive
-//! to download from is the one that the machine's own sources name for its release, with the keyring that they name; only the
-//! suite is changed. A machine's keyring knows later suites' keys as well: Debian signs those with the keys of two releases.
+//! Downloads use an apt state of their own, below the workspace: the machine's package sources stay as they
+//! are. The archive to download from is the one that the machine's own sources name for its release, with the
+//! keyring that they name; only the suite is changed. A machine's keyring knows later suites' keys as well:
+//! Debian signs those with the keys of two releases.
 
 use std::fs;
 use std::path::Path;
@@ -138,13 +139,15 @@ impl Downloader {
         })
     }
 
-    /// The newest real packages behind `meta` of two series, in the suites of this state; those before `oldest` do not count.
+    /// The newest real packages behind `meta` of two series, in the suites of this state; those before
+    /// `oldest` do not count.
     pub fn newest_two(&self, meta: &str, oldest: Series) -> Result<Vec<Candidate>> {
         let text = capture(self.tool("apt-cache").args(["show", meta]))?;
         Ok(two_series(candidates(&text), oldest))
     }
 
-    /// The packages that make up a kernel: itself, or the packages that it depends on and that its parts have moved to.
+    /// The packages that make up a kernel: itself, or the packages that it depends on and that its parts have
+    /// moved to.
     pub fn parts(&self, kernel: Candidate) -> Result<Vec<Candidate>> {
         let wanted = format!("{}={}", kernel.package, kernel.version);
         let text = capture(self.tool("apt-cache").args(["show", &wanted]))?;
@@ -300,7 +303,8 @@ fn one_line_source(line: &str) -> Option<Source> {
     Some(Source { uri: uri.into(), suite: suite.into(), signed_by: signed_by.map(String::from) })
 }
 
-/// Stanzas of `Field: value` lines; comments may stand anywhere; a stanza may name several archives and suites.
+/// Stanzas of `Field: value` lines; comments may stand anywhere; a stanza may name several archives and
+/// suites.
 fn deb822_sources(text: &str) -> Vec<Source> {
     let text: String = text.lines().filter(|line| !line.starts_with('#')).map(|l| format!("{l}\n")).collect();
     let mut found = Vec::new();
@@ -317,7 +321,8 @@ fn deb822_sources(text: &str) -> Vec<Source> {
         if !(enabled && is_binary) {
             continue;
         }
-        // A key written into the stanza itself has no value on its first line; apt then trusts its default keyrings.
+        // A key written into the stanza itself has no value on its first line; apt then trusts its default
+        // keyrings.
         let signed_by = field("Signed-By").filter(|value| value.starts_with('/')).map(String::from);
         for uri in field("URIs").unwrap_or_default().split_whitespace() {
             for suite in field("Suites").unwrap_or_default().split_whitespace() {
@@ -370,7 +375,8 @@ mod tests {
         assert_eq!(package(true), "linux-image-6.12.95+deb12-cloud-amd64");
         assert_eq!(package(false), "linux-image-6.1.0-56-cloud-amd64");
     }
-    /// From `apt-cache show linux-image-cloud-amd64` with the suites trixie-backports, sid, forky and trixie, shortened.
+    /// From `apt-cache show linux-image-cloud-amd64` with the suites trixie-backports, sid, forky and trixie,
+    /// shortened.
     const LATER: &str = "Package: linux-image-cloud-amd64\nVersion: 7.2.13-1\n\
         Depends: linux-base-cloud-amd64 (= 7.2.13-1), linux-image-7.2.13+deb14-cloud-amd64 (= 7.2.13-1)\n\n\
         Package: linux-image-cloud-amd64\nVersion: 7.3.4-1~bpo13+1\n\

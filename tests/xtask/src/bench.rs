@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask bench NAME`: numbers beside those of peers, taken in one run on one machine. One file per bench.
+//! `cargo xtask bench NAME`: numbers beside those of peers, taken in one run on one machine. One file per
+//! bench.
 //!
-//! A bench is a function from [`Args`] to nothing: it prints its table and says what was measured and how. To add one, add its
-//! file and its line in [`run`].
+//! A bench is a function from [`Args`] to nothing: it prints its table and says what was measured and how. To
+//! add one, add its file and its line in [`run`].
 
 mod boot;
 mod launch;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask demo`: the main job from end to end, on a machine without SEV hardware.
 //!
-//! Predicts the launch digest of an unmodified Debian kernel, boots that kernel as an SNP guest on the emulated platform, has
-//! the guest fetch its attestation report, and compares.
+//! Predicts the launch digest of an unmodified Debian kernel, boots that kernel as an SNP guest on the
+//! emulated platform, has the guest fetch its attestation report, and compares.
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The documents, held against the files and programs that they speak of.
 //!
-//! Each check is a function from pages to a list of problems, so that it can be shown a wrong page as well. What the checks know comes
-//! from the code: the command lines from clap, the exit codes from the types that have them, messages from the sources.
+//! Each check is a function from pages to a list of problems, so that it can be shown a wrong page as well.
+//! What the checks know comes from the code: the command lines from clap, the exit codes from the types that
+//! have them, messages from the sources.
 
 mod codes;
 mod commands;

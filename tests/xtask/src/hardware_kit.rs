@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask hardware-kit`: one archive with everything that tells whether cvmm works on an SNP host.
 //!
-//! Such a host is somebody's production machine: no package is installed there, no other distribution than ours is expected, and
-//! there may be no network. So the programs are static, and the archive holds the guest as well: cvmm, `run` (the package
-//! `tests/hardware-kit`), a kernel, an initial ramdisk, and a page that says what to do.
+//! Such a host is somebody's production machine: no package is installed there, no other distribution than
+//! ours is expected, and there may be no network. So the programs are static, and the archive holds the guest
+//! as well: cvmm, `run` (the package `tests/hardware-kit`), a kernel, an initial ramdisk, and a page that
+//! says what to do.
 //!
-//! The TPM service cannot be static: it loads libtpms when it starts. So it goes with its libraries and their loader in a folder of its
-//! own, and `run` starts it there by the name `vtpm-svc` (`tests/hardware-kit/src/service.rs`).
+//! The TPM service cannot be static: it loads libtpms when it starts. So it goes with its libraries and their
+//! loader in a folder of its own, and `run` starts it there by the name `vtpm-svc`
+//! (`tests/hardware-kit/src/service.rs`).
 
 use std::fs;
 use std::path::Path;

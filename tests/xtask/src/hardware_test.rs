@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask hardware-test`: makes the hardware kit and runs it on this machine, for developers who have an SNP host.
+//! `cargo xtask hardware-test`: makes the hardware kit and runs it on this machine, for developers who have
+//! an SNP host.
 //!
 //! Everything else is in the package `tests/hardware-kit`. This refuses before it builds or fetches anything.
 
@@ -64,7 +65,8 @@ mod tests {
 
     use super::*;
 
-    /// With a stand-in for cvmm, so that it holds on every machine; `doctor/hardware-test-refuses` uses the real one.
+    /// With a stand-in for cvmm, so that it holds on every machine; `doctor/hardware-test-refuses` uses the
+    /// real one.
     #[test]
     fn a_host_that_can_only_emulate_is_refused_before_anything_is_built() {
         let directory = std::env::temp_dir().join(format!("cvmm-hardware-test-{}", std::process::id()));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask l1 -- COMMAND...`: runs one command inside the outer guest of a nested run, to look at something by hand.
+//! `cargo xtask l1 -- COMMAND...`: runs one command inside the outer guest of a nested run, to look at
+//! something by hand.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -21,7 +22,8 @@ pub struct Args {
     /// Kill the command after this many seconds.
     #[arg(long, default_value_t = 300)]
     limit: u64,
-    /// An L1 with an Intel CPU, under Bochs: takes minutes, and has none of the host's files but a shell and those of `--file`.
+    /// An L1 with an Intel CPU, under Bochs: takes minutes, and has none of the host's files but a shell and
+    /// those of `--file`.
     #[arg(long)]
     intel: bool,
     /// A file that an Intel L1 gets at its path, with the libraries that it needs; may be repeated.

@@ -26,7 +26,8 @@ use clap::Parser;
 enum Chore {
     /// Install and fetch what the other chores need: packages, guest kernels, guest programs.
     Setup(setup::Args),
-    /// Boot an unmodified Debian kernel as an SNP guest without SNP hardware, and check its attestation report.
+    /// Boot an unmodified Debian kernel as an SNP guest without SNP hardware, and check its attestation
+    /// report.
     Demo,
     /// Run every test: each package's own, then the integration tests.
     Test(test::Args),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the measurement tests compare with: `sev-snp-measure` in a Python environment of its own, and Debian's firmware.
+//! What the measurement tests compare with: `sev-snp-measure` in a Python environment of its own, and
+//! Debian's firmware.
 //!
 //! Both land under `target/cvmm` and are used there, never installed on the machine.
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask setup`: everything that the other chores need, on a bare Debian 12 with Rust. Does only what is missing.
+//! `cargo xtask setup`: everything that the other chores need, on a bare Debian 12 with Rust. Does only what
+//! is missing.
 
 use std::fs;
 use std::path::Path;
@@ -25,9 +26,9 @@ use crate::steps::Steps;
 use crate::steps::capture;
 use crate::steps::show;
 
-/// Packages whose programs the harness runs: the emulator for nested runs, which is also the peer of the boot bench; the
-/// TPM engine that vtpm-svc loads; the TPM tools that its tests drive it with, on the host and in guests; and a second opinion on
-/// kernels' digests.
+/// Packages whose programs the harness runs: the emulator for nested runs, which is also the peer of the boot
+/// bench; the TPM engine that vtpm-svc loads; the TPM tools that its tests drive it with, on the host and in
+/// guests; and a second opinion on kernels' digests.
 const PACKAGES: &[&str] = &[
     "qemu-system-x86",
     "libtpms0",
@@ -44,12 +45,13 @@ const PACKAGES: &[&str] = &[
 /// The release that the project is tested on.
 const CODENAME: &str = "bookworm";
 
-/// Suites of the same archive with later kernels. None of them is needed: what is there is taken. Both names stay as they are when
-/// Debian releases.
+/// Suites of the same archive with later kernels. None of them is needed: what is there is taken. Both names
+/// stay as they are when Debian releases.
 const LATER_SUITES: &[&str] = &["trixie-backports", "sid"];
 
-/// Kernels of later suites are of this series or later. It is the first with `struct fpu` behind `x86_task_fpu`
-/// (arch/x86/kernel/fpu/core.c), which made an error of what earlier kernels only warned of; earlier ones are among the needed.
+/// Kernels of later suites are of this series or later. It is the first with `struct fpu` behind
+/// `x86_task_fpu` (arch/x86/kernel/fpu/core.c), which made an error of what earlier kernels only warned of;
+/// earlier ones are among the needed.
 const LATER_THAN: Series = (6, 16);
 
 /// Which guest kernels a chore begins with.
@@ -159,7 +161,8 @@ fn kernels(steps: &mut Steps, workspace: &Workspace, update: bool) -> Result<()>
     Ok(())
 }
 
-/// Fetches kernels that are newer than this machine's release. Not having them is no error: the cases say what they miss.
+/// Fetches kernels that are newer than this machine's release. Not having them is no error: the cases say
+/// what they miss.
 fn later_kernels(workspace: &Workspace, update: bool) -> Result<()> {
     // The archive may have only one; it is not asked for the other in every run.
     let is_new = Kernel::find(workspace, Role::NewestCloud).is_err();

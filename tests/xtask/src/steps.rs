@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Visible progress: each step says what begins and, every half minute, how long it has taken; a table at the end says what took
-//! how long.
+//! Visible progress: each step says what begins and, every half minute, how long it has taken; a table at the
+//! end says what took how long.
 
 use std::process::Command;
 use std::time::Duration;

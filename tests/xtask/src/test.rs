@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask test`: set-up, every package's own tests, then the integration tests.
 //!
-//! The usual run is bounded in time, so that it can be made for each change. What does not fit says why and waits for `--long`.
+//! The usual run is bounded in time, so that it can be made for each change. What does not fit says why and
+//! waits for `--long`.
 
 use std::io::BufRead;
 use std::io::BufReader;
@@ -27,7 +28,8 @@ use crate::build;
 use crate::setup;
 use crate::steps::Steps;
 
-/// What the packages' own tests do in a usual and in a long run, by environment variable. Whoever sets one is not overruled.
+/// What the packages' own tests do in a usual and in a long run, by environment variable. Whoever sets one is
+/// not overruled.
 const AMOUNTS: &[Amount] = &[
     Amount {
         variable: "CVMM_FUZZ_SECONDS",
@@ -89,7 +91,8 @@ pub struct Args {
     /// Run everything, also what takes long.
     #[arg(long)]
     long: bool,
-    /// Boot every kernel found in this folder instead: unpacked packages, directories with them, and bzImage files.
+    /// Boot every kernel found in this folder instead: unpacked packages, directories with them, and bzImage
+    /// files.
     #[arg(long, value_name = "DIR")]
     kernels: Option<PathBuf>,
 }

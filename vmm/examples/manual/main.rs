@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Writes manual pages and shell completions of `cvmm` and `vtpm-svc`, and `docs/options.md`, from the definitions that `--help` comes
-//! from: `cargo run -p vmm --example manual -- FOLDER`.
+//! Writes manual pages and shell completions of `cvmm` and `vtpm-svc`, and `docs/options.md`, from the
+//! definitions that `--help` comes from: `cargo run -p vmm --example manual -- FOLDER`.
 //!
 //! An example and not a subcommand, so that the program does not carry what only packagers need.
 

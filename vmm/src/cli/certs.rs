@@ -21,7 +21,8 @@ use crate::machine::certs::FILE_LIMIT;
 /// Options of a run about certificates.
 #[derive(clap::Args, Clone, Debug)]
 pub struct CertsArgs {
-    /// Certificates for the guest's extended reports: a table that `cvmm certs` made. Read at each request, under a shared lock
+    /// Certificates for the guest's extended reports: a table that `cvmm certs` made. Read at each request,
+    /// under a shared lock
     #[arg(long, value_name = "FILE", help_heading = SNP)]
     pub certs: Option<PathBuf>,
 }
@@ -29,8 +30,8 @@ pub struct CertsArgs {
 /// Options of `cvmm certs`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Certificates in DER or PEM, one file or several: the VCEK or VLEK, its ASK or ASVK, and the ARK. Of a file that
-    /// has both intermediates the fitting one is taken
+    /// Certificates in DER or PEM, one file or several: the VCEK or VLEK, its ASK or ASVK, and the ARK. Of a
+    /// file that has both intermediates the fitting one is taken
     #[arg(value_name = "CERT", required_unless_present = "show")]
     certificates: Vec<PathBuf>,
     /// AMD's revocation list, DER or PEM, for the table as well

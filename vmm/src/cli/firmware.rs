@@ -25,8 +25,8 @@ pub struct FirmwareArgs {
     /// How pages without data in an IGVM file are launched
     #[arg(long, value_enum, requires = "igvm")]
     zero_pages: Option<ZeroPages>,
-    /// vCPU model of a firmware launch, as a name (EPYC-Milan) or a CPUID signature (0xa00f11): RDX of every vCPU, so part of
-    /// the digest. A launch takes the host's if this is left out
+    /// vCPU model of a firmware launch, as a name (EPYC-Milan) or a CPUID signature (0xa00f11): RDX of every
+    /// vCPU, so part of the digest. A launch takes the host's if this is left out
     #[arg(long, visible_alias = "vcpu-type", value_name = "MODEL", conflicts_with = "igvm", value_parser = |text: &str| vcpu_model::parse(text))]
     pub vcpu_model: Option<u32>,
     /// The complete sev_features of a firmware launch

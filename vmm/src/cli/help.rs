@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What stands below the options in every help: exit codes and examples, from one table, so that no command lacks them.
+//! What stands below the options in every help: exit codes and examples, from one table, so that no command
+//! lacks them.
 
 use clap::Command;
 

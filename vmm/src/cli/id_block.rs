@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cvmm id-block`: make, sign, show and check ID blocks.
 //!
-//! With the keys at hand one `sign` does all. For keys kept elsewhere there are two steps: `new` writes the block, which
-//! any tool can sign (`openssl dgst -sha384 -sign`), and `sign --block-signature` puts what it wrote into the auth page.
+//! With the keys at hand one `sign` does all. For keys kept elsewhere there are two steps: `new` writes the
+//! block, which any tool can sign (`openssl dgst -sha384 -sign`), and `sign --block-signature` puts what it
+//! wrote into the auth page.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -232,7 +233,8 @@ fn sign_block(args: &Sign) -> Result<u8, Failure> {
         None => None,
     };
     let auth = IdAuth { block_signature, id_key, author };
-    // A signature that was made elsewhere may be over something else: the firmware would say so only at launch.
+    // A signature that was made elsewhere may be over something else: the firmware would say so only at
+    // launch.
     auth.check_signatures(&block).map_err(Failure::usage)?;
     if let Some(out) = &args.out {
         write(out, &auth.encode())?;

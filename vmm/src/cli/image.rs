@@ -34,17 +34,19 @@ pub struct ImageArgs {
     /// Who makes an SNP guest's RAM usable; `launch` measures all of it, for tests
     #[arg(long, value_enum, default_value = "stage0", hide = true)]
     pub validation: Validation,
-    /// Give an SNP guest a time stamp counter that the host cannot change; part of the launch digest. The guest needs Linux 6.14 or
-    /// later, the host Linux 6.18 or later
+    /// Give an SNP guest a time stamp counter that the host cannot change; part of the launch digest. The
+    /// guest needs Linux 6.14 or later, the host Linux 6.18 or later
     #[arg(long, help_heading = SNP)]
     pub secure_tsc: bool,
-    /// How much of an SNP guest's memory is validated before its kernel runs; part of the launch digest [default: auto]
+    /// How much of an SNP guest's memory is validated before its kernel runs; part of the launch digest
+    /// [default: auto]
     #[arg(long, value_enum, help_heading = SNP)]
     pub accept: Option<Accept>,
 }
 
 impl ImageArgs {
-    /// The part of an SNP guest's request that is in these options. `accept` as it was given, not its default.
+    /// The part of an SNP guest's request that is in these options. `accept` as it was given, not its
+    /// default.
     pub fn snp(&self) -> SnpSpec {
         SnpSpec {
             accept: self.accept,

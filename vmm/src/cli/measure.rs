@@ -107,7 +107,8 @@ pub struct Args {
     /// Numbers of vCPUs, in place of --cpus: a list or range such as 1,2,4-8
     #[arg(long, value_name = "LIST", value_parser = parse_counts, conflicts_with = "cpus")]
     vcpus: Option<Counts>,
-    /// Position of the C-bit on the host that will launch the guest: part of the measured page tables of `--validation launch`
+    /// Position of the C-bit on the host that will launch the guest: part of the measured page tables of
+    /// `--validation launch`
     #[arg(long, value_name = "BIT", default_value_t = 51, hide = true, value_parser = clap::value_parser!(u8).range(32..=51))]
     c_bit: u8,
     /// Print JSON: digests that a policy can list, and every step that leads to them
@@ -119,7 +120,8 @@ pub struct Args {
     /// Compare two files of --json: where do the launches part, and why?
     #[arg(long, num_args = 2, value_names = ["A", "B"], exclusive = true)]
     diff: Option<Vec<PathBuf>>,
-    /// Write the plan for a check by other programs: one JSON object per line, and the contents into FILE.contents
+    /// Write the plan for a check by other programs: one JSON object per line, and the contents into
+    /// FILE.contents
     #[arg(long, value_name = "FILE")]
     dump: Option<PathBuf>,
 }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! No option says nothing: one that has no effect on what a command line asks for is refused.
 //!
-//! Who asks for `--strict` and gets a run without it believes in checks that nobody made; who measures with `--vmm qemu` lists a digest that
-//! QEMU never shows. The parser knows some of these rules, which options exclude each other; whether an option means something also
-//! depends on values, on what is booted and where. [`RULES`] has that for every option of a run and of `cvmm measure`, and a test holds
-//! it against the options that there are.
+//! Who asks for `--strict` and gets a run without it believes in checks that nobody made; who measures with
+//! `--vmm qemu` lists a digest that QEMU never shows. The parser knows some of these rules, which options
+//! exclude each other; whether an option means something also depends on values, on what is booted and where.
+//! [`RULES`] has that for every option of a run and of `cvmm measure`, and a test holds it against the
+//! options that there are.
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Every option in every mode: it is used, or the parser or the rules refuse it and name it. What is used where is written down here
-//! once more, from what the help and the documents promise.
+//! Every option in every mode: it is used, or the parser or the rules refuse it and name it. What is used
+//! where is written down here once more, from what the help and the documents promise.
 
 use clap::CommandFactory;
 use clap::FromArgMatches;

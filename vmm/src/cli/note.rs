@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the monitor says to its user: lines on standard error.
 //!
-//! A guest can make the monitor say something, by a reset for example. So whatever becomes of standard error (closed, a full
-//! disk, a pipe that nobody reads), a note neither ends the run nor holds it up: what cannot be written soon is lost. The
-//! standard library's `eprintln!` would end the process; the packages of the monitor deny it.
+//! A guest can make the monitor say something, by a reset for example. So whatever becomes of standard error
+//! (closed, a full disk, a pipe that nobody reads), a note neither ends the run nor holds it up: what cannot
+//! be written soon is lost. The standard library's `eprintln!` would end the process; the packages of the
+//! monitor deny it.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -69,8 +70,8 @@ fn say(text: &str) {
     let _ = OUTPUT.write(rustix::stdio::stderr(), clean(text).as_bytes(), PATIENCE);
 }
 
-/// `text` as lines for a terminal: paths and messages of other programs may hold bytes that move its cursor or look like another
-/// line of ours. A second line is kept, and indented.
+/// `text` as lines for a terminal: paths and messages of other programs may hold bytes that move its cursor
+/// or look like another line of ours. A second line is kept, and indented.
 pub fn clean(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 1);
     let mut begins = false;
@@ -106,8 +107,8 @@ impl Output {
         Output { stalled: AtomicBool::new(false) }
     }
 
-    /// Writes all of `bytes`, or as much as there is room for within `patience` from the last progress; then the rest is lost
-    /// (`EAGAIN`). A descriptor that blocks is not written to before it is ready.
+    /// Writes all of `bytes`, or as much as there is room for within `patience` from the last progress; then
+    /// the rest is lost (`EAGAIN`). A descriptor that blocks is not written to before it is ready.
     pub fn write(&self, fd: BorrowedFd<'_>, mut bytes: &[u8], patience: Duration) -> Result<(), Errno> {
         while !bytes.is_empty() {
             let patience = if self.stalled.load(Ordering::Relaxed) { Duration::ZERO } else { patience };

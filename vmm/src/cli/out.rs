@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Files that a command writes for its user: whole or not at all, through the user's own links only, with owner and mode of
-//! what they replace.
+//! Files that a command writes for its user: whole or not at all, through the user's own links only, with
+//! owner and mode of what they replace.
 
 use std::path::Path;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cvmm report`: what a report says, before anybody has checked it, and which certificates it takes to check it.
+//! `cvmm report`: what a report says, before anybody has checked it, and which certificates it takes to check
+//! it.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -133,8 +134,8 @@ fn fields(report: &Report, product: Option<Product>) -> Vec<(&'static str, Strin
     ]
 }
 
-/// What AMD's key service is asked for (57230, VCEK certificate and KDS interface specification, sections 4.1 and 4.2). Its address
-/// is in that specification; this program does not fetch anything.
+/// What AMD's key service is asked for (57230, VCEK certificate and KDS interface specification, sections 4.1
+/// and 4.2). Its address is in that specification; this program does not fetch anything.
 fn to_verify(report: &Report, product: Option<Product>, signer: Signer) -> String {
     let Some(product) = product else { return "the product has to be known first".into() };
     let chip = report.chip_id();
@@ -175,7 +176,8 @@ mod tests {
         Report::parse(&builder.finish(&[0; 48], &[0; 48])).unwrap()
     }
 
-    /// The forms of the key service's addresses: 57230, section 4.1, with the eight bytes of Turin's ids and its FMC.
+    /// The forms of the key service's addresses: 57230, section 4.1, with the eight bytes of Turin's ids and
+    /// its FMC.
     #[test]
     fn what_to_fetch_has_the_form_of_the_key_service() {
         let turin =

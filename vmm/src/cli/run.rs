@@ -80,7 +80,8 @@ pub struct Args {
     /// 32 bytes for the host-data field of the guest's reports, in hexadecimal
     #[arg(long, value_name = "HEX", value_parser = parse_hex32, help_heading = SNP)]
     host_data: Option<[u8; 32]>,
-    /// Your signed ID block, binary or in base64: the launch is refused if digest or policy differ (see `cvmm id-block`)
+    /// Your signed ID block, binary or in base64: the launch is refused if digest or policy differ (see
+    /// `cvmm id-block`)
     #[arg(long, value_name = "FILE", requires = "id_auth", help_heading = SNP)]
     id_block: Option<PathBuf>,
     /// The ID block's auth page, binary or in base64
@@ -89,9 +90,9 @@ pub struct Args {
     /// File of `cvmm measure --json` that the ID block was made for: says why a digest differs
     #[arg(long, value_name = "FILE", requires = "id_block", help_heading = SNP)]
     reference: Option<PathBuf>,
-    /// Where the firmware refuses CPUID values, launch with its own, if all changes are on a short list (features that only
-    /// disappear, cache descriptions); they are printed. Bits that KVM makes up, or that newer microcode
-    /// announces, may go without this option. The CPUID page is not measured
+    /// Where the firmware refuses CPUID values, launch with its own, if all changes are on a short list
+    /// (features that only disappear, cache descriptions); they are printed. Bits that KVM makes up, or that
+    /// newer microcode announces, may go without this option. The CPUID page is not measured
     #[arg(long, help_heading = SNP)]
     accept_cpuid: bool,
     #[command(flatten)]
@@ -195,7 +196,8 @@ fn certificates(spec: &VmSpec, events: &Events) -> Result<Option<Source>, Failur
     path.map(open).transpose().map_err(|e| Failure::Usage(format!("--certs: {e}")))
 }
 
-/// Says when the guest may come to need more memory than the host has. It may never touch all of it, so that is no error.
+/// Says when the guest may come to need more memory than the host has. It may never touch all of it, so that
+/// is no error.
 fn warn_of_memory(memory: u64, events: &Events) {
     let facts = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total = facts.lines().find_map(|line| line.strip_prefix("MemTotal:"));

@@ -41,12 +41,12 @@ struct Document<'a> {
 #[derive(clap::Args, Clone, Debug)]
 #[command(group = clap::ArgGroup::new("freshness").required(true))]
 pub struct Args {
-    /// The report as the guest got it: 1184 bytes or their hexadecimal digits, also with a certificate table behind it (an extended
-    /// report), or the envelope of an Azure confidential VM
+    /// The report as the guest got it: 1184 bytes or their hexadecimal digits, also with a certificate table
+    /// behind it (an extended report), or the envelope of an Azure confidential VM
     #[arg(value_name = "REPORT")]
     report: PathBuf,
-    /// Certificates: the VCEK or VLEK, and its issuer if that is not AMD's VCEK intermediate. DER, PEM, or a certificate table; can be
-    /// repeated. Not needed if the table stands behind the report
+    /// Certificates: the VCEK or VLEK, and its issuer if that is not AMD's VCEK intermediate. DER, PEM, or a
+    /// certificate table; can be repeated. Not needed if the table stands behind the report
     #[arg(long, value_name = "FILE", num_args = 1)]
     certs: Vec<PathBuf>,
     /// The policy, a TOML file
@@ -67,7 +67,8 @@ pub struct Args {
     /// Time for which certificates must be valid, such as 2025-11-01T00:00:00Z [default: now]
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     at: Option<u64>,
-    /// Believe this root certificate in place of AMD's, such as the emulated platform's: proves nothing about hardware
+    /// Believe this root certificate in place of AMD's, such as the emulated platform's: proves nothing about
+    /// hardware
     #[arg(long, value_name = "FILE")]
     trust_root: Option<PathBuf>,
     /// Print the verdict as JSON
@@ -127,7 +128,8 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
         Some(path) => {
             let mut roots =
                 Cert::read_all(&read("--trust-root", path)?).map_err(|e| named("--trust-root", path)(&e))?;
-            // The file may be a whole chain, as the emulated platform keeps it: the root is the one that issued itself.
+            // The file may be a whole chain, as the emulated platform keeps it: the root is the one that
+            // issued itself.
             roots.retain(|cert| cert.is_ca() && cert.is_issued_in_the_name_of(cert));
             if roots.len() != 1 {
                 let error = format!("{} root certificates, expected 1", roots.len());

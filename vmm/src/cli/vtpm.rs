@@ -16,12 +16,13 @@ use crate::vtpm::backend::missing;
 #[derive(clap::Args, Clone, Debug, Default)]
 #[command(next_help_heading = "vTPM")]
 pub struct VtpmArgs {
-    /// Give the guest a TPM 2.0 that cvmm starts and ends with it. Its state is in FILE (made by `cvmm vmgs create`); without
-    /// FILE the TPM is new at each run and forgotten at its end. Part of an SNP guest's launch digest. The TPM runs on the host:
-    /// its operator can read and change everything in it
+    /// Give the guest a TPM 2.0 that cvmm starts and ends with it. Its state is in FILE (made by
+    /// `cvmm vmgs create`); without FILE the TPM is new at each run and forgotten at its end. Part of an SNP
+    /// guest's launch digest. The TPM runs on the host: its operator can read and change everything in it
     #[arg(long, value_name = "FILE", num_args = 0..=1, conflicts_with = "vtpm_socket")]
     vtpm: Option<Option<PathBuf>>,
-    /// Give the guest the TPM of a service that listens on this control socket (vtpm-svc, swtpm) and stays when the guest ends
+    /// Give the guest the TPM of a service that listens on this control socket (vtpm-svc, swtpm) and stays
+    /// when the guest ends
     #[arg(long, value_name = "SOCKET")]
     vtpm_socket: Option<PathBuf>,
     /// File with the key of --vtpm FILE: 32 bytes, or 64 hexadecimal digits
@@ -39,13 +40,16 @@ pub struct VtpmArgs {
     /// Folder that remembers which copy of --vtpm FILE is the newest [default: as for `cvmm vmgs`]
     #[arg(long, value_name = "DIR", requires = "vtpm_key")]
     vtpm_anchor: Option<PathBuf>,
-    /// Folder of the host's certificate authority, made if missing: a new TPM gets EK and AK certificates from it
+    /// Folder of the host's certificate authority, made if missing: a new TPM gets EK and AK certificates
+    /// from it
     #[arg(long, value_name = "DIR")]
     vtpm_ek_ca: Option<PathBuf>,
-    /// The VM whose state --vtpm FILE has to be (`cvmm vmgs create` prints it): the file of another VM is refused
+    /// The VM whose state --vtpm FILE has to be (`cvmm vmgs create` prints it): the file of another VM is
+    /// refused
     #[arg(long, value_name = "UUID")]
     vm_uuid: Option<String>,
-    /// Take --vtpm FILE although it is older than the newest copy, or nobody knows: what was written since is lost
+    /// Take --vtpm FILE although it is older than the newest copy, or nobody knows: what was written since is
+    /// lost
     #[arg(long)]
     vtpm_accept_rollback: bool,
     /// Take what another tool has changed in --vtpm FILE
@@ -59,8 +63,8 @@ pub struct VtpmArgs {
 /// Whether a measured guest has a TPM.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct MeasureArgs {
-    /// The guest has a TPM: what announces it, its event log first of all, is part of the digest. Taken as for a run; FILE is not
-    /// read
+    /// The guest has a TPM: what announces it, its event log first of all, is part of the digest. Taken as
+    /// for a run; FILE is not read
     #[arg(long, value_name = "FILE", num_args = 0..=1, conflicts_with_all = ["firmware", "igvm"])]
     vtpm: Option<Option<PathBuf>>,
 }

@@ -37,7 +37,8 @@ impl Keyboard {
         serial.map_or(0, |s| lock(&s).receive(bytes))
     }
 
-    /// Reads standard input in a thread, until its end; `quit` is called when the user asks for the end of the run.
+    /// Reads standard input in a thread, until its end; `quit` is called when the user asks for the end of
+    /// the run.
     pub(crate) fn listen(&self, terminal: bool, quit: impl Fn() + Send + 'static) -> Result<(), ThreadError> {
         let keyboard = self.clone();
         spawn("input".into(), move || {

@@ -17,7 +17,8 @@ static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
 /// Puts the terminal back as it was. May be called any number of times, from any thread.
 pub fn restore() {
     let saved = lock(&SAVED).take();
-    // In the background a job that changes the terminal is stopped; whoever is in the foreground has set it for himself.
+    // In the background a job that changes the terminal is stopped; whoever is in the foreground has set it
+    // for himself.
     if let Some(settings) = saved
         && !in_background()
     {
@@ -26,7 +27,8 @@ pub fn restore() {
     }
 }
 
-/// Whether standard input is a terminal that somebody else uses now: reading or changing it would stop this process.
+/// Whether standard input is a terminal that somebody else uses now: reading or changing it would stop this
+/// process.
 pub fn in_background() -> bool {
     let foreground = rustix::termios::tcgetpgrp(io::stdin());
     foreground.is_ok_and(|group| group != rustix::process::getpgrp())

@@ -9,8 +9,8 @@ use crate::platform::emulated::ADDRESS_BITS_MIN;
 use crate::platform::emulated::EmulationTrial;
 use crate::platform::kvm::Finding;
 
-/// Below this many instructions each second a Linux kernel takes minutes to boot. Interpreters run about a million, hardware
-/// and nested KVM at least ten times this limit.
+/// Below this many instructions each second a Linux kernel takes minutes to boot. Interpreters run about a
+/// million, hardware and nested KVM at least ten times this limit.
 const SLOW: u64 = 10_000_000;
 
 /// All lines.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What is known about a host, as plain data that can be recorded, sent and judged elsewhere.
 //!
-//! Files are read below a root that tests choose. Nothing here judges; what cannot be read is said to be unknown. Only the
-//! two trials do anything: one begins an SNP launch and gives it up, one runs a guest of a few bytes.
+//! Files are read below a root that tests choose. Nothing here judges; what cannot be read is said to be
+//! unknown. Only the two trials do anything: one begins an SNP launch and gives it up, one runs a guest of a
+//! few bytes.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,7 +32,8 @@ use crate::platform::kvm::host_cpuid;
 use crate::platform::kvm::platform_status;
 use crate::platform::kvm::sev_leaf;
 
-/// Most lines that are kept: the last ones, because a cause is followed by what it leads to, and not the other way.
+/// Most lines that are kept: the last ones, because a cause is followed by what it leads to, and not the
+/// other way.
 const LINES: usize = 60;
 /// What lines about SEV have in them.
 const WORDS: [&str; 8] = [
@@ -236,7 +238,8 @@ pub fn asids(root: &Path) -> Vec<AsidGroup> {
     groups
 }
 
-/// Lines of the kernel log about SEV. Each read of the log gives one record, `priority,sequence,time,flags;text`.
+/// Lines of the kernel log about SEV. Each read of the log gives one record,
+/// `priority,sequence,time,flags;text`.
 pub fn kernel_log(path: &Path) -> Option<Vec<String>> {
     let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
     let mut log = fs::File::options().read(true).custom_flags(nonblocking).open(path).ok()?;

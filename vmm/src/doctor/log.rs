@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the kernel log says about SNP: which lines are kept, which of them are complaints, and what each one asks for.
+//! What the kernel log says about SNP: which lines are kept, which of them are complaints, and what each one
+//! asks for.
 //!
-//! Words are those of Linux 6.12 and 7.3: `arch/x86/virt/svm/sev.c` ("SEV-SNP: ", the RMP), `drivers/iommu/amd/init.c`
-//! (`iommu_snp_enable`, "AMD-Vi: SNP: "), `drivers/crypto/ccp/sev-dev.c` ("ccp ADDRESS: "), `arch/x86/kvm/svm/sev.c`
-//! ("kvm_amd: SEV"). A log on a good host has lines too, so a line counts as a complaint only by its words. The state of SEV
-//! and SEV-ES guests ("SEV-ES unusable") says nothing about SNP guests.
+//! Words are those of Linux 6.12 and 7.3: `arch/x86/virt/svm/sev.c` ("SEV-SNP: ", the RMP),
+//! `drivers/iommu/amd/init.c` (`iommu_snp_enable`, "AMD-Vi: SNP: "), `drivers/crypto/ccp/sev-dev.c` ("ccp
+//! ADDRESS: "), `arch/x86/kvm/svm/sev.c` ("kvm_amd: SEV"). A log on a good host has lines too, so a line
+//! counts as a complaint only by its words. The state of SEV and SEV-ES guests ("SEV-ES unusable") says
+//! nothing about SNP guests.
 
 use super::facts::Facts;
 use super::line::Check;
@@ -21,7 +23,8 @@ const COMPLAINTS: [&str; 9] = [
     "cannot be supported",
     "already exists",
 ];
-/// What the kernel says of an RMP that it has found: one table, or segments of it as on Turin, which have no line of the first kind.
+/// What the kernel says of an RMP that it has found: one table, or segments of it as on Turin, which have no
+/// line of the first kind.
 const RMP_FOUND: [&str; 3] = ["RMP table physical range", "Segmented RMP", "RMP segment "];
 /// What the IOMMU's code says when the RMP's has already said why.
 const ECHO: &str = "RMP initialization failed";

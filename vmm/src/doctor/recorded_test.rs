@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The judgement, on the facts of hosts that are not here.
 //!
-//! `this_machine` was recorded on the project's development machine by `cvmm doctor --json`. `good_host` is put together from
-//! what Linux 6.12's sources and AMD's manuals say about an EPYC 7003 host; it was **not** recorded on one.
+//! `this_machine` was recorded on the project's development machine by `cvmm doctor --json`. `good_host` is
+//! put together from what Linux 6.12's sources and AMD's manuals say about an EPYC 7003 host; it was **not**
+//! recorded on one.
 
 use std::collections::BTreeMap;
 
@@ -36,7 +37,8 @@ fn good_host() -> Facts {
     Facts {
         kernel: "6.12.95".into(),
         cpu_model: "AMD EPYC 7443P 24-Core Processor".into(),
-        // SME, SEV, page flush, ES, SNP, VMPL; C-bit 51 and 5 bits lost; 509 ASIDs, 99 of them below plain SEV's.
+        // SME, SEV, page flush, ES, SNP, VMPL; C-bit 51 and 5 bits lost; 509 ASIDs, 99 of them below plain
+        // SEV's.
         sev_leaf: Some([0x0101_fd3f, 0x0000_4173, 0x1fd, 0x64]),
         parameters: parameters.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
         sev_device: Access::Granted,
@@ -127,7 +129,8 @@ fn a_host_as_the_kernel_describes_it_has_nothing_to_fix() {
     assert!(line(&diagnosis, "C-bit").found.starts_with("bit 51, 5 "), "{diagnosis}");
 }
 
-/// Its KVM interprets guests, and offers no RDRAND: `cvmm --snp --platform emulated` refuses it for that as well.
+/// Its KVM interprets guests, and offers no RDRAND: `cvmm --snp --platform emulated` refuses it for that as
+/// well.
 #[test]
 fn the_development_machine_can_do_neither() {
     let diagnosis = judge(this_machine());
@@ -214,7 +217,8 @@ fn each_need_of_the_launch_fails_a_host_alone() {
     }
 }
 
-/// A host is told what to do about each capability: all of them had one text, which sent people to another kernel for nothing.
+/// A host is told what to do about each capability: all of them had one text, which sent people to another
+/// kernel for nothing.
 #[test]
 fn each_capability_has_a_text_of_its_own() {
     let mut facts = good_host();
@@ -441,8 +445,8 @@ fn the_line_that_fails_is_shown_and_not_the_first_one() {
     }
 }
 
-/// A host of AWS (Milan; then Genoa), of which Firecracker recorded the CPUID leaf: EDX is ECX + 1, so that all ASIDs are for
-/// SEV-ES and SNP (tests/data/cpu_template_helper of firecracker-microvm/firecracker).
+/// A host of AWS (Milan; then Genoa), of which Firecracker recorded the CPUID leaf: EDX is ECX + 1, so that
+/// all ASIDs are for SEV-ES and SNP (tests/data/cpu_template_helper of firecracker-microvm/firecracker).
 #[test]
 fn a_host_that_gives_plain_sev_no_asids_is_good() {
     for (leaf, count) in [
@@ -498,7 +502,8 @@ fn the_oldest_firmware_that_linux_takes_is_good() {
     assert_eq!(line(&judge(facts), "RMP table").found, format!("the kernel logged: {range}"));
 }
 
-/// The log of a Turin host, in the words of Linux 7.3 and of AMDSEV's README of 2026: "RMP table physical range" is absent.
+/// The log of a Turin host, in the words of Linux 7.3 and of AMDSEV's README of 2026: "RMP table physical
+/// range" is absent.
 #[test]
 fn a_segmented_rmp_is_an_rmp() {
     let mut facts = good_host();
@@ -518,7 +523,8 @@ fn a_segmented_rmp_is_an_rmp() {
     assert!(line(&diagnosis, "RMP table").found.contains("Segmented RMP"));
 }
 
-/// kvm mailing list, 9 April 2026, a Milan with firmware 1.58 build 1: the firmware refuses plain SEV-ES, and SNP is enabled.
+/// kvm mailing list, 9 April 2026, a Milan with firmware 1.58 build 1: the firmware refuses plain SEV-ES, and
+/// SNP is enabled.
 #[test]
 fn sev_es_may_be_unusable_beside_snp() {
     let mut facts = good_host();
@@ -554,8 +560,8 @@ fn a_driver_that_gave_up_says_why_there_is_no_device() {
     assert!(line(&diagnosis, "ASIDs for SEV-ES and SNP").found.starts_with("255 of 1006"));
 }
 
-/// An EPYC 8024P in a Dell C6615 after a change of its firmware (aleph-vm's documentation, 2026), in the words of Linux 6.14 and,
-/// below, of 7.3 (`__sev_snp_init_locked`).
+/// An EPYC 8024P in a Dell C6615 after a change of its firmware (aleph-vm's documentation, 2026), in the
+/// words of Linux 6.14 and, below, of 7.3 (`__sev_snp_init_locked`).
 #[test]
 fn data_of_another_firmware_is_reset() {
     for said in [
@@ -578,7 +584,8 @@ fn an_old_psp_boot_loader_is_named() {
     assert!(line(&judge(facts), "SNP firmware").fix.contains("00.13.00.70"));
 }
 
-/// Linux 7.3, `sev_hardware_setup`: with `ciphertext_hiding_asids=N` SNP guests have ASIDs 1 to N, SEV-ES the others.
+/// Linux 7.3, `sev_hardware_setup`: with `ciphertext_hiding_asids=N` SNP guests have ASIDs 1 to N, SEV-ES the
+/// others.
 #[test]
 fn ciphertext_hiding_divides_the_asids() {
     let mut facts = good_host();

@@ -156,7 +156,8 @@ fn cpuid_page(cpuid: &CpuidTrial, facts: &Facts) -> Check {
     )
 }
 
-/// What an errno most likely means at a step (`sev_guest_init`, `snp_launch_start` in Linux' `arch/x86/kvm/svm/sev.c`).
+/// What an errno most likely means at a step (`sev_guest_init`, `snp_launch_start` in Linux'
+/// `arch/x86/kvm/svm/sev.c`).
 fn trial_fix(step: &str, errno: i32, firmware: u32) -> &'static str {
     let init = step == "creating an SNP guest";
     match (errno, firmware) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A launch that is begun and given up: what decides whether this host can launch SNP guests, with the firmware's verdict on each
-//! value of the CPUID page.
+//! A launch that is begun and given up: what decides whether this host can launch SNP guests, with the
+//! firmware's verdict on each value of the CPUID page.
 
 use std::fmt;
 use std::io;
@@ -135,10 +135,10 @@ fn errno(e: &io::Error) -> i32 {
 const TRIAL_GPA: u64 = 0;
 const TRIAL_LEN: u64 = 2 * PAGE_SIZE;
 
-/// Does on `vm` what a launch does up to its CPUID page, by the launch's own functions: `KVM_SEV_INIT2`, memory with a private
-/// side, `LAUNCH_START` with the default policy, `LAUNCH_UPDATE` of a normal page and of `table`. No vCPU is needed for any
-/// of it (Linux 7.3, `sev.c:snp_launch_update`). `host` is the processors' own CPUID: as in a launch, losses of what it lacks are
-/// accepted.
+/// Does on `vm` what a launch does up to its CPUID page, by the launch's own functions: `KVM_SEV_INIT2`,
+/// memory with a private side, `LAUNCH_START` with the default policy, `LAUNCH_UPDATE` of a normal page and
+/// of `table`. No vCPU is needed for any of it (Linux 7.3, `sev.c:snp_launch_update`). `host` is the
+/// processors' own CPUID: as in a launch, losses of what it lacks are accepted.
 pub(crate) fn try_pages(vm: &dyn Vm, table: &CpuidTable, host: Option<&RawCpuid>) -> Trial {
     let page = match table.page() {
         Ok(page) => page,
@@ -203,7 +203,8 @@ pub(crate) fn try_pages(vm: &dyn Vm, table: &CpuidTable, host: Option<&RawCpuid>
     }
 }
 
-/// Begins a launch and gives it up: a VM of the SNP type and [`try_pages`] on it. Takes one ASID until it returns.
+/// Begins a launch and gives it up: a VM of the SNP type and [`try_pages`] on it. Takes one ASID until it
+/// returns.
 pub fn try_launch(kvm: &KvmPlatform) -> Trial {
     let table = kvm.supported_cpuid().map_err(|e| e.to_string()).and_then(|supported| {
         CpuidTable::snp(&cpuid::from_kvm(&supported), 1, &kvm.snp_cpuid()).map_err(|e| e.to_string())

@@ -32,7 +32,8 @@ const ENTRY: usize = 48;
 enum Firmware {
     /// It takes the page.
     Takes,
-    /// It clears these bits of a register of the entry with this leaf, and takes the page when they are clear.
+    /// It clears these bits of a register of the entry with this leaf, and takes the page when they are
+    /// clear.
     Clears(u32, usize, u32),
     /// It does so, and refuses its own page too.
     Stubborn(u32, usize, u32),
@@ -43,7 +44,8 @@ struct Host {
     vm: ScriptedVm,
     firmware: Firmware,
     calls: Mutex<Vec<&'static str>>,
-    /// Linux 7.1 and later refuse a source that is not page aligned; 6.12 does not look (`sev.c:snp_launch_update`).
+    /// Linux 7.1 and later refuse a source that is not page aligned; 6.12 does not look
+    /// (`sev.c:snp_launch_update`).
     page_aligned: bool,
 }
 

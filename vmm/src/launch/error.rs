@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Why a launch failed: the step, the page, the errno and firmware status, and what they mean together.
 //!
-//! An errno of KVM's SEV commands alone says little; the causes here are read from `arch/x86/kvm/svm/sev.c` of Linux 6.12.
+//! An errno of KVM's SEV commands alone says little; the causes here are read from `arch/x86/kvm/svm/sev.c`
+//! of Linux 6.12.
 
 use std::io;
 
@@ -20,36 +21,20 @@ pub(super) const MAX_RETRIES: u32 = 16;
 
 /// A launch step that failed.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum LaunchError {
     /// A KVM call.
     #[error("{step}: {source}")]
-    Call {
-        /// What was being done.
-        step: String,
-        /// What failed.
-        source: CallError,
-    },
+    Call { step: String, source: CallError },
     /// A SEV command.
     #[error("{step}: {source}{}", cause(source))]
-    Sev {
-        /// What was being done, to which page.
-        step: String,
-        /// What failed.
-        source: SevError,
-    },
+    Sev { step: String, source: SevError },
     /// The firmware refused the CPUID page.
     #[error(
         "adding {name} (CPUID page at {gpa:#x}): the firmware refused these values (INVALID_PARAM, 0x16):\n{diff}\n{}",
         advice(diff)
     )]
-    Cpuid {
-        /// The record.
-        name: String,
-        /// Its address.
-        gpa: u64,
-        /// What it would accept.
-        diff: CpuidDiff,
-    },
+    Cpuid { name: String, gpa: u64, diff: CpuidDiff },
     /// The plan breaks a rule.
     #[error("the launch plan is not valid: {0}")]
     Plan(#[from] PlanError),
@@ -57,22 +42,10 @@ pub enum LaunchError {
     #[error(
         "vCPU {vcpu}: the plan has SEV features {found:#x}, but {expected:#x} for vCPU 0; INIT2 takes one set for all"
     )]
-    Features {
-        /// Which one.
-        vcpu: usize,
-        /// Its features.
-        found: u64,
-        /// Those of the first.
-        expected: u64,
-    },
+    Features { vcpu: usize, found: u64, expected: u64 },
     /// Not as many vCPUs as in the plan.
     #[error("the plan has {planned} vCPUs, the VM has {found}: the digest would not be the predicted one")]
-    VcpuCount {
-        /// In the plan.
-        planned: usize,
-        /// In the VM.
-        found: usize,
-    },
+    VcpuCount { planned: usize, found: usize },
     /// The ID block is for another launch.
     #[error("{0}")]
     Identity(#[from] IdMismatch),
@@ -80,48 +53,19 @@ pub enum LaunchError {
     #[error(
         "vCPU {vcpu}: {mismatch}, read back before LAUNCH_FINISH. The launch digest would not be {digest}, as predicted"
     )]
-    Register {
-        /// Which vCPU.
-        vcpu: usize,
-        /// What differs.
-        mismatch: Mismatch,
-        /// What was predicted.
-        digest: LaunchDigest,
-    },
+    Register { vcpu: usize, mismatch: Mismatch, digest: LaunchDigest },
     /// The firmware computed another digest.
     #[error("the firmware measured {measured}, predicted was {predicted}: a bug in cvmm, please report it")]
-    Digest {
-        /// What the firmware has.
-        measured: LaunchDigest,
-        /// What the plan has.
-        predicted: LaunchDigest,
-    },
+    Digest { measured: LaunchDigest, predicted: LaunchDigest },
     /// A record that is not RAM.
     #[error("{name}: the guest has no RAM at {gpa:#x}..{end:#x}")]
-    NotRam {
-        /// The record.
-        name: String,
-        /// Its address.
-        gpa: u64,
-        /// Its end.
-        end: u64,
-    },
+    NotRam { name: String, gpa: u64, end: u64 },
     /// Staged bytes that are not for RAM.
     #[error("staging {len:#x} bytes at {gpa:#x} for stage0: the guest has no RAM there")]
-    Staging {
-        /// Where they should go.
-        gpa: u64,
-        /// How many.
-        len: u64,
-    },
+    Staging { gpa: u64, len: u64 },
     /// The update made no progress.
     #[error("adding {name}: KVM took no page at {gpa:#x} in {MAX_RETRIES} tries (EAGAIN)")]
-    NoProgress {
-        /// The record.
-        name: String,
-        /// Where it stands.
-        gpa: u64,
-    },
+    NoProgress { name: String, gpa: u64 },
     /// Memory for the launch itself.
     #[error("no memory for the launch: {0}")]
     Memory(#[from] io::Error),

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Keeps signals from the thread that launches.
 //!
-//! A pending signal stops `KVM_SEV_SNP_LAUNCH_UPDATE` in the middle (`kvm_gmem_populate`), and before its first page the
-//! kernel calls that -EIO, like everything else. Signals that arrive meanwhile go to another thread, or wait.
+//! A pending signal stops `KVM_SEV_SNP_LAUNCH_UPDATE` in the middle (`kvm_gmem_populate`), and before its
+//! first page the kernel calls that -EIO, like everything else. Signals that arrive meanwhile go to another
+//! thread, or wait.
 
 use std::os::raw::c_int;
 
 use vmm_sys_util::signal::block_signal;
 use vmm_sys_util::signal::unblock_signal;
 
-/// Not to be blocked: the kernel refuses the first two, the others report errors of this thread's own instructions.
+/// Not to be blocked: the kernel refuses the first two, the others report errors of this thread's own
+/// instructions.
 const LEFT_ALONE: [c_int; 7] =
     [libc::SIGKILL, libc::SIGSTOP, libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP];
 

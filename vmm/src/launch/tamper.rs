@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A dishonest host, for tests: it alters what it has launched or staged after everybody has looked at it.
 //!
-//! A launch page that is altered changes the digest, and an ID block refuses the launch. A staged byte is not measured by the
-//! launch; stage0 copies it and hashes the copy. So the host may alter it before stage0 looks, or keep changing it while stage0
-//! works; the guest must end, or run with the bytes that were measured.
+//! A launch page that is altered changes the digest, and an ID block refuses the launch. A staged byte is not
+//! measured by the launch; stage0 copies it and hashes the copy. So the host may alter it before stage0
+//! looks, or keep changing it while stage0 works; the guest must end, or run with the bytes that were
+//! measured.
 
 use std::fmt;
 use std::io;

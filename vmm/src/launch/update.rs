@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `KVM_SEV_SNP_LAUNCH_UPDATE`, record by record.
 //!
-//! KVM may take part of what it is given: a call ends at the end of a memory slot, at a signal, or at the first page that is
-//! refused after others were taken; the next call then reports that page. So the arguments are in and out, and each record
-//! is a loop (Linux, `Documentation/virt/kvm/x86/amd-memory-encryption.rst`).
+//! KVM may take part of what it is given: a call ends at the end of a memory slot, at a signal, or at the
+//! first page that is refused after others were taken; the next call then reports that page. So the arguments
+//! are in and out, and each record is a loop (Linux, `Documentation/virt/kvm/x86/amd-memory-encryption.rst`).
 
 use std::thread;
 use std::time::Duration;
@@ -28,8 +28,8 @@ const CHUNK: usize = 1 << 20;
 /// How long to wait after EAGAIN.
 const RETRY_DELAY: Duration = Duration::from_millis(1);
 
-/// Where pages are loaded from, so that no copy of a private page stays in shared memory. It begins at a page: from Linux 7.1 on
-/// KVM pins the source and takes no other address (`sev.c:snp_launch_update`).
+/// Where pages are loaded from, so that no copy of a private page stays in shared memory. It begins at a
+/// page: from Linux 7.1 on KVM pins the source and takes no other address (`sev.c:snp_launch_update`).
 struct Scratch {
     bytes: Vec<u8>,
     /// Where the first page of `bytes` begins; the allocation never moves.
@@ -60,8 +60,9 @@ pub struct Updater<'a> {
 }
 
 impl<'a> Updater<'a> {
-    /// `accept_cpuid`: launch with the firmware's CPUID page if every change is on the list of acceptable ones. Without being
-    /// asked, if KVM made up every bit that is lost; `host_cpuid`, the processors' own CPUID, tells.
+    /// `accept_cpuid`: launch with the firmware's CPUID page if every change is on the list of acceptable
+    /// ones. Without being asked, if KVM made up every bit that is lost; `host_cpuid`, the processors' own
+    /// CPUID, tells.
     pub fn new(vm: &'a dyn Snp, accept_cpuid: bool, host_cpuid: Option<&'a RawCpuid>) -> Self {
         Updater { vm, scratch: Scratch::new(), accept_cpuid, host_cpuid, accepted: None }
     }
@@ -120,8 +121,8 @@ impl<'a> Updater<'a> {
         (len - args.len.min(len), result)
     }
 
-    /// The firmware refused the CPUID page, and its version is in the scratch buffer. It is offered again if nothing is lost but
-    /// what KVM made up, or if the user asked for that and every change is on the list.
+    /// The firmware refused the CPUID page, and its version is in the scratch buffer. It is offered again if
+    /// nothing is lost but what KVM made up, or if the user asked for that and every change is on the list.
     fn refused(&mut self, record: &Record, error: SevError) -> Result<(), LaunchError> {
         let gpa = record.gpa;
         let step = || format!("adding {} (CPUID page at {gpa:#x})", record.name);

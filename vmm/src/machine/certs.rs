@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The certificate table for a guest that asks for it together with its report.
 //!
-//! `KVM_EXIT_SNP_REQ_CERTS` (Linux 7.0, `Documentation/virt/kvm/api.rst`). The guest chooses address and size of the buffer,
-//! so both are checked: only shared RAM is written to. Certificates spare the guest a request to AMD's key server; it must
-//! verify them all the same.
+//! `KVM_EXIT_SNP_REQ_CERTS` (Linux 7.0, `Documentation/virt/kvm/api.rst`). The guest chooses address and size
+//! of the buffer, so both are checked: only shared RAM is written to. Certificates spare the guest a request
+//! to AMD's key server; it must verify them all the same.
 //!
-//! The table of a file is read at each request, so that it can be replaced while guests run. It must belong to the key that
-//! signs the report, and that key can change at any time, by a firmware update for example. The kernel's documentation
-//! therefore recommends a lock: the monitor holds a shared one on the file from before it reads until the firmware has answered
-//! the guest's request; whoever changes the key holds an exclusive one meanwhile. [`Held`] is that lock.
+//! The table of a file is read at each request, so that it can be replaced while guests run. It must belong
+//! to the key that signs the report, and that key can change at any time, by a firmware update for example.
+//! The kernel's documentation therefore recommends a lock: the monitor holds a shared one on the file from
+//! before it reads until the firmware has answered the guest's request; whoever changes the key holds an
+//! exclusive one meanwhile. [`Held`] is that lock.
 
 #![allow(unsafe_code, reason = "one fcntl for which rustix has no name: F_OFD_SETLK")]
 
@@ -40,29 +41,20 @@ pub const LINUX_GUEST_LIMIT: u64 = 16 << 10;
 
 /// Why there is no table at the moment.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CertsError {
     /// Somebody changes it now.
     #[error("{} is locked exclusively: its certificates, or the key that they belong to, are being changed", .0.display())]
     Locked(PathBuf),
     /// The file.
     #[error("{}: {source}", path.display())]
-    File {
-        /// Its path.
-        path: PathBuf,
-        /// What is wrong.
-        source: io::Error,
-    },
+    File { path: PathBuf, source: io::Error },
     /// Not a file that can be read whole.
     #[error("{}: expected a file of 24 to {FILE_LIMIT} bytes", .0.display())]
     Size(PathBuf),
     /// What it holds.
     #[error("{} is no table of certificates (GHCB specification, 4.1.8.1): {source}. `cvmm certs` makes one", path.display())]
-    Table {
-        /// Its path.
-        path: PathBuf,
-        /// What is wrong.
-        source: TableError,
-    },
+    Table { path: PathBuf, source: TableError },
 }
 
 impl CertsError {
@@ -110,7 +102,8 @@ impl CertFile {
         if !file.metadata().map_err(fail)?.is_file() {
             return Err(CertsError::Size(path.clone()));
         }
-        // Tools after the kernel's documentation use fcntl's locks, flock(1) and shell scripts the other kind.
+        // Tools after the kernel's documentation use fcntl's locks, flock(1) and shell scripts the other
+        // kind.
         for locked in [
             lock_ofd(&file),
             rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).map_err(Into::into),
@@ -143,8 +136,8 @@ impl CertFile {
     }
 }
 
-/// A shared lock of the open file, not of the process: two vCPUs may ask at once, and the first to close its file must not take
-/// the other's lock with it.
+/// A shared lock of the open file, not of the process: two vCPUs may ask at once, and the first to close its
+/// file must not take the other's lock with it.
 fn lock_ofd(file: &File) -> io::Result<()> {
     let lock = libc::flock {
         l_type: libc::F_RDLCK as libc::c_short,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Requests for certificates: what is written where, what the guest is told, and who may change the file meanwhile.
+//! Requests for certificates: what is written where, what the guest is told, and who may change the file
+//! meanwhile.
 
 use std::fs;
 use std::ops::Range;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Page-state changes: the guest asks for a range to become shared or private, and the stale side is given back.
+//! Page-state changes: the guest asks for a range to become shared or private, and the stale side is given
+//! back.
 //!
-//! Arrives as `HYPERCALL(KVM_HC_MAP_GPA_RANGE)` (Linux, `Documentation/virt/kvm/x86/hypercalls.rst`). The guest chooses every
-//! argument. KVM checks only alignment and wrap-around, so everything else is checked here; nothing is changed unless the
-//! whole range is RAM. Freeing the stale side is not optional: without it a guest that converts pages back and forth takes
-//! twice its memory.
+//! Arrives as `HYPERCALL(KVM_HC_MAP_GPA_RANGE)` (Linux, `Documentation/virt/kvm/x86/hypercalls.rst`). The
+//! guest chooses every argument. KVM checks only alignment and wrap-around, so everything else is checked
+//! here; nothing is changed unless the whole range is RAM. Freeing the stale side is not optional: without it
+//! a guest that converts pages back and forth takes twice its memory.
 
 use std::fmt;
 use std::io;
@@ -45,7 +46,8 @@ pub enum NotConverted {
 enum Use {
     /// By one holder alone.
     Conversion,
-    /// By any number. One more is let in even while a conversion waits, because it may belong to a holder that is there already.
+    /// By any number. One more is let in even while a conversion waits, because it may belong to a holder
+    /// that is there already.
     Access,
 }
 
@@ -247,15 +249,17 @@ impl Conversions {
         Ok(())
     }
 
-    /// Keeps a range shared, for the host to access it, as long as the result lives; `None` if it is not shared now. What is written to
-    /// a page that has become private meanwhile would take host memory that nothing gives back, and what is read of it may not be
-    /// there. Conversions of the range wait meanwhile, so this is for copies, never for what waits for somebody else.
+    /// Keeps a range shared, for the host to access it, as long as the result lives; `None` if it is not
+    /// shared now. What is written to a page that has become private meanwhile would take host memory that
+    /// nothing gives back, and what is read of it may not be there. Conversions of the range wait meanwhile,
+    /// so this is for copies, never for what waits for somebody else.
     pub fn hold_shared(&self, gpa: u64, len: u64) -> Option<Held<'_>> {
         let held = self.busy.lock(gpa..gpa.checked_add(len)?, Use::Access);
         (self.state(gpa, len) == RangeState::Shared).then_some(held)
     }
 
-    /// Gives the shared side of pages back that have become private while somebody wrote to them, if they have one of their own.
+    /// Gives the shared side of pages back that have become private while somebody wrote to them, if they
+    /// have one of their own.
     pub fn settle(&self, gpa: u64, len: u64) -> io::Result<()> {
         if !self.apart || matches!(self.state(gpa, len), RangeState::Shared | RangeState::NotRam) {
             return Ok(());

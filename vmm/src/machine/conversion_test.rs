@@ -19,7 +19,8 @@ struct Bench {
     conversions: Conversions,
 }
 
-/// A guest that is all private. Every page of both sides holds 1s, so that a side which was given back shows as zeros.
+/// A guest that is all private. Every page of both sides holds 1s, so that a side which was given back shows
+/// as zeros.
 fn bench() -> Bench {
     let vm = Arc::new(ScriptedVm::default());
     let ram = GuestRam::new([(LOW.start, LOW.end - LOW.start), (HIGH.start, HIGH.end - HIGH.start)]).unwrap();

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The one door through which devices reach guest memory.
 //!
-//! A device may touch a page of an SNP guest only while it is shared. The shared side of a private page is other memory: what is
-//! read there means nothing, and what is written there takes host memory that nothing gives back; in strict runs of the emulated
-//! platform it is closed, and a load from it would end the monitor. The guest can convert a page at any moment, also one that it has
-//! just given to a device. So there are two ways in:
+//! A device may touch a page of an SNP guest only while it is shared. The shared side of a private page is
+//! other memory: what is read there means nothing, and what is written there takes host memory that nothing
+//! gives back; in strict runs of the emulated platform it is closed, and a load from it would end the
+//! monitor. The guest can convert a page at any moment, also one that it has just given to a device. So there
+//! are two ways in:
 //!
-//! - **Copies** of rings, headers and status bytes, by [`vm_memory::GuestMemory`], as `virtio-queue` wants it. As long as a slice
-//!   lives, its range is held ([`Conversions::hold_shared`]): a conversion waits for the end of the copy. No slice may live while
-//!   something else is waited for.
-//! - **Transfers** of payload by system calls ([`Dma::transfer`]). These may take as long as a disk takes, and a conversion does not
-//!   wait for disks. The kernel finds a page that is closed meanwhile, which is an error of the transfer (EFAULT); what was written to
-//!   a page that has become private is given back at its end.
+//! - **Copies** of rings, headers and status bytes, by [`vm_memory::GuestMemory`], as `virtio-queue` wants
+//!   it. As long as a slice lives, its range is held ([`Conversions::hold_shared`]): a conversion waits for
+//!   the end of the copy. No slice may live while something else is waited for.
+//! - **Transfers** of payload by system calls ([`Dma::transfer`]). These may take as long as a disk takes,
+//!   and a conversion does not wait for disks. The kernel finds a page that is closed meanwhile, which is an
+//!   error of the transfer (EFAULT); what was written to a page that has become private is given back at its
+//!   end.
 //!
 //! Refusals are counted: a correct driver never causes one.
 
@@ -125,7 +127,8 @@ impl Transfer<'_> {
     pub fn read_at(&self, file: impl AsFd, offset: u64) -> io::Result<usize> {
         debug_assert_eq!(self.direction, Direction::ToGuest);
         let (vectors, count, offset) = self.arguments(offset)?;
-        // SAFETY: the vectors are parts of mappings that live as long as the guest's memory; the kernel checks access.
+        // SAFETY: the vectors are parts of mappings that live as long as the guest's memory; the kernel
+        // checks access.
         done(unsafe { libc::preadv64(file.as_fd().as_raw_fd(), vectors, count, offset) })
     }
 

@@ -251,8 +251,8 @@ fn steps() -> u64 {
     std::env::var("CVMM_DMA_STEPS").map_or(200_000, |steps| steps.parse().unwrap())
 }
 
-/// Converts pages at random until `over`, and looks after what is in them as a guest does: private pages hold its secret, which it
-/// takes out before it shares them. Returns how often it converted something.
+/// Converts pages at random until `over`, and looks after what is in them as a guest does: private pages hold
+/// its secret, which it takes out before it shares them. Returns how often it converted something.
 fn convert_at_random(b: &Bench, over: &AtomicBool, keeps_secrets: bool) -> u64 {
     let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let mut private = [true; PAGES as usize];
@@ -382,7 +382,8 @@ fn split_no_memory_lost() {
     collide(&b, false);
 }
 
-/// Both sides are one memory here, so a device that touched a private page would find or spoil what the guest keeps there.
+/// Both sides are one memory here, so a device that touched a private page would find or spoil what the guest
+/// keeps there.
 #[test]
 fn single_no_access_to_a_private_page() {
     let Some(b) = Bench::emulated(Backing::Single, false) else { return };

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pages that firmware uses as shared without having asked for it.
 //!
-//! Linux announces every change of a page's state, so for a kernel an access through the other view is a bug, and ends the
-//! run. OVMF does not announce its first communication page (GHCB): it is in no section of the metadata, and QEMU makes it
-//! shared at the first access. So does cvmm for firmware, within limits: only from private to shared, each page once, and few
-//! pages. The page's private contents are lost, which is harmless for a page that the guest never validated.
+//! Linux announces every change of a page's state, so for a kernel an access through the other view is a bug,
+//! and ends the run. OVMF does not announce its first communication page (GHCB): it is in no section of the
+//! metadata, and QEMU makes it shared at the first access. So does cvmm for firmware, within limits: only
+//! from private to shared, each page once, and few pages. The page's private contents are lost, which is
+//! harmless for a page that the guest never validated.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Interrupts of a VM: pins of its controllers as the board has them, and messages, whose numbers are given out.
+//! Interrupts of a VM: pins of its controllers as the board has them, and messages, whose numbers are given
+//! out.
 //!
-//! A device raises either by an event descriptor, in the kernel; the monitor's threads take no part. What an interrupt number of the
-//! second kind sends is set by the guest, at any time, so the table of messages is made anew at each change.
+//! A device raises either by an event descriptor, in the kernel; the monitor's threads take no part. What an
+//! interrupt number of the second kind sends is set by the guest, at any time, so the table of messages is
+//! made anew at each change.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -20,7 +22,8 @@ use crate::platform::interrupt::MsiRoute;
 
 /// First number that is not a pin of KVM's IOAPIC (Linux, `KVM_IOAPIC_NUM_PINS`).
 const FIRST_MESSAGE: u32 = 24;
-/// End of the numbers that are given out: KVM's table has 4,096 routes (Linux, `KVM_MAX_IRQ_ROUTES`), and 16 of the pins have two.
+/// End of the numbers that are given out: KVM's table has 4,096 routes (Linux, `KVM_MAX_IRQ_ROUTES`), and 16
+/// of the pins have two.
 const NUMBERS: u32 = 4096 - 16;
 
 /// Why there is no interrupt.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Guest RAM as the monitor sees it: the shared side of each region, mapped into the monitor.
 //!
-//! The guest may change these bytes at any time, so they are only ever copied in or out, never borrowed. In an SNP guest a
-//! region's shared side holds a page only while the guest has declared it shared. Devices reach it by [`super::dma`] only.
+//! The guest may change these bytes at any time, so they are only ever copied in or out, never borrowed. In
+//! an SNP guest a region's shared side holds a page only while the guest has declared it shared. Devices
+//! reach it by [`super::dma`] only.
 
 use std::io;
 use std::ops::Range;

@@ -17,7 +17,8 @@ pub struct Slots {
     taken: Mutex<Vec<bool>>,
 }
 
-/// Memory of a device in the guest: always shared, and no RAM. It stays until the VM is gone, or until it is taken away.
+/// Memory of a device in the guest: always shared, and no RAM. It stays until the VM is gone, or until it is
+/// taken away.
 #[derive(Debug, PartialEq, Eq)]
 pub struct DeviceMemory(u32);
 

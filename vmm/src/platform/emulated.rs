@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The emulated platform: SNP guests on an ordinary VM of any KVM host, for development and tests.
 //!
-//! `snp_model` holds the rules of KVM's SEV code, of the firmware and of the RMP; this module is the glue that brings the
-//! guest's SNP instructions to it. The C-bit is an ordinary address bit ([`views`]); VMGEXIT, PVALIDATE and RMPADJUST are
-//! overwritten in guest memory by port writes, which exit to the monitor ([`vcpu`]).
+//! `snp_model` holds the rules of KVM's SEV code, of the firmware and of the RMP; this module is the glue
+//! that brings the guest's SNP instructions to it. The C-bit is an ordinary address bit ([`views`]); VMGEXIT,
+//! PVALIDATE and RMPADJUST are overwritten in guest memory by port writes, which exit to the monitor
+//! ([`vcpu`]).
 //!
-//! **It protects nothing**: no confidentiality, no integrity. Reports are signed by a key chain of its own, which no
-//! verifier trusts by default.
+//! **It protects nothing**: no confidentiality, no integrity. Reports are signed by a key chain of its own,
+//! which no verifier trusts by default.
 
 mod keys;
 mod options;
@@ -122,7 +123,8 @@ impl EmulatedPlatform {
             Some(product) => Processor::of_product(product)?,
             None => Processor::of_host(host.clone())?,
         };
-        // A guest picks errata and model-specific registers by the signature, and what it finds there is this host's.
+        // A guest picks errata and model-specific registers by the signature, and what it finds there is this
+        // host's.
         processor.signature = offered.iter().find(|e| e.function == 1).map_or(0, |e| e.eax);
         processor.coherent = sev.coherency_sfw_no;
         let chain = keys::load_or_create(&options.keys, events)?;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How calls through the seam fail: as the kernel would, by an errno, and for SEV commands by the firmware's status.
+//! How calls through the seam fail: as the kernel would, by an errno, and for SEV commands by the firmware's
+//! status.
 
 use std::fmt;
 use std::io;

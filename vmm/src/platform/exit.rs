@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Why a vCPU came back: the exits of `KVM_RUN` (Linux, `include/uapi/linux/kvm.h`), those of SNP guests among them.
+//! Why a vCPU came back: the exits of `KVM_RUN` (Linux, `include/uapi/linux/kvm.h`), those of SNP guests
+//! among them.
 
 /// Why `KVM_RUN` returned.
 #[derive(Debug)]

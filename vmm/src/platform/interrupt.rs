@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Message-signalled interrupts of devices, as KVM takes them.
 
-/// A message-signalled interrupt: a write to the local APICs' range (Intel SDM volume 3, "Message Signalled Interrupts").
+/// A message-signalled interrupt: a write to the local APICs' range (Intel SDM volume 3, "Message Signalled
+/// Interrupts").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsiMessage {
     /// Address, 0xFEE0_0000 and above.

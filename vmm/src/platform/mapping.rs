@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Memory that is mapped into this process and that a guest, or another process, may change at any time.
 //!
-//! So its bytes are only ever copied in or out, never borrowed. Mapping and copying are `vm-memory`'s; here is what a confidential
-//! guest needs beside them: giving pages back, hiding them, and showing another file's pages in their place.
+//! So its bytes are only ever copied in or out, never borrowed. Mapping and copying are `vm-memory`'s; here
+//! is what a confidential guest needs beside them: giving pages back, hiding them, and showing another file's
+//! pages in their place.
 
 #![allow(unsafe_code, reason = "changes mappings, and has the kernel copy to and from them")]
 
@@ -114,12 +115,14 @@ impl Mapping {
         Ok(())
     }
 
-    /// Copies out of the mapping by way of the kernel, so that a page which is not accessible is an error, not a crash.
+    /// Copies out of the mapping by way of the kernel, so that a page which is not accessible is an error,
+    /// not a crash.
     pub fn try_read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let remote = self.at(offset, buf.len()).map_err(io::Error::other)?;
         let remote = libc::iovec { iov_base: remote.cast(), iov_len: buf.len() };
         let local = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-        // SAFETY: both vectors describe memory of this process that is valid for their length; the kernel checks access.
+        // SAFETY: both vectors describe memory of this process that is valid for their length; the kernel
+        // checks access.
         let done = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
         all_done(done, buf.len())
     }
@@ -142,8 +145,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Shows a part of the file `fd`, from `from` on, in place of `len` bytes of the mapping, which are lost. All are whole
-    /// pages.
+    /// Shows a part of the file `fd`, from `from` on, in place of `len` bytes of the mapping, which are lost.
+    /// All are whole pages.
     pub fn overlay(&self, offset: u64, len: u64, fd: impl AsFd, from: u64) -> io::Result<()> {
         let target = self.range(offset, len)?;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;

@@ -14,7 +14,7 @@ pub struct MemorySlot {
     pub gpa: u64,
     /// The shared side; its length is the slot's.
     pub shared: Arc<Mapping>,
-    /// The private side: a guest_memfd and the offset into it. `None` for plain guests, and for memory of an SNP guest that is
-    /// always shared.
+    /// The private side: a guest_memfd and the offset into it. `None` for plain guests, and for memory of an
+    /// SNP guest that is always shared.
     pub private: Option<(Arc<OwnedFd>, u64)>,
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From the plan's register state to KVM's register calls.
 //!
-//! Every register of every vCPU is set explicitly, because in an SNP guest KVM's defaults would be part of the measurement.
-//! The state holds values as they end up in the VMSA; what KVM adds by itself (EFER.SVME) is left out of the calls.
+//! Every register of every vCPU is set explicitly, because in an SNP guest KVM's defaults would be part of
+//! the measurement. The state holds values as they end up in the VMSA; what KVM adds by itself (EFER.SVME) is
+//! left out of the calls.
 
 use kvm_bindings::kvm_dtable;
 use kvm_bindings::kvm_fpu;
@@ -19,8 +20,8 @@ use crate::platform::error::CallError;
 
 /// `IA32_PAT`.
 const MSR_PAT: u32 = 0x277;
-/// `IA32_MTRR_DEF_TYPE`, and "enabled, write-back by default". Not part of the VMSA. Linux 6.1 skips PAT set-up without it
-/// and then stops in its encryption code.
+/// `IA32_MTRR_DEF_TYPE`, and "enabled, write-back by default". Not part of the VMSA. Linux 6.1 skips PAT
+/// set-up without it and then stops in its encryption code.
 const MSR_MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 0x806);
 
 /// General registers.
@@ -118,9 +119,9 @@ pub struct Mismatch {
     pub planned: String,
 }
 
-/// `planned` as `KVM_GET_SREGS` will tell it: KVM keeps and measures segments as they were set, but on AMD it reports the
-/// granularity that fits the limit, TR as busy, data segments as accessed, and no size of an unusable SS (Linux 6.12.117 and
-/// 7.3.4, `svm.c:svm_get_segment`).
+/// `planned` as `KVM_GET_SREGS` will tell it: KVM keeps and measures segments as they were set, but on AMD it
+/// reports the granularity that fits the limit, TR as busy, data segments as accessed, and no size of an
+/// unusable SS (Linux 6.12.117 and 7.3.4, `svm.c:svm_get_segment`).
 fn as_kvm_reports(planned: &VmsaState) -> VmsaState {
     const ACCESSED: u16 = 1;
     const BUSY: u16 = 1 << 1;
@@ -150,8 +151,9 @@ fn as_kvm_reports(planned: &VmsaState) -> VmsaState {
     state
 }
 
-/// Compares what `vcpu` holds with `planned`, as far as KVM lets it be read; possible only until LAUNCH_FINISH. What no
-/// call sets, such as debug registers and MXCSR, must have KVM's own values in the plan.
+/// Compares what `vcpu` holds with `planned`, as far as KVM lets it be read; possible only until
+/// LAUNCH_FINISH. What no call sets, such as debug registers and MXCSR, must have KVM's own values in the
+/// plan.
 pub fn read_back(vcpu: &dyn Vcpu, planned: &VmsaState) -> Result<Option<Mismatch>, CallError> {
     let (r, s) = (vcpu.get_regs()?, vcpu.get_sregs()?);
     let fcw = vcpu.get_fpu()?.fcw;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! For tests of what lies above the seam: a VM that notes what it is asked, and a vCPU that exits as it was told.
+//! For tests of what lies above the seam: a VM that notes what it is asked, and a vCPU that exits as it was
+//! told.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;

@@ -19,8 +19,9 @@ pub trait Snp: Send + Sync {
     fn sev_init2(&self, init: &mut kvm_sev_init) -> Result<(), SevError>;
     /// `KVM_SEV_SNP_LAUNCH_START`.
     fn snp_launch_start(&self, start: &mut kvm_sev_snp_launch_start) -> Result<(), SevError>;
-    /// `KVM_SEV_SNP_LAUNCH_UPDATE`. `source` begins at a page, is what `update.uaddr` points to, which this call sets, and is not
-    /// used for ZERO pages. The kernel advances `update` and may write a corrected CPUID page back into `source`.
+    /// `KVM_SEV_SNP_LAUNCH_UPDATE`. `source` begins at a page, is what `update.uaddr` points to, which this
+    /// call sets, and is not used for ZERO pages. The kernel advances `update` and may write a corrected
+    /// CPUID page back into `source`.
     fn snp_launch_update(
         &self,
         update: &mut kvm_sev_snp_launch_update,
@@ -32,11 +33,13 @@ pub trait Snp: Send + Sync {
         finish: &mut kvm_sev_snp_launch_finish,
         id: Option<(&[u8; 96], &[u8; 4096])>,
     ) -> Result<(), SevError>;
-    /// The launch digest as the firmware computed it, where the platform can know: hardware tells it only to the guest.
+    /// The launch digest as the firmware computed it, where the platform can know: hardware tells it only to
+    /// the guest.
     fn measured(&self) -> Option<LaunchDigest> {
         None
     }
-    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS` (Linux 7.0): extended guest requests become [`Exit::ReqCerts`](super::exit::Exit::ReqCerts). After
-    /// `KVM_SEV_INIT2` and before any vCPU exists (`snp_enable_certs`).
+    /// `KVM_SEV_SNP_ENABLE_REQ_CERTS` (Linux 7.0): extended guest requests become
+    /// [`Exit::ReqCerts`](super::exit::Exit::ReqCerts). After `KVM_SEV_INIT2` and before any vCPU exists
+    /// (`snp_enable_certs`).
     fn snp_enable_req_certs(&self) -> Result<(), SevError>;
 }

@@ -12,20 +12,14 @@ use crate::spec::SpecError;
 
 /// Why there is no guest.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PrepareError {
     /// A field of the request.
     #[error(transparent)]
     Spec(#[from] SpecError),
     /// A file that a field names.
     #[error("{field} {}: {problem}", path.display())]
-    File {
-        /// Path of the field.
-        field: &'static str,
-        /// The file as it was named.
-        path: PathBuf,
-        /// What is wrong with it, and what to do.
-        problem: String,
-    },
+    File { field: &'static str, path: PathBuf, problem: String },
     /// Something else about the request: parts that do not go together.
     #[error("{0}")]
     Request(String),
@@ -49,8 +43,8 @@ impl PrepareError {
     }
 }
 
-/// The bytes of a file that a field names. They are ours: a mapping would end the process when somebody cuts the file short, and what
-/// is launched would be what the file holds then.
+/// The bytes of a file that a field names. They are ours: a mapping would end the process when somebody cuts
+/// the file short, and what is launched would be what the file holds then.
 pub fn read(field: &'static str, path: &Path, events: &Events) -> Result<Bytes, PrepareError> {
     read_file(path, events).map(Bytes::from).map_err(PrepareError::file(field, path))
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Firmware and IGVM files.
 //!
-//! Both are measured through the same plans as they are launched with (`Ovmf::plan`, `Igvm::launch`). Files are read and not believed;
-//! their parsers live in the library.
+//! Both are measured through the same plans as they are launched with (`Ovmf::plan`, `Igvm::launch`). Files
+//! are read and not believed; their parsers live in the library.
 
 use std::path::Path;
 

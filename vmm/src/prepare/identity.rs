@@ -23,7 +23,8 @@ use crate::events::Events;
 use crate::spec::IdBlockSpec;
 use crate::spec::SnpSpec;
 
-/// The bytes in a file: binary, or in base64 as QEMU takes them, alone or behind `name=` in a list of properties.
+/// The bytes in a file: binary, or in base64 as QEMU takes them, alone or behind `name=` in a list of
+/// properties.
 fn unwrapped(file: &[u8], name: &str, len: usize) -> Vec<u8> {
     if file.len() == len {
         return file.to_vec();

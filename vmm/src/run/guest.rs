@@ -49,7 +49,8 @@ pub struct SnpLaunch {
 }
 
 impl Guest {
-    /// Lets go of everything that only a launch needs: kernel and initrd, of which the guest has its own copy by then.
+    /// Lets go of everything that only a launch needs: kernel and initrd, of which the guest has its own copy
+    /// by then.
     pub(super) fn forget_contents(&mut self) {
         match &mut self.load {
             Load::Plain(plan) => plan.records = Vec::new(),
@@ -107,7 +108,7 @@ impl Host {
 pub struct Restart {
     /// How many VMs there may be, the first one included; `None`: any number.
     pub lives: Option<u32>,
-    /// Shortest time from one VM's start to the next one's, for guests that do nothing but reset: launches are work for the
-    /// one SNP firmware of a host.
+    /// Shortest time from one VM's start to the next one's, for guests that do nothing but reset: launches
+    /// are work for the one SNP firmware of a host.
     pub pace: Duration,
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the main thread waits for: signals, the end of a guest, and work that may hang.
 //!
-//! Signals are caught from before the first child process is started until after the last one has ended, so that one that comes
-//! at any time leads to the same orderly end. For that the main thread never waits for anything else than its inbox: what may
-//! take long, such as a TPM service that powers on, is done in a thread of its own ([`Inbox::attend`]).
+//! Signals are caught from before the first child process is started until after the last one has ended, so
+//! that one that comes at any time leads to the same orderly end. For that the main thread never waits for
+//! anything else than its inbox: what may take long, such as a TPM service that powers on, is done in a
+//! thread of its own ([`Inbox::attend`]).
 
 use std::io;
 use std::sync::mpsc;
@@ -82,8 +83,9 @@ impl Inbox {
         }
     }
 
-    /// Has `work` done in a thread and waits for it, for a signal, or for `patience`, whichever comes first; says what it waits
-    /// for if that takes some time. After the latter two the thread may go on, and its result is dropped.
+    /// Has `work` done in a thread and waits for it, for a signal, or for `patience`, whichever comes first;
+    /// says what it waits for if that takes some time. After the latter two the thread may go on, and its
+    /// result is dropped.
     pub fn attend<T: Send + 'static>(
         &self,
         what: &str,

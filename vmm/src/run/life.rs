@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One life of a guest: a VM from its creation to its end.
 //!
-//! An SNP guest cannot be reset: its registers are sealed at launch, and its memory belongs to one firmware context. A guest that
-//! asks for a reset ends its VM, and may get another one, launched from the same plan ([`crate::run::monitor`]).
+//! An SNP guest cannot be reset: its registers are sealed at launch, and its memory belongs to one firmware
+//! context. A guest that asks for a reset ends its VM, and may get another one, launched from the same plan
+//! ([`crate::run::monitor`]).
 
 use std::io::Write;
 use std::sync::Arc;
@@ -48,8 +49,8 @@ use crate::run::vcpu::Shared;
 use crate::threads::ThreadError;
 use crate::threads::spawn;
 
-/// How long the monitor waits for vCPU threads to notice that the guest is over. They may be stuck writing to a terminal
-/// that nobody reads; the process ends all the same.
+/// How long the monitor waits for vCPU threads to notice that the guest is over. They may be stuck writing to
+/// a terminal that nobody reads; the process ends all the same.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a vCPU thread is told again: a signal that arrives just before `KVM_RUN` is lost.
 const KICK_INTERVAL: Duration = Duration::from_millis(2);
@@ -73,7 +74,8 @@ pub(crate) struct Running {
     events: Events,
 }
 
-/// Creates the VM of the guest's life number `life` and launches the guest in it; what it writes goes to `console`.
+/// Creates the VM of the guest's life number `life` and launches the guest in it; what it writes goes to
+/// `console`.
 pub(crate) fn boot(
     platform: &dyn Platform,
     guest: &Guest,
@@ -193,7 +195,8 @@ impl Booted {
 }
 
 impl Running {
-    /// Stops the vCPUs and takes the VM apart. False if a vCPU does not come back: then its VM is still there.
+    /// Stops the vCPUs and takes the VM apart. False if a vCPU does not come back: then its VM is still
+    /// there.
     pub(crate) fn stop(self) -> bool {
         self.shared.stop.store(true, Ordering::Release);
         let deadline = Instant::now() + STOP_TIMEOUT;

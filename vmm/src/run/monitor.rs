@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The walk of the main job: a guest's lives, one VM after the other, and what outlives each of them: signals, the terminal, and
-//! companions such as a TPM.
+//! The walk of the main job: a guest's lives, one VM after the other, and what outlives each of them:
+//! signals, the terminal, and companions such as a TPM.
 
 use std::io;
 use std::sync::Arc;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Giving an SNP guest its private pages before it touches them.
 //!
-//! A private page is assigned in the RMP at the guest's first access to it, which costs an exit for each 4 KiB. Where the kernel
-//! has `KVM_PRE_FAULT_MEMORY` (Linux 6.11 and later; for SNP guests only after LAUNCH_FINISH, `mmu.c:kvm_arch_vcpu_pre_fault_memory`)
-//! the monitor asks for what the guest is about to use: the memory that stage0 validates, and every range that the guest has just
-//! made private. It is only about speed: no answer of the kernel ends the guest, and the first refusal ends the asking.
+//! A private page is assigned in the RMP at the guest's first access to it, which costs an exit for each 4
+//! KiB. Where the kernel has `KVM_PRE_FAULT_MEMORY` (Linux 6.11 and later; for SNP guests only after
+//! LAUNCH_FINISH, `mmu.c:kvm_arch_vcpu_pre_fault_memory`) the monitor asks for what the guest is about to
+//! use: the memory that stage0 validates, and every range that the guest has just made private. It is only
+//! about speed: no answer of the kernel ends the guest, and the first refusal ends the asking.
 
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;

@@ -30,9 +30,10 @@ use crate::platform::kvm;
 use crate::run::arrival::Arrival;
 use crate::threads::spawn;
 
-/// Signals that end the run, beside the real-time ones ([`ending`]). By default they would end the process, and leave the terminal in raw
-/// mode and a child behind. Not here are SIGKILL, which nobody can catch, and what a fault of the processor raises (SIGSEGV, SIGBUS,
-/// SIGILL, SIGFPE, SIGSYS): a handler that returns would meet the fault again.
+/// Signals that end the run, beside the real-time ones ([`ending`]). By default they would end the process,
+/// and leave the terminal in raw mode and a child behind. Not here are SIGKILL, which nobody can catch, and
+/// what a fault of the processor raises (SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGSYS): a handler that returns
+/// would meet the fault again.
 const ENDING: [i32; 15] = [
     SIGINT,
     SIGTERM,
@@ -50,7 +51,8 @@ const ENDING: [i32; 15] = [
     libc::SIGSTKFLT,
     SIGTRAP,
 ];
-/// From here on the signal that interrupts vCPUs does nothing else, whoever sends it. Comes before any vCPU starts.
+/// From here on the signal that interrupts vCPUs does nothing else, whoever sends it. Comes before any vCPU
+/// starts.
 fn catch_interrupts() -> Result<(), MonitorError> {
     vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), kvm::interrupt).map_err(|e| {
         MonitorError::Host {
@@ -60,7 +62,8 @@ fn catch_interrupts() -> Result<(), MonitorError> {
     })
 }
 
-/// Signals that end the run. Of the real-time ones the first is this program's own, and those below it are the C library's.
+/// Signals that end the run. Of the real-time ones the first is this program's own, and those below it are
+/// the C library's.
 fn ending() -> impl Iterator<Item = i32> {
     ENDING.into_iter().chain(libc::SIGRTMIN() + 1..=libc::SIGRTMAX())
 }

@@ -29,11 +29,11 @@ use crate::run::prefault::PreFault;
 const SYSTEM_EVENT_SEV_TERM: u32 = 6;
 /// Bit of a memory fault's flags: the access was to the private side. No other bit has a meaning.
 const FAULT_PRIVATE: u64 = 1 << 3;
-/// How often in a row a vCPU may fault on a page that is in the right state. It happens when another vCPU converts the page
-/// meanwhile; then the next try goes well.
+/// How often in a row a vCPU may fault on a page that is in the right state. It happens when another vCPU
+/// converts the page meanwhile; then the next try goes well.
 const FAULTS_MAX: u32 = 16;
-/// How often in a row KVM may put off a vCPU. It does once for each INIT; a vCPU that it puts off for ever is one that the guest
-/// starts in a way that its state does not allow.
+/// How often in a row KVM may put off a vCPU. It does once for each INIT; a vCPU that it puts off for ever is
+/// one that the guest starts in a way that its state does not allow.
 const AGAIN_MAX: u32 = 1000;
 
 /// What ENOMEM means for an SNP guest.
@@ -115,7 +115,8 @@ pub fn run(id: u32, vcpu: &mut dyn Vcpu, shared: &Arc<Shared>) -> Result<Option<
             _ => put_off = 0,
         }
         if let Exit::FailEntry { reason } = exit {
-            // A kernel starts the other vCPUs from save areas of its own; firmware lets them run from the measured ones.
+            // A kernel starts the other vCPUs from save areas of its own; firmware lets them run from the
+            // measured ones.
             let measured = !entered && (id == 0 || shared.implicit.is_some());
             return Err(match measured {
                 true => RunError::FailEntry { vcpu: id, reason },
@@ -163,8 +164,8 @@ fn run_error(vcpu: u32, source: CallError) -> RunError {
     RunError::Run { vcpu, source, hint }
 }
 
-/// An access to a page through the view that its state forbids, or outside of RAM. Nothing is converted: that would throw away the
-/// page's contents, and Linux announces every change.
+/// An access to a page through the view that its state forbids, or outside of RAM. Nothing is converted: that
+/// would throw away the page's contents, and Linux announces every change.
 fn memory_fault(vcpu: u32, flags: u64, gpa: u64, size: u64, state: RangeState) -> Result<Step, RunError> {
     if flags & !FAULT_PRIVATE != 0 {
         return Err(RunError::FaultFlags { vcpu, gpa, flags });
@@ -197,8 +198,9 @@ fn dispatch(vcpu: u32, exit: Exit<'_>, shared: &Shared) -> Result<Step, RunError
         }
         Exit::MmioWrite { addr, data } => machine.mmio.write(addr, data).into(),
         Exit::Hypercall { nr, args, ret } => {
-            // The answer is always written: older kernels do not clear the field, and KVM reads whatever is there. From Linux 7.2
-            // on it takes no other refusal than EINVAL and EAGAIN (`x86.h:kvm_is_valid_map_gpa_range_ret`).
+            // The answer is always written: older kernels do not clear the field, and KVM reads whatever is
+            // there. From Linux 7.2 on it takes no other refusal than EINVAL and EAGAIN
+            // (`x86.h:kvm_is_valid_map_gpa_range_ret`).
             *ret = libc::EINVAL as u64;
             let Some(conversions) = shared.conversions.as_ref().filter(|_| nr == HC_MAP_GPA_RANGE) else {
                 return Ok(Step::Continue);

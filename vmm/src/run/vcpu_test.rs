@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The dispatcher of exits, through the seam: what a guest can make a vCPU report, and that it ends or goes on.
+//! The dispatcher of exits, through the seam: what a guest can make a vCPU report, and that it ends or goes
+//! on.
 
 use std::fs::File;
 use std::io;
@@ -164,8 +165,8 @@ fn a_range_that_became_private_is_assigned_before_the_guest_goes_on() {
     assert_eq!(vcpu.pre_faulted, [(SHARED, 2 * PAGE)], "not what was refused, and not what became shared");
 }
 
-/// Linux 7.2 and later end KVM_RUN with EINVAL at any other errno than EINVAL and EAGAIN, so that a host without memory would look
-/// like a guest that broke the protocol (`sev.c:snp_complete_one_psc`).
+/// Linux 7.2 and later end KVM_RUN with EINVAL at any other errno than EINVAL and EAGAIN, so that a host
+/// without memory would look like a guest that broke the protocol (`sev.c:snp_complete_one_psc`).
 #[test]
 fn a_conversion_that_the_host_cannot_make_is_told_as_the_host_s_fault() {
     for (errno, words) in
@@ -196,7 +197,8 @@ fn a_vcpu_that_kvm_puts_off_for_ever_ends_the_run_and_one_that_it_puts_off_now_a
     assert_eq!((result, runs), (Ok(Some(Outcome::Crashed { vcpu: 0 })), 10_001));
 }
 
-/// Linux 7.3.4, `svm.c:svm_vcpu_run` and `sev.c:pre_sev_run`: the same exit for a save area that the guest named wrongly.
+/// Linux 7.3.4, `svm.c:svm_vcpu_run` and `sev.c:pre_sev_run`: the same exit for a save area that the guest
+/// named wrongly.
 #[test]
 fn a_refused_entry_is_the_monitor_s_fault_at_first_and_the_guest_s_afterwards() {
     let fail = || Scripted::FailEntry(u64::MAX);

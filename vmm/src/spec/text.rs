@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Values that stand in a file as people write them on a command line: sizes, bit masks, bytes in hexadecimal.
+//! Values that stand in a file as people write them on a command line: sizes, bit masks, bytes in
+//! hexadecimal.
 
 use std::fmt;
 use std::str::FromStr;
@@ -46,9 +47,7 @@ pub fn parse_hex32(text: &str) -> Result<[u8; 32], String> {
         return Err(format!("expected 64 hexadecimal digits (32 bytes), found {} characters", digits.len()));
     }
     let mut bytes = [0; 32];
-    for (i, byte) in bytes.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).map_err(|e| e.to_string())?;
-    }
+    hex::decode_to_slice(digits, &mut bytes).map_err(|e| e.to_string())?;
     Ok(bytes)
 }
 

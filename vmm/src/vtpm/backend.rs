@@ -15,8 +15,9 @@ use crate::spec::KeySpec;
 use crate::spec::TpmServiceSpec;
 use crate::spec::TpmStateSpec;
 
-/// What is wrong with a backend before anything is started. A state file that is not there is never made on the way: a mistyped name,
-/// or a file that somebody removed, would give the guest another TPM, and whatever it had sealed would be lost to it.
+/// What is wrong with a backend before anything is started. A state file that is not there is never made on
+/// the way: a mistyped name, or a file that somebody removed, would give the guest another TPM, and whatever
+/// it had sealed would be lost to it.
 pub fn check(spec: &BackendSpec) -> Result<(), String> {
     let BackendSpec::TpmService(TpmServiceSpec { state: Some(state), .. }) = spec else { return Ok(()) };
     if state.file.exists() { Ok(()) } else { Err(missing(&state.file)) }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest's clock, kept by the service from one run to the next.
 //!
-//! The device tells how far ahead the guest has set it; a thread stores that, so that a service that hangs holds no vCPU. Of
-//! several settings in a row only the last one matters, and only that one need reach the service.
+//! The device tells how far ahead the guest has set it; a thread stores that, so that a service that hangs
+//! holds no vCPU. Of several settings in a row only the last one matters, and only that one need reach the
+//! service.
 
 use std::io;
 use std::sync::Arc;
@@ -10,7 +11,6 @@ use std::sync::Condvar;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
-use std::thread;
 use std::time::Duration;
 
 use devices::rtc::Store;
@@ -20,6 +20,7 @@ use vtpm_svc::control::client::Control;
 use super::error::VtpmError;
 use crate::events::Events;
 use crate::lock::lock;
+use crate::threads::spawn;
 
 /// How long the end of a run waits for the last setting to be stored.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -87,7 +88,7 @@ impl Clock {
         let shared =
             Arc::new(Shared { state: Mutex::new(State { ahead, ..State::default() }), ..Shared::default() });
         let (its, events) = (Arc::clone(&shared), events.clone());
-        thread::Builder::new().name("tpm-clock".into()).stack_size(256 << 10).spawn(move || {
+        spawn("tpm-clock".into(), move || {
             // A guest may set its clock as often as it likes.
             let mut complaint = String::new();
             while let Some(ahead) = its.next() {
@@ -98,7 +99,8 @@ impl Clock {
                 complaint = problem;
                 its.done(ahead);
             }
-        })?;
+        })
+        .map_err(|e| e.0)?;
         Ok(Clock(shared))
     }
 

@@ -20,46 +20,25 @@ pub(super) const COMMAND_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why the guest has no TPM.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum VtpmError {
     /// The service's program.
     #[error("cannot start the vTPM service {program}: {source}{hint}")]
-    Start {
-        /// What was started.
-        program: String,
-        /// The operating system's answer.
-        source: io::Error,
-        /// What to do.
-        hint: &'static str,
-    },
+    Start { program: String, source: io::Error, hint: &'static str },
     /// It ended before it served anything.
     #[error(
         "the vTPM service {program} ended ({status}) instead of serving; the reason is in its message above"
     )]
-    Ended {
-        /// What was started.
-        program: String,
-        /// How it ended.
-        status: ExitStatus,
-    },
+    Ended { program: String, status: ExitStatus },
     /// A socket that somebody else serves.
     #[error("`vtpm_socket` {path}: {source}")]
-    Socket {
-        /// The socket.
-        path: PathBuf,
-        /// What happened.
-        source: ClientError,
-    },
+    Socket { path: PathBuf, source: ClientError },
     /// The service.
     #[error(transparent)]
     Client(#[from] ClientError),
     /// It hangs, or the run was ended while it started.
     #[error("the vTPM service {program}: {source}")]
-    Unattended {
-        /// What was started, or the socket.
-        program: String,
-        /// Why there is no answer.
-        source: Unattended,
-    },
+    Unattended { program: String, source: Unattended },
     /// A guest's command that does not end.
     #[error(
         "the guest's last command still runs in the vTPM service, {} seconds after it was cancelled: the service hangs",
@@ -71,20 +50,10 @@ pub enum VtpmError {
     Command(#[from] CommandError),
     /// A TPM that forgets cannot be made.
     #[error("`tpm` without a file: {what}: {reason}")]
-    Fresh {
-        /// What was being done.
-        what: &'static str,
-        /// What happened.
-        reason: String,
-    },
+    Fresh { what: &'static str, reason: String },
     /// The buffer page or a thread.
     #[error("its device: {what}: {source}")]
-    Host {
-        /// What was being done.
-        what: &'static str,
-        /// The operating system's answer.
-        source: io::Error,
-    },
+    Host { what: &'static str, source: io::Error },
     /// The buffer page in the guest.
     #[error("its device: {0}")]
     Kvm(#[from] CallError),

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a direct boot measures into the TPM, from exactly what the launch uses.
 //!
-//! The log is the same for a run and for `cvmm measure`: it depends on the files, the command line that the kernel gets, the
-//! shim and this program's version, and on nothing of the TPM.
+//! The log is the same for a run and for `cvmm measure`: it depends on the files, the command line that the
+//! kernel gets, the shim and this program's version, and on nothing of the TPM.
 
 use snp::board::Tpm;
 use snp::board::acpi::tpm::LOG_MAX;
@@ -17,6 +17,7 @@ use vtpm_svc::measured::log;
 
 /// Why there is no event log.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum MeasuredError {
     /// The boot is not possible.
     #[error(transparent)]
@@ -26,10 +27,7 @@ pub enum MeasuredError {
         "`tpm`: the event log has {found} bytes, but there is room for {LOG_MAX}: \
          most of it is the command line; shorten it"
     )]
-    LogLength {
-        /// Its length.
-        found: usize,
-    },
+    LogLength { found: usize },
 }
 
 /// The monitor's identity in PCR 0.

@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The guest's physical-presence requests on their way to the service.
 //!
-//! A thread makes the calls, so that a service that hangs holds a vCPU only briefly. What the guest is told holds: a request that it was
-//! told has failed is not carried out at the next start, so one that is stored after all is taken back, and one that the service has not
-//! got yet does not reach it any more.
+//! A thread makes the calls, so that a service that hangs holds a vCPU only briefly. What the guest is told
+//! holds: a request that it was told has failed is not carried out at the next start, so one that is stored
+//! after all is taken back, and one that the service has not got yet does not reach it any more.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::Weak;
 use std::sync::mpsc;
 use std::sync::mpsc::SyncSender;
-use std::thread;
 use std::time::Duration;
 
 use devices::tpm_ppi;
 use devices::tpm_ppi::Submit;
 use vtpm_svc::control::client::ClientError;
+
+use crate::threads::spawn;
 
 /// Takes an answer, and says whether anybody still waits for it.
 pub(super) type Hears<'a> = &'a mut dyn FnMut(Result<u32, ClientError>) -> bool;
@@ -34,7 +35,7 @@ pub(super) fn submitter(
     submit: impl Fn(u32, u32, Hears<'_>) + Send + 'static,
 ) -> io::Result<Submit> {
     let (wanted, orders) = mpsc::sync_channel::<Order>(1);
-    thread::Builder::new().name("tpm-ppi".into()).stack_size(256 << 10).spawn(move || {
+    spawn("tpm-ppi".into(), move || {
         for Order { operation, argument, waits, answer } in orders {
             if waits.strong_count() == 0 {
                 continue;
@@ -45,11 +46,13 @@ pub(super) fn submitter(
                     Err(ClientError::Refused { .. }) => tpm_ppi::NOT_IMPLEMENTED,
                     Err(_) => tpm_ppi::FAILURE,
                 };
-                // Without room in the channel the answer is either taken or not: there is no answer that lies there unheard.
+                // Without room in the channel the answer is either taken or not: there is no answer that lies
+                // there unheard.
                 answer.send(outcome).is_ok()
             });
         }
-    })?;
+    })
+    .map_err(|e| e.0)?;
     Ok(Box::new(move |operation, argument| {
         let waiting = Arc::new(());
         let (answer, outcome) = mpsc::sync_channel(0);
@@ -67,6 +70,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
     use std::sync::Mutex;
+    use std::thread;
 
     use rustix::net::RecvFlags;
     use vtpm_svc::control::client::Client;
@@ -78,7 +82,8 @@ mod tests {
     /// What the service was asked for.
     type Asked = Arc<Mutex<Vec<(u32, u32)>>>;
 
-    /// A service that keeps a request (pending, argument) and takes `delay` to answer; its words are those of the control protocol.
+    /// A service that keeps a request (pending, argument) and takes `delay` to answer; its words are those of
+    /// the control protocol.
     fn service(delay: Duration) -> (Client, Asked) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let stored = Arc::new(Mutex::new(vec![(0, 0)]));

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The service as a child of this process: found, started with a private connection, ended with the guest.
 //!
-//! The control connection is one end of a socket pair that the child inherits. No name in any file system leads to it, so
-//! nobody else can use it and nothing is left behind; and when this process ends, however it ends, the connection closes and
-//! the service ends by itself, its state on disk.
+//! The control connection is one end of a socket pair that the child inherits. No name in any file system
+//! leads to it, so nobody else can use it and nothing is left behind; and when this process ends, however it
+//! ends, the connection closes and the service ends by itself, its state on disk.
 
 use std::ffi::OsString;
 use std::io;
@@ -112,14 +112,15 @@ fn spawn(options: &Options) -> Result<Started, VtpmError> {
         (None, None) => &mut command,
     };
     command.args(&options.arguments);
-    // A group of its own: what a terminal sends to the monitor (Ctrl-C) must not end the TPM before the guest.
+    // A group of its own: what a terminal sends to the monitor (Ctrl-C) must not end the TPM before the
+    // guest.
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     let child = command.spawn().map_err(failed)?;
     Ok(Started { child, connection, name, _fresh: fresh })
 }
 
-/// Starts the service and connects to it. When this returns, the service has read its files and is in its cage. A signal, or a
-/// service that hangs, ends that; then nothing of it is left.
+/// Starts the service and connects to it. When this returns, the service has read its files and is in its
+/// cage. A signal, or a service that hangs, ends that; then nothing of it is left.
 pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), VtpmError> {
     // What is fresh has been opened by the service at the end; its names are not needed any more, and go.
     let Started { mut child, connection, name, _fresh } = spawn(options)?;
@@ -143,7 +144,8 @@ pub fn start(options: &Options, inbox: &Inbox) -> Result<(Client, Service), Vtpm
     }
 }
 
-/// Starts the service again. Whoever calls this connects over what is returned, and has the service's name for messages.
+/// Starts the service again. Whoever calls this connects over what is returned, and has the service's name
+/// for messages.
 pub fn start_again(options: &Options) -> Result<(UnixStream, String, Service), VtpmError> {
     let Started { child, connection, name, _fresh } = spawn(options)?;
     Ok((connection, name, Service(child)))
@@ -186,8 +188,8 @@ impl Service {
 
     /// Ends the service: asked first, then waited for, killed if it does not answer.
     pub fn end(mut self, control: Control, events: &Events) {
-        // A service that hangs would keep these requests waiting, so a thread makes them. If there is no thread, or the service
-        // is gone already, the wait below settles it.
+        // A service that hangs would keep these requests waiting, so a thread makes them. If there is no
+        // thread, or the service is gone already, the wait below settles it.
         let _ = thread::Builder::new().name("tpm-end".into()).spawn(move || {
             // A command that still runs has nobody who waits for it.
             let _ = control.cancel();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Options about an image's history, which the service and every command on an image share: where it is kept, and what an operator
-//! accepts that it speaks against.
+//! Options about an image's history, which the service and every command on an image share: where it is kept,
+//! and what an operator accepts that it speaks against.
 
 use std::path::PathBuf;
 
@@ -41,11 +41,12 @@ pub struct AnchorArgs {
     /// Make the anchor durable at each write; two more flushes per write, exact even after a power loss
     #[arg(long)]
     pub anchor_strict: bool,
-    /// Accept an image that is older than the anchor says, or unknown to it; what was written since is lost. Logged
+    /// Accept an image that is older than the anchor says, or unknown to it; what was written since is lost.
+    /// Logged
     #[arg(long)]
     pub accept_rollback: bool,
-    /// Accept files that another tool wrote, removed or left in plain text, and write the whole image anew. Logged. Together
-    /// with --accept-rollback also an image whose integrity root is lost
+    /// Accept files that another tool wrote, removed or left in plain text, and write the whole image anew.
+    /// Logged. Together with --accept-rollback also an image whose integrity root is lost
     #[arg(long)]
     pub adopt: bool,
 }

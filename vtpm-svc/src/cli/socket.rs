@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The command line of `vtpm-svc socket`, in swtpm's style, so that scripts written for swtpm need few changes.
+//! The command line of `vtpm-svc socket`, in swtpm's style, so that scripts written for swtpm need few
+//! changes.
 //!
-//! `--ctrl` and `--server` take comma-separated settings. What swtpm has and this service has not is refused with a
-//! sentence that names the replacement, never ignored.
+//! `--ctrl` and `--server` take comma-separated settings. What swtpm has and this service has not is refused
+//! with a sentence that names the replacement, never ignored.
 
 use std::io;
 use std::io::Write;
@@ -28,11 +29,12 @@ pub struct SocketArgs {
     /// Serve a TPM 2.0; the only kind there is
     #[arg(long)]
     pub tpm2: bool,
-    /// Control channel: type=unixio,path=PATH[,mode=0600][,terminate] | type=unixio,fd=N | type=unixio,clientfd=N |
-    /// type=tcp,port=N[,bindaddr=127.0.0.1]
+    /// Control channel: type=unixio,path=PATH[,mode=0600][,terminate] | type=unixio,fd=N |
+    /// type=unixio,clientfd=N | type=tcp,port=N[,bindaddr=127.0.0.1]
     #[arg(long, value_name = "SETTINGS")]
     pub ctrl: Option<String>,
-    /// Data channel: type=unixio,path=PATH[,mode=0600] | type=tcp,port=N[,bindaddr=127.0.0.1] | type=unixio,fd=N
+    /// Data channel: type=unixio,path=PATH[,mode=0600] | type=tcp,port=N[,bindaddr=127.0.0.1] |
+    /// type=unixio,fd=N
     #[arg(long, value_name = "SETTINGS")]
     pub server: Option<String>,
     /// not-need-init, startup-clear, startup-state, startup-none
@@ -53,14 +55,15 @@ pub struct SocketArgs {
     /// reject-locality-4, allow-set-locality
     #[arg(long, value_delimiter = ',', value_name = "SETTING")]
     pub locality: Vec<String>,
-    /// Whether state blobs may leave and enter through the control channel (live migration); recorded in the image
+    /// Whether state blobs may leave and enter through the control channel (live migration); recorded in the
+    /// image
     #[arg(long, value_name = "POLICY", value_parser = ["deny", "allow"], default_value = "deny")]
     pub state_export: String,
     /// End when the control client is gone
     #[arg(short = 't', long)]
     pub terminate: bool,
-    /// Most stores of the guest's state a second in the long run, ten seconds' worth at once; 0 is no limit. Each is two flushes
-    /// of the host's disk, and a guest that wants more waits
+    /// Most stores of the guest's state a second in the long run, ten seconds' worth at once; 0 is no limit.
+    /// Each is two flushes of the host's disk, and a guest that wants more waits
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub store_limit: u32,
     /// Go to the background once everything is ready
@@ -75,7 +78,8 @@ pub struct SocketArgs {
     /// action=kill or action=none
     #[arg(long, value_name = "SETTINGS", default_value = "action=kill")]
     pub seccomp: String,
-    /// Folder of the host's certificate authority (made if missing): a new TPM gets EK and AK certificates from it
+    /// Folder of the host's certificate authority (made if missing): a new TPM gets EK and AK certificates
+    /// from it
     #[arg(long, value_name = "DIR")]
     pub ek_ca: Option<PathBuf>,
     /// Platform certificate of the maker, in DER: a new TPM carries it in NV index 0x01C08000

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `vmgs …`: commands on a guest-state file that no service has open.
 //!
-//! The monitor's binary and `vtpm-svc` both expose these commands; [`run`] is the whole of it. Every command prints one
-//! report, as text or (with `--json`) as one JSON object, and fails with one sentence.
+//! The monitor's binary and `vtpm-svc` both expose these commands; [`run`] is the whole of it. Every command
+//! prints one report, as text or (with `--json`) as one JSON object, and fails with one sentence.
 
 mod copies;
 mod files;
@@ -233,15 +233,11 @@ enum Command {
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CliError {
     /// The image.
     #[error("{path}: {source}")]
-    Image {
-        /// The file.
-        path: String,
-        /// What is wrong.
-        source: VmgsError,
-    },
+    Image { path: String, source: VmgsError },
     /// The key.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -250,12 +246,7 @@ pub enum CliError {
     Anchor(#[from] AnchorError),
     /// Another file.
     #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: String,
-        /// The operating system's answer.
-        source: std::io::Error,
-    },
+    Io { path: String, source: std::io::Error },
     /// The command line.
     #[error("{0}")]
     Usage(String),
@@ -367,8 +358,8 @@ fn look(path: &Path, key: &KeyArgs) -> Result<Looked, CliError> {
 }
 
 impl Looked {
-    /// Notes who looked, if this image has a place for it here. To look needs no permission to change, so what cannot be
-    /// noted is said and stops nobody.
+    /// Notes who looked, if this image has a place for it here. To look needs no permission to change, so
+    /// what cannot be noted is said and stops nobody.
     fn note(&self, path: &Path, history: &HistoryArgs, what: &str, detail: &str) {
         let folder = history.folder();
         if self.view.state == RootState::Never || !folder.path.exists() {

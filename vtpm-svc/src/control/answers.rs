@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Control requests, handed to the TPM, and its answers in the words of the protocol.
 //!
-//! Beside swtpm's requests there are ours: the physical-presence request, the offset of the guest's clock, and the dropping of a
-//! stored volatile state.
+//! Beside swtpm's requests there are ours: the physical-presence request, the offset of the guest's clock,
+//! and the dropping of a stored volatile state.
 
 use super::wire;
 use super::wire::Request;
@@ -64,7 +64,8 @@ fn respond<F: BlockFile>(tpm: &Tpm<F>, request: Request) -> Result<Response, Tpm
             Response::ok().word(size).word(min).word(max)
         }
         Request::GetInfo { flags, offset } => {
-            // Bits 0 to 2 are the library's own; others have no answer here and are ignored, as the protocol wants.
+            // Bits 0 to 2 are the library's own; others have no answer here and are ignored, as the protocol
+            // wants.
             let mut text = tpm.engine().info((flags & 7) as u32).into_bytes();
             text.push(0);
             let rest = text.get(offset as usize..).unwrap_or_default();

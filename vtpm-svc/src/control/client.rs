@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The client side: what the monitor uses to drive a TPM behind the control socket, ours or stock swtpm.
 //!
-//! The data socket is one half of a pair whose other half is handed to the server. Replies are matched to commands by
-//! reading exactly one response per command; there is no time-out on a command, because making a key may take seconds.
-//! Control requests have a long one: a service that does not answer them is as good as gone, and its socket is closed.
+//! The data socket is one half of a pair whose other half is handed to the server. Replies are matched to
+//! commands by reading exactly one response per command; there is no time-out on a command, because making a
+//! key may take seconds. Control requests have a long one: a service that does not answer them is as good as
+//! gone, and its socket is closed.
 
 use std::io;
 use std::io::Write;
@@ -12,8 +13,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
+
+use crate::lock::lock;
 
 use super::data;
 use super::data::Received;
@@ -22,36 +24,23 @@ use super::wire::INIT_DELETE_VOLATILE;
 use super::wire::code;
 use super::wire::number;
 
-/// Longest wait for the answer to a control request. Powering on may take long: it makes the TPM, and its certified keys.
+/// Longest wait for the answer to a control request. Powering on may take long: it makes the TPM, and its
+/// certified keys.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Why the TPM could not be driven.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ClientError {
     /// The socket.
     #[error("TPM {what}: {source}")]
-    Io {
-        /// What was being done.
-        what: &'static str,
-        /// The operating system's answer.
-        source: io::Error,
-    },
+    Io { what: &'static str, source: io::Error },
     /// The server's answer.
     #[error("the TPM service refused {what} with code {code:#x}")]
-    Refused {
-        /// What was asked.
-        what: &'static str,
-        /// Its answer.
-        code: u32,
-    },
+    Refused { what: &'static str, code: u32 },
     /// The server does not have what is needed.
     #[error("the TPM service at {path} lacks capabilities {missing:#x}")]
-    Capabilities {
-        /// The socket.
-        path: String,
-        /// Missing bits.
-        missing: u32,
-    },
+    Capabilities { path: String, missing: u32 },
     /// A response that is not one.
     #[error("the TPM service's response is malformed")]
     Malformed,
@@ -83,7 +72,7 @@ impl Control {
         body: &[u8],
         reply: usize,
     ) -> Result<Vec<u8>, ClientError> {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stream = lock(&self.stream);
         Self::exchange(&mut stream, what, command, body, reply)
     }
 
@@ -155,22 +144,23 @@ impl Control {
         Ok(u32::from_be_bytes([r[0], r[1], r[2], r[3]]))
     }
 
-    /// Asks for a physical-presence operation at the TPM's next start; the answer is what the interface returns to the
-    /// guest (0 accepted, 1 not implemented, 2 failure). Only our service knows it.
+    /// Asks for a physical-presence operation at the TPM's next start; the answer is what the interface
+    /// returns to the guest (0 accepted, 1 not implemented, 2 failure). Only our service knows it.
     pub fn submit_ppi(&self, operation: u32, argument: u32) -> Result<u32, ClientError> {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stream = lock(&self.stream);
         Self::submit(&mut stream, operation, argument)
     }
 
-    /// The same for somebody who may not wait: `hears` gets the answer and says whether it still counts. If it does not, what was
-    /// stored is taken back before anything else goes over this connection: what waited before waits again, or nothing does.
+    /// The same for somebody who may not wait: `hears` gets the answer and says whether it still counts. If
+    /// it does not, what was stored is taken back before anything else goes over this connection: what waited
+    /// before waits again, or nothing does.
     pub fn submit_ppi_for(
         &self,
         operation: u32,
         argument: u32,
         hears: impl FnOnce(Result<u32, ClientError>) -> bool,
     ) -> Result<(), ClientError> {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stream = lock(&self.stream);
         let before = match Self::exchange(&mut stream, "ppi-state", number::PPI_STATE, &[], 16) {
             Ok(before) => before,
             Err(e) => {
@@ -202,7 +192,8 @@ impl Control {
         Ok([word(&r, 0), word(&r, 4), word(&r, 8), word(&r, 12)])
     }
 
-    /// How far the guest's clock is ahead of UTC, in units of 100 ns, if that is known. Only our service knows it.
+    /// How far the guest's clock is ahead of UTC, in units of 100 ns, if that is known. Only our service
+    /// knows it.
     pub fn clock(&self) -> Result<Option<i64>, ClientError> {
         let r = self.call("clock-get", number::CLOCK_GET, &[], 12)?;
         let offset = u64::from(word(&r, 4)) << 32 | u64::from(word(&r, 8));
@@ -214,8 +205,8 @@ impl Control {
         self.call("clock-set", number::CLOCK_SET, &offset.to_be_bytes(), 0).map(|_| ())
     }
 
-    /// Forgets a volatile state that was stored, so that the next power-on is a fresh one. A service that does not know the
-    /// request (stock swtpm) refuses it.
+    /// Forgets a volatile state that was stored, so that the next power-on is a fresh one. A service that
+    /// does not know the request (stock swtpm) refuses it.
     pub fn cold(&self) -> Result<(), ClientError> {
         self.call("cold", number::COLD, &[], 0).map(|_| ())
     }
@@ -236,7 +227,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, hands over a data socket and checks that everything that is needed is there. The TPM is not started.
+    /// Connects, hands over a data socket and checks that everything that is needed is there. The TPM is not
+    /// started.
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path)
             .map_err(|source| ClientError::Io { what: "control socket (is vtpm-svc running?)", source })?;
@@ -253,7 +245,7 @@ impl Client {
             .map_err(io_error("set-datafd"))?;
         let control = Control { stream: Arc::new(Mutex::new(stream)) };
         {
-            let mut stream = control.stream.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut stream = lock(&control.stream);
             Control::reply(&mut stream, "set-datafd", 0)?;
         }
         let caps = control.call("get-capability", number::GET_CAPABILITY, &[], 4)?;
@@ -271,11 +263,12 @@ impl Client {
         self.control.clone()
     }
 
-    /// Power cycle, as at a reset of the guest: off, buffer of `buffer` bytes (0: leave it), on, from the beginning.
+    /// Power cycle, as at a reset of the guest: off, buffer of `buffer` bytes (0: leave it), on, from the
+    /// beginning.
     pub fn reset(&mut self, buffer: u32) -> Result<(), ClientError> {
         self.control.stop()?;
-        // Without this the TPM would go on where somebody saved it. swtpm has no such request; a TPM of its that was saved
-        // answers the start-up that follows with an error.
+        // Without this the TPM would go on where somebody saved it. swtpm has no such request; a TPM of its
+        // that was saved answers the start-up that follows with an error.
         match self.control.cold() {
             Ok(()) | Err(ClientError::Refused { code: code::BAD_ORDINAL, .. }) => {}
             Err(e) => return Err(e),
@@ -290,7 +283,8 @@ impl Client {
 
     /// Runs one command and returns its response, however long it takes.
     ///
-    /// After an answer that was none, or none at all, the connection is closed: a late one would be taken for the next one's.
+    /// After an answer that was none, or none at all, the connection is closed: a late one would be taken for
+    /// the next one's.
     pub fn execute(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>, ClientError> {
         if !self.in_step {
             return Err(ClientError::Closed);

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Places for clients: a number of them is served at a time, and a new one gets the place of one that says nothing.
+//! Places for clients: a number of them is served at a time, and a new one gets the place of one that says
+//! nothing.
 //!
-//! A client that connects and is silent must not keep the others out. So when all places are taken, one that has never said
-//! anything goes, else one that has been idle for a minute: the one that came last, because a monitor's connection is there
-//! from the start and may be silent for days.
+//! A client that connects and is silent must not keep the others out. So when all places are taken, one that
+//! has never said anything goes, else one that has been idle for a minute: the one that came last, because a
+//! monitor's connection is there from the start and may be silent for days.
 //!
-//! A client that sends and never reads is no better: its answers pile up until the socket is full. So who takes an answer counts as
-//! idle from the moment that the answer is there, and who does not take any of it for [`READING`] loses its connection.
+//! A client that sends and never reads is no better: its answers pile up until the socket is full. So who
+//! takes an answer counts as idle from the moment that the answer is there, and who does not take any of it
+//! for [`READING`] loses its connection.
 
 use std::io;
 use std::sync::Arc;
@@ -16,6 +18,8 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
+
+use crate::lock::lock;
 
 use super::socket::Stream;
 
@@ -69,7 +73,7 @@ fn dispensable(places: &[Place], now: Instant) -> Option<&Place> {
 
 impl Clients {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.table)
     }
 
     /// A place for a client, if there is one or one can be made.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One control client: messages read whole, answered, and never taken for something else.
 //!
-//! Messages do not say how long they are (see [`super::wire`]). When it is not known where the next one begins, the client is
-//! answered and loses its connection: the rest of a refused message is somebody's data, and must not be read as commands.
+//! Messages do not say how long they are (see [`super::wire`]). When it is not known where the next one
+//! begins, the client is answered and loses its connection: the rest of a refused message is somebody's data,
+//! and must not be read as commands.
 
 use std::io;
 use std::io::Write;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The data channel: TPM commands in, TPM responses out, each as long as its own header says.
 //!
-//! A client may put a nine-byte prefix in front (`TPM_SEND_COMMAND`, locality, length), as the simulator of the reference
-//! code has it; the response then has its length in front and a zero word behind.
+//! A client may put a nine-byte prefix in front (`TPM_SEND_COMMAND`, locality, length), as the simulator of
+//! the reference code has it; the response then has its length in front and a zero word behind.
 
 use std::io;
 use std::io::Read;
@@ -93,8 +93,8 @@ pub fn bad_length() -> Vec<u8> {
     error_response(RC_COMMAND_SIZE)
 }
 
-/// The answer when the TPM is off or out of order: the client takes it for failed. Before the power-on its tag tells a probing
-/// client that this is a TPM 2.0.
+/// The answer when the TPM is off or out of order: the client takes it for failed. Before the power-on its
+/// tag tells a probing client that this is a TPM 2.0.
 pub fn failure() -> Vec<u8> {
     error_response(RC_FAILURE)
 }

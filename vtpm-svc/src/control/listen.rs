@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The service's sockets, opened in two steps: descriptors that were inherited at once, names only when the image is locked.
+//! The service's sockets, opened in two steps: descriptors that were inherited at once, names only when the
+//! image is locked.
 //!
-//! A start that fails must leave a service that runs untouched, so no name is replaced before this process is known to be
-//! the one that serves, and a socket that somebody listens on is never replaced.
+//! A start that fails must leave a service that runs untouched, so no name is replaced before this process is
+//! known to be the one that serves, and a socket that somebody listens on is never replaced.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -117,9 +118,9 @@ fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Whether a process holds the socket of this name. The question is asked with a socket of another kind, which the kernel
-/// refuses in different words for one that is held and one that is not: a connection that is opened only to look would be
-/// a client that goes away, and may end a service.
+/// Whether a process holds the socket of this name. The question is asked with a socket of another kind,
+/// which the kernel refuses in different words for one that is held and one that is not: a connection that is
+/// opened only to look would be a client that goes away, and may end a service.
 fn is_served(path: &Path) -> io::Result<bool> {
     match UnixDatagram::unbound()?.connect(path) {
         Err(e) if e.raw_os_error() == Some(libc::ECONNREFUSED) => Ok(false),

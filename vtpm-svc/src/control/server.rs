@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The server: one TPM, and one thread per client.
 //!
-//! Clients are not trusted: messages are bounded before they are read, the number of clients is limited, and a client that
-//! misbehaves loses its connection and nothing else.
+//! Clients are not trusted: messages are bounded before they are read, the number of clients is limited, and
+//! a client that misbehaves loses its connection and nothing else.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -63,8 +63,8 @@ impl<F> Acceptor<F> {
 }
 
 impl<F: BlockFile + 'static> Server<F> {
-    /// Serves `tpm`, and says to `end` when that is over; `terminate` asks for it when the control client, or the last of
-    /// several, is gone.
+    /// Serves `tpm`, and says to `end` when that is over; `terminate` asks for it when the control client, or
+    /// the last of several, is gone.
     pub fn new(tpm: Tpm<F>, terminate: bool, end: Sender<End>) -> Self {
         let (control_clients, data_fd_in_use) = (AtomicUsize::new(0), AtomicBool::new(false));
         Self { tpm, terminate, control_clients, data_fd_in_use, end }
@@ -80,8 +80,9 @@ impl<F: BlockFile + 'static> Server<F> {
         let _ = self.end.send(why);
     }
 
-    /// Serves data clients, the first of them on this thread: a client that is waiting already is answered without a
-    /// change of threads. Returns when that client is gone; others are then served by other threads.
+    /// Serves data clients, the first of them on this thread: a client that is waiting already is answered
+    /// without a change of threads. Returns when that client is gone; others are then served by other
+    /// threads.
     pub fn serve_data_here(self: &Arc<Self>, listener: Listener) {
         self.accept_loop(Acceptor::new(listener, "data", |server, stream, seat| {
             server.data_client(stream, Some(seat));

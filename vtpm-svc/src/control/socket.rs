@@ -22,7 +22,8 @@ use rustix::net::SendAncillaryBuffer;
 use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
 
-/// How long a client that has lost its connection may pause between what it still sends, and how long it may go on in all.
+/// How long a client that has lost its connection may pause between what it still sends, and how long it may
+/// go on in all.
 const LEAVE: Duration = Duration::from_millis(200);
 const LONGEST_LEAVE: Duration = Duration::from_secs(2);
 
@@ -107,8 +108,8 @@ impl Stream {
         Ok((data, first))
     }
 
-    /// Says nothing more, and drops what still comes: closing a socket with unread bytes would take back the answer that was
-    /// just sent, and a client that is still sending would not get to read it.
+    /// Says nothing more, and drops what still comes: closing a socket with unread bytes would take back the
+    /// answer that was just sent, and a client that is still sending would not get to read it.
     pub fn take_leave(&self) {
         let done = match self {
             Self::Unix(s) => s.shutdown(Shutdown::Write),

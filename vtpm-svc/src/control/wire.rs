@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Control messages as bytes (`swtpm_ioctls(3)`, UNIX-socket form): big-endian, command number, then a body.
 //!
-//! Messages do not say how long they are, and clients pad bodies to the size of a C union. So one received message is
-//! one command and spare bytes behind it are dropped, except for the two commands that announce how much data follows. A
-//! message that is refused before its end is known takes the connection with it: what follows may be anything.
+//! Messages do not say how long they are, and clients pad bodies to the size of a C union. So one received
+//! message is one command and spare bytes behind it are dropped, except for the two commands that announce
+//! how much data follows. A message that is refused before its end is known takes the connection with it:
+//! what follows may be anything.
 
 /// TPM 1.2 result codes that the protocol answers with.
 pub mod code {
@@ -53,7 +54,8 @@ pub mod number {
     pub const COLD: u32 = 0x4356_4d05;
 }
 
-/// Capabilities of this server: every bit up to 14, the command header on the data channel, and storage locking.
+/// Capabilities of this server: every bit up to 14, the command header on the data channel, and storage
+/// locking.
 pub const CAPABILITIES: u32 = 0x1_ffff;
 /// Largest state blob that is taken in.
 pub const MAX_STATE: u32 = 512 << 10;
@@ -121,7 +123,8 @@ pub enum Parsed {
     Whole(Request),
     /// A request that announces this many bytes in all; the rest is still to come.
     Announces(usize),
-    /// A request whose body is missing, or a part of it; with it, it has this many bytes. A client may send the two apart.
+    /// A request whose body is missing, or a part of it; with it, it has this many bytes. A client may send
+    /// the two apart.
     Short(usize),
     /// Answer with this code; the message is over.
     Refused(u32),

@@ -26,7 +26,8 @@ pub(super) fn read_secret(path: &Path) -> Result<Zeroizing<Vec<u8>>, KeyError> {
     read(path, 0o077, true)
 }
 
-/// Reads a secret; `others` are the rights that nobody else may have, and `ours` whether it has to be this user's or root's.
+/// Reads a secret; `others` are the rights that nobody else may have, and `ours` whether it has to be this
+/// user's or root's.
 fn read(path: &Path, others: u32, ours: bool) -> Result<Zeroizing<Vec<u8>>, KeyError> {
     use std::io::Read;
     let io = |source| KeyError::Io { path: path.to_path_buf(), source };
@@ -54,7 +55,8 @@ fn check_owner(path: &Path, owner: u32) -> Result<(), KeyError> {
     }
 }
 
-/// Refuses a program that somebody else can change. A name without a folder is looked for in the folders of the system's programs.
+/// Refuses a program that somebody else can change. A name without a folder is looked for in the folders of
+/// the system's programs.
 pub(super) fn check_program(path: &Path) -> Result<(), KeyError> {
     if !path.as_os_str().as_encoded_bytes().contains(&b'/') {
         return Ok(());

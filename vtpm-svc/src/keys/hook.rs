@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A program that gives the key: the way to a key store or a broker that this service knows nothing about.
 //!
-//! It gets one JSON object on standard input (`image`, `purpose`, and `vm` if the caller knows for which VM) and prints the
-//! key (32 bytes or 64 hexadecimal digits) on standard output. `image` is what the file says of itself, which nothing
-//! proves; `vm` is what the caller expects, and a hook that can should decide by it. A non-zero exit is a refusal, and the
-//! first line of its standard error is the reason that the operator sees. It runs before the service gives up its rights,
-//! with nothing of the environment but `PATH`.
+//! It gets one JSON object on standard input (`image`, `purpose`, and `vm` if the caller knows for which VM)
+//! and prints the key (32 bytes or 64 hexadecimal digits) on standard output. `image` is what the file says
+//! of itself, which nothing proves; `vm` is what the caller expects, and a hook that can should decide by it.
+//! A non-zero exit is a refusal, and the first line of its standard error is the reason that the operator
+//! sees. It runs before the service gives up its rights, with nothing of the environment but `PATH`.
 //!
-//! Both of its outputs are read at once, to a limit, and it has a time limit. When the limit is reached, or when whoever asks ends in the
-//! meantime, for whatever reason, the hook and what it has started end too ([`process::spawn_dependent`]): it has a process group of
-//! its own for that, so it is not in the foreground of a terminal and cannot ask there.
+//! Both of its outputs are read at once, to a limit, and it has a time limit. When the limit is reached, or
+//! when whoever asks ends in the meantime, for whatever reason, the hook and what it has started end too
+//! ([`process::spawn_dependent`]): it has a process group of its own for that, so it is not in the foreground
+//! of a terminal and cannot ask there.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -56,8 +57,8 @@ impl Hook {
         Self { program, limit: LIMIT }
     }
 
-    /// Hears the hook to its end, tells of it when that takes long, and stops it when it takes too long. There is no thread
-    /// in this, because none may be left when the service closes its cage.
+    /// Hears the hook to its end, tells of it when that takes long, and stops it when it takes too long.
+    /// There is no thread in this, because none may be left when the service closes its cage.
     fn hear(&self, hook: &mut Dependent) -> Result<(ExitStatus, Heard, Heard), KeyError> {
         let io = |source| KeyError::Io { path: self.program.clone(), source };
         let child = hook.child();
@@ -66,8 +67,8 @@ impl Hook {
         let began = Instant::now();
         let mut told = false;
         loop {
-            // The end is seen before the last words are read, so that none of them is missed. A child that the hook leaves
-            // behind may hold the pipes open; nobody waits for it.
+            // The end is seen before the last words are read, so that none of them is missed. A child that
+            // the hook leaves behind may hold the pipes open; nobody waits for it.
             let status = hook.child().try_wait().map_err(io)?;
             answer.read_what_is_there().map_err(io)?;
             reason.read_what_is_there().map_err(io)?;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The key of an image that is there.
 //!
-//! A key may depend on the container's id, as a passphrase's does. While a change of key is under way the container has two
-//! ids, the one before and the one after, so both are asked for and the one that opens the image is taken.
+//! A key may depend on the container's id, as a passphrase's does. While a change of key is under way the
+//! container has two ids, the one before and the one after, so both are asked for and the one that opens the
+//! image is taken.
 
 use super::KeyError;
 use super::KeyProvider;
@@ -24,8 +25,8 @@ pub enum OpenError {
     Key(#[from] KeyError),
 }
 
-/// Asks for the key of an image. One that does not open it is given all the same if there is no other: what is wrong with
-/// it is for the opener to say.
+/// Asks for the key of an image. One that does not open it is given all the same if there is no other: what
+/// is wrong with it is for the opener to say.
 pub fn key_of<F: BlockFile>(
     provider: &dyn KeyProvider,
     file: &F,

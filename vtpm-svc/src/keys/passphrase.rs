@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A key derived from a passphrase with argon2id (RFC 9106).
 //!
-//! The salt is the image's unique id, which every container carries, so that equal passphrases give different keys and
-//! nothing has to be stored beside the image. 64 MiB, three passes, one lane: RFC 9106's second recommendation, with one
-//! lane instead of four because the derivation runs on one thread. The image does not say which parameters it was made
-//! with, so these never change; others would be another kind of key, to which an image goes by `vmgs rekey`.
+//! The salt is the image's unique id, which every container carries, so that equal passphrases give different
+//! keys and nothing has to be stored beside the image. 64 MiB, three passes, one lane: RFC 9106's second
+//! recommendation, with one lane instead of four because the derivation runs on one thread. The image does
+//! not say which parameters it was made with, so these never change; others would be another kind of key, to
+//! which an image goes by `vmgs rekey`.
 
 use std::path::PathBuf;
 

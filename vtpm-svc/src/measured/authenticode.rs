@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Which bytes of a PE file its Authenticode digest covers: all but the checksum, the certificate table and its entry.
+//! Which bytes of a PE file its Authenticode digest covers: all but the checksum, the certificate table and
+//! its entry.
 //!
-//! "Windows Authenticode Portable Executable Signature Format" 1.0, "Calculating the PE Image Hash". UEFI measures kernels
-//! by this digest, so signing a kernel does not change what PCR 4 says of it.
+//! "Windows Authenticode Portable Executable Signature Format" 1.0, "Calculating the PE Image Hash". UEFI
+//! measures kernels by this digest, so signing a kernel does not change what PCR 4 says of it.
 
 use std::ops::Range;
 
@@ -71,7 +72,8 @@ pub fn spans(file: &[u8]) -> Result<Vec<Range<usize>>, PeError> {
             _ => return refuse(at + 16, "a section within the file"),
         }
     }
-    // Sorted and apart, so that no byte is hashed twice: else 65,535 sections over one large file are as many passes over it.
+    // Sorted and apart, so that no byte is hashed twice: else 65,535 sections over one large file are as many
+    // passes over it.
     bodies.sort_by_key(|span| span.start);
     let mut free = header_size;
     for body in &bodies {
@@ -95,7 +97,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// 64-bit headers of 0x200 bytes, sections as (size, start), and a certificate table of that size said to be at the end.
+    /// 64-bit headers of 0x200 bytes, sections as (size, start), and a certificate table of that size said to
+    /// be at the end.
     fn pe(len: usize, sections: &[(u32, u32)], certificates: u32) -> Vec<u8> {
         let mut f = vec![0; len];
         let mut put = |at: usize, bytes: &[u8]| f[at..at + bytes.len()].copy_from_slice(bytes);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The event log as bytes: the crypto-agile format of the TCG PC Client Platform Firmware Profile, section 10.
+//! The event log as bytes: the crypto-agile format of the TCG PC Client Platform Firmware Profile, section
+//! 10.
 
 use super::Event;
 use super::kind;
@@ -145,11 +146,12 @@ mod tests {
         assert!(cut.offset <= 80);
     }
 
-    /// Known values: SHA-256 of four zero bytes and of the action's 40 bytes, as they stand in logs of real machines.
+    /// Known values: SHA-256 of four zero bytes and of the action's 40 bytes, as they stand in logs of real
+    /// machines.
     #[test]
     fn separators_and_the_boot_action_have_the_digests_that_verifiers_know() {
         let events = boot().events();
-        let hex = |e: &Event| e.digests[0].1.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let hex = |e: &Event| hex::encode(&e.digests[0].1);
         let action = events.iter().position(|e| e.data.starts_with(b"Calling EFI")).expect("action");
         assert_eq!(hex(&events[action]), "3d6772b4f84ed47595d72a2c4c5ffd15f5bb72c7507fe26f2aaee2c69d5633ba");
         let separators: Vec<_> = events.iter().filter(|e| e.kind == kind::SEPARATOR).collect();

@@ -12,29 +12,20 @@ use crate::vmgs::VmgsError;
 
 /// Why the service did not start or ended badly.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ServiceError {
     /// A socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The operating system.
     #[error("{what}: {source}")]
-    Io {
-        /// What was being done.
-        what: String,
-        /// Its answer.
-        source: io::Error,
-    },
+    Io { what: String, source: io::Error },
     /// The key.
     #[error(transparent)]
     Key(#[from] KeyError),
     /// The image.
     #[error("{path}: {source}")]
-    Image {
-        /// The image.
-        path: String,
-        /// What is wrong with it.
-        source: VmgsError,
-    },
+    Image { path: String, source: VmgsError },
     /// Somebody put another file in its place.
     #[error("{0}: the image was replaced while it was being opened; start again")]
     Replaced(String),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The image of a service, opened for it alone: it is encrypted, belongs to the VM that was named, and its TPM can be read.
+//! The image of a service, opened for it alone: it is encrypted, belongs to the VM that was named, and its
+//! TPM can be read.
 
 use std::path::PathBuf;
 

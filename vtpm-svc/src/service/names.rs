@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Names that the service has made (sockets, the file of its process id) and that go when it ends in good order.
+//! Names that the service has made (sockets, the file of its process id) and that go when it ends in good
+//! order.
 //!
-//! The cage has no file system, so the service cannot remove them itself. A second process does, which is started before
-//! there is a secret, knows nothing but the names, and acts when it is told to. A name that belongs to somebody else by
-//! then stays. If the service is killed the names stay as well, and the next start replaces them.
+//! The cage has no file system, so the service cannot remove them itself. A second process does, which is
+//! started before there is a secret, knows nothing but the names, and acts when it is told to. A name that
+//! belongs to somebody else by then stays. If the service is killed the names stay as well, and the next
+//! start replaces them.
 
 use std::ffi::OsStr;
 use std::io;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A start that waits for others: for a hook that has the key, for whoever holds the image or its anchor.
 //!
-//! A thread says after two seconds what is waited for (of a key hook, the code that runs it tells first), and ends the process
-//! when whoever started it, and alone can use it, is gone. It is over before the cage closes, which must hold every thread.
+//! A thread says after two seconds what is waited for (of a key hook, the code that runs it tells first), and
+//! ends the process when whoever started it, and alone can use it, is gone. It is over before the cage
+//! closes, which must hold every thread.
 
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
@@ -18,6 +19,7 @@ use std::time::Instant;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 
+use crate::lock::lock;
 use crate::log;
 
 /// When something is said, and how often it is repeated.
@@ -35,7 +37,7 @@ struct Shared {
 
 impl Shared {
     fn what(&self) -> MutexGuard<'_, Option<String>> {
-        self.what.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.what)
     }
 }
 
@@ -46,8 +48,8 @@ pub(super) struct Starting {
 }
 
 impl Starting {
-    /// Begins to watch. `client` is the connection of the only one who can use the service; `told` says that somebody else
-    /// tells of the wait first.
+    /// Begins to watch. `client` is the connection of the only one who can use the service; `told` says that
+    /// somebody else tells of the wait first.
     pub(super) fn watch(what: &str, told: bool, client: Option<OwnedFd>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { what: Mutex::new(Some(what.to_owned())), over: Condvar::new() });
         let theirs = shared.clone();

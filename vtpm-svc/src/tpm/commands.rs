@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The few TPM 2.0 commands that the service itself sends, as bytes (TPM 2.0 Library Specification, part 3, rev. 1.59).
+//! The few TPM 2.0 commands that the service itself sends, as bytes (TPM 2.0 Library Specification, part 3,
+//! rev. 1.59).
 //!
 //! All with empty passwords: they are sent while the TPM is being made or before the guest runs.
 
@@ -26,23 +27,14 @@ pub mod alg {
 
 /// Why a command of ours did not work.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum CommandError {
     /// The way to the TPM.
     #[error("{what}: {problem}")]
-    Transport {
-        /// Which command.
-        what: &'static str,
-        /// What happened.
-        problem: String,
-    },
+    Transport { what: &'static str, problem: String },
     /// The TPM's answer.
     #[error("{what}: the TPM answered {code:#x}")]
-    Code {
-        /// Which command.
-        what: &'static str,
-        /// Response code.
-        code: u32,
-    },
+    Code { what: &'static str, code: u32 },
     /// It was not powered on just now.
     #[error(
         "Startup: the TPM runs already, so it continues from a state that somebody saved, and its PCRs are not those of this \
@@ -152,8 +144,8 @@ pub fn run_with_handles(
     Err(CommandError::Code { what, code: 0x922 })
 }
 
-/// `TPM2_Startup(CLEAR)`, for a TPM that has just been powered on. One that runs already is another one than its caller takes it
-/// for: its PCRs are not those of this boot.
+/// `TPM2_Startup(CLEAR)`, for a TPM that has just been powered on. One that runs already is another one than
+/// its caller takes it for: its PCRs are not those of this boot.
 pub fn startup_clear(tpm: &mut dyn Transport) -> Result<(), CommandError> {
     match run(tpm, "Startup", 0x144, &[], &[0, 0]) {
         Ok(_) => Ok(()),
@@ -162,8 +154,8 @@ pub fn startup_clear(tpm: &mut dyn Transport) -> Result<(), CommandError> {
     }
 }
 
-/// `TPM2_SelfTest` of everything; what was tested is not tested again when a guest's driver asks, which waits two seconds for
-/// the answer and gives the TPM up without it.
+/// `TPM2_SelfTest` of everything; what was tested is not tested again when a guest's driver asks, which waits
+/// two seconds for the answer and gives the TPM up without it.
 pub fn self_test(tpm: &mut dyn Transport) -> Result<(), CommandError> {
     run(tpm, "SelfTest", 0x143, &[], &[1]).map(|_| ())
 }
@@ -182,7 +174,8 @@ pub fn pcr_extend(tpm: &mut dyn Transport, pcr: u32, digests: &[(u16, Vec<u8>)])
     run(tpm, "PCR_Extend", 0x182, &[pcr], &p.0).map(|_| ())
 }
 
-/// `TPM2_PCR_Allocate`: the named banks get all 24 PCRs, the other known ones none. Takes effect at the next power-on.
+/// `TPM2_PCR_Allocate`: the named banks get all 24 PCRs, the other known ones none. Takes effect at the next
+/// power-on.
 pub fn pcr_allocate(tpm: &mut dyn Transport, banks: &[u16]) -> Result<(), CommandError> {
     let known = [alg::SHA1, alg::SHA256, alg::SHA384, alg::SHA512];
     let mut p = Bytes::default().u32(known.len() as u32);
@@ -247,7 +240,8 @@ pub fn persist(tpm: &mut dyn Transport, object: u32, at: u32) -> Result<(), Comm
     run_with_handles(tpm, "EvictControl", 0x120, &[handle::OWNER], &[object], &at.to_be_bytes()).map(|_| ())
 }
 
-/// Defines an NV index under the platform hierarchy, writes it and locks it: only the platform can replace it.
+/// Defines an NV index under the platform hierarchy, writes it and locks it: only the platform can replace
+/// it.
 pub fn nv_store(tpm: &mut dyn Transport, index: u32, data: &[u8]) -> Result<(), CommandError> {
     // ppwrite | writedefine | ppread | ownerread | authread | no_da | platformcreate
     const ATTRIBUTES: u32 = 0x4207_2001;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The TPM 2.0 itself: libtpms behind a safe interface.
 //!
-//! There is one TPM per process, because the library keeps it in globals; [`Engine::take`] can succeed once. Storing is
-//! synchronous: a command that changes the permanent state calls [`StateStore::store`] before it has a response, so a
-//! store that returns only when the bytes are durable makes every response durable. If it fails, the library answers
-//! this command and all later ones with failure (0x101) until the process is replaced: that is wanted.
+//! There is one TPM per process, because the library keeps it in globals; [`Engine::take`] can succeed once.
+//! Storing is synchronous: a command that changes the permanent state calls [`StateStore::store`] before it
+//! has a response, so a store that returns only when the bytes are durable makes every response durable. If
+//! it fails, the library answers this command and all later ones with failure (0x101) until the process is
+//! replaced: that is wanted.
 //!
 //! Whether a TPM may be manufactured is decided before the start and never by the absence of a blob.
 
@@ -44,9 +45,9 @@ pub struct Library(Api);
 impl Library {
     /// Loads it and refuses versions that are older than those that were tried.
     ///
-    /// The number cannot tell whether a version has the mends of CVE-2023-1017, CVE-2023-1018 and CVE-2025-49133: distributions
-    /// put them into a library that goes on calling itself 0.9.2. Whoever builds upstream's own 0.9.2 to 0.9.5 lacks them, and
-    /// the cage is what is left then.
+    /// The number cannot tell whether a version has the mends of CVE-2023-1017, CVE-2023-1018 and
+    /// CVE-2025-49133: distributions put them into a library that goes on calling itself 0.9.2. Whoever
+    /// builds upstream's own 0.9.2 to 0.9.5 lacks them, and the cage is what is left then.
     pub fn load() -> Result<Self, EngineError> {
         let api = Api::load()?;
         let v = api.version();
@@ -71,7 +72,8 @@ pub struct Engine {
     api: Api,
     running: bool,
     broken: bool,
-    /// Whether something was done since the power-on, or since the last `TPM2_Shutdown`, that one has to conclude.
+    /// Whether something was done since the power-on, or since the last `TPM2_Shutdown`, that one has to
+    /// conclude.
     open: bool,
 }
 
@@ -131,8 +133,8 @@ impl Engine {
 
     /// Powers the TPM off as a platform does: with `TPM2_Shutdown`, if whoever used it has not sent that.
     ///
-    /// Without it the next start takes the end for an attack: it counts as a failed try of every PIN. The TPM is off in any
-    /// case; an error says that the next start will take it so.
+    /// Without it the next start takes the end for an attack: it counts as a failed try of every PIN. The TPM
+    /// is off in any case; an error says that the next start will take it so.
     pub fn shut_down(&mut self) -> Result<(), EngineError> {
         let concluded = self.conclude();
         self.stop();
@@ -154,8 +156,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The TPM's state as it is now has been saved to be continued, here or elsewhere. A power-off that follows is no end: a
-    /// `TPM2_Shutdown` would change what the saved state belongs to.
+    /// The TPM's state as it is now has been saved to be continued, here or elsewhere. A power-off that
+    /// follows is no end: a `TPM2_Shutdown` would change what the saved state belongs to.
     pub fn saved(&mut self) {
         self.open = false;
     }
@@ -195,8 +197,8 @@ impl Engine {
         state.map(Zeroizing::new)
     }
 
-    /// Whether a blob is one that the library would accept; a volatile state belongs to a permanent one. Only while the TPM
-    /// is off.
+    /// Whether a blob is one that the library would accept; a volatile state belongs to a permanent one. Only
+    /// while the TPM is off.
     pub fn validate(&mut self, blob: Blob, data: &[u8], permanent: Option<&[u8]>) -> Result<(), EngineError> {
         if self.running {
             return Err(EngineError::State("running"));

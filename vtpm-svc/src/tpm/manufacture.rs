@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Making a TPM: PCR banks, endorsement keys with certificates, an attestation key.
 //!
-//! The certificates are signed by an authority of this host, made once; its root is `ca.pem` in the folder that the operator
-//! names, to be given to verifiers. They say that a key lives in a TPM that this host made, and no more: the host can read
-//! that key. Certificates are written only for keys that this code has just created from a template, never for a key found
-//! at a handle.
+//! The certificates are signed by an authority of this host, made once; its root is `ca.pem` in the folder
+//! that the operator names, to be given to verifiers. They say that a key lives in a TPM that this host made,
+//! and no more: the host can read that key. Certificates are written only for keys that this code has just
+//! created from a template, never for a key found at a handle.
 //!
 //! TCG EK Credential Profile 2.5 (templates L-1 and L-2, NV indices, certificate fields).
 

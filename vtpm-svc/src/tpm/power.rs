@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Powering the TPM on: making it if it never existed, starting it, and what the platform does before a guest can.
+//! Powering the TPM on: making it if it never existed, starting it, and what the platform does before a guest
+//! can.
 //!
-//! All of it is one commit. Nothing is answered before that, so a crash on the way leaves the TPM as it was before, or
-//! (a new one) not there yet.
+//! All of it is one commit. Nothing is answered before that, so a crash on the way leaves the TPM as it was
+//! before, or (a new one) not there yet.
 
 use super::commands;
 use super::engine::Blob;
@@ -100,7 +101,8 @@ impl<F: BlockFile> PowerOn<'_, F> {
             return settled;
         }
         if virgin {
-            // The authority's key is not needed any more. Until here a start that failed is tried again with it.
+            // The authority's key is not needed any more. Until here a start that failed is tried again with
+            // it.
             let making = std::mem::take(self.making);
             let certificates = if making.authority.is_some() { "with" } else { "without" };
             log::info(&format!("manufactured a new TPM {certificates} certificates"));

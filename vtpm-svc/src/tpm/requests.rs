@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is kept for others in the guest-state file: the physical-presence request and the offset of the guest's clock.
+//! What is kept for others in the guest-state file: the physical-presence request and the offset of the
+//! guest's clock.
 //!
-//! The service that holds the file open is the only one who can keep them, so the monitor asks it to. An answer means that the
-//! change is durable, as for every other write.
+//! The service that holds the file open is the only one who can keep them, so the monitor asks it to. An
+//! answer means that the change is durable, as for every other write.
 
 use std::time::Duration;
 
@@ -69,8 +70,8 @@ impl<F: BlockFile> Requests<F> {
             let before = ppi;
             let answer = ppi.submit(operation, argument);
             if answer == Submitted::Accepted && ppi != before {
-                // The guest decides how often it asks; the host's disk and log are not its own. Taking a request back is always
-                // possible, and bounded by the requests that there were.
+                // The guest decides how often it asks; the host's disk and log are not its own. Taking a
+                // request back is always possible, and bounded by the requests that there were.
                 if operation != 0 && !self.pace.allow() {
                     log::often("physical-presence requests come too often; one was refused");
                     return Ok(Submitted::Failure);

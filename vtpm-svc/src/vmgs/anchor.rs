@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The memory outside of the image that makes an older copy, a fork or a second live copy of it noticeable.
 //!
-//! An image cannot prove by itself that it is the newest one. The anchor remembers, per image, the [`Mark`] that was
-//! confirmed last and the one that is being written. A commit announces its mark before the image changes and confirms
-//! it after, so an image is acceptable exactly when it is at the confirmed or at the announced mark. Accepting one burns
-//! the other, so that two forks of the same generation cannot both live.
+//! An image cannot prove by itself that it is the newest one. The anchor remembers, per image, the [`Mark`]
+//! that was confirmed last and the one that is being written. A commit announces its mark before the image
+//! changes and confirms it after, so an image is acceptable exactly when it is at the confirmed or at the
+//! announced mark. Accepting one burns the other, so that two forks of the same generation cannot both live.
 //!
-//! [`FileAnchor`] keeps this in a file of the host. It is as trustworthy as the folder it lies in: whoever can put back
-//! an old image *and* an old anchor is not stopped by it. A key broker implements the same trait with better standing.
+//! [`FileAnchor`] keeps this in a file of the host. It is as trustworthy as the folder it lies in: whoever
+//! can put back an old image *and* an old anchor is not stopped by it. A key broker implements the same trait
+//! with better standing.
 //!
-//! *Strict* mode makes each announcement durable before the image changes, and each confirmation before the commit is
-//! acknowledged (two more flushes per commit). *Leased* mode, the default, lets the operating system write the record when
-//! it likes: while the host stays up this is as exact as strict mode, whatever happens to the process; after a power loss
-//! the record may be older than the image, and then (and only then, known by the host's boot id) an image that is *ahead*
-//! of every generation in the record is accepted, if it names the recorded one as the one before it where it should.
+//! *Strict* mode makes each announcement durable before the image changes, and each confirmation before the
+//! commit is acknowledged (two more flushes per commit). *Leased* mode, the default, lets the operating
+//! system write the record when it likes: while the host stays up this is as exact as strict mode, whatever
+//! happens to the process; after a power loss the record may be older than the image, and then (and only
+//! then, known by the host's boot id) an image that is *ahead* of every generation in the record is accepted,
+//! if it names the recorded one as the one before it where it should.
 //!
 //! The record is read under its lock: what was read before could be another instance's past.
 
@@ -26,32 +28,25 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 
+use crate::bytes::array;
+
 use super::block::soon;
 use super::mark::Mark;
 use super::mark::uuid_text;
 
 /// Why the anchor refused.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum AnchorError {
     /// A second live copy.
     #[error("image {image} is in use by another instance ({holder}); two live copies of one TPM are refused")]
-    InUse {
-        /// Which image.
-        image: String,
-        /// Who holds the lease.
-        holder: String,
-    },
+    InUse { image: String, holder: String },
     /// The anchor has no record of the image.
     #[error(
         "no anchor record for image {image} in {folder}: the image comes from another host, or the record was \
          removed. If you know that this copy is the newest, say so with `vmgs restore` or --accept-rollback"
     )]
-    Unknown {
-        /// Which image.
-        image: String,
-        /// Where the record was looked for.
-        folder: PathBuf,
-    },
+    Unknown { image: String, folder: PathBuf },
     /// Neither copy of the record is readable.
     #[error(
         "the anchor record {0} is damaged, so nothing says which copy of the image is the newest. If you know that this one \
@@ -60,22 +55,10 @@ pub enum AnchorError {
     Damaged(PathBuf),
     /// Somebody else may change the records.
     #[error("the anchor folder {path} {why}, who could undo what it is for; {cure}")]
-    Folder {
-        /// The folder.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-        /// What to do.
-        cure: String,
-    },
+    Folder { path: PathBuf, why: String, cure: String },
     /// The operating system refused.
     #[error("anchor {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The operating system's answer.
-        source: io::Error,
-    },
+    Io { path: PathBuf, source: io::Error },
 }
 
 /// What an anchor knows when an image is opened.
@@ -141,7 +124,7 @@ impl Expectation {
 }
 
 fn short(digest: &[u8; 32]) -> String {
-    digest[..4].iter().map(|b| format!("{b:02x}")).collect()
+    hex::encode(&digest[..4])
 }
 
 /// One live lease on an image's history. Dropping it without [`Anchor::release`] is a crash.
@@ -231,21 +214,13 @@ impl Record {
     }
 
     fn parse(b: &[u8; RECORD]) -> Option<Self> {
-        let word = |at: usize| {
-            let mut v = [0; 8];
-            v.copy_from_slice(&b[at..at + 8]);
-            u64::from_le_bytes(v)
-        };
+        let word = |at: usize| u64::from_le_bytes(array(b, at));
         if &b[..8] != MAGIC || crc32fast::hash(&b[..RECORD - 4]).to_le_bytes() != b[RECORD - 4..] {
             return None;
         }
-        let mark = |at: usize| {
-            let mut digest = [0; 32];
-            digest.copy_from_slice(&b[at + 16..at + 48]);
-            (b[at] == 1).then(|| Mark { generation: word(at + 8), digest })
-        };
-        let mut boot = [0; 16];
-        boot.copy_from_slice(&b[24..40]);
+        let mark =
+            |at: usize| (b[at] == 1).then(|| Mark { generation: word(at + 8), digest: array(b, at + 16) });
+        let boot = array(b, 24);
         let (confirmed, pending) = (mark(40), mark(88));
         let named = confirmed.iter().chain(&pending).map(|m| m.generation).max().unwrap_or(0);
         Some(Self {
@@ -474,8 +449,8 @@ impl Anchor for FileAnchor {
     fn announce(&mut self, next: Mark) -> Result<(), AnchorError> {
         self.record.pending = Some(next);
         self.record.highest = self.record.highest.max(next.generation);
-        // The first announcement of a lease is durable in both modes: it says that the lease was taken in this boot. What an
-        // unclean end has left in the record says nothing of the kind.
+        // The first announcement of a lease is durable in both modes: it says that the lease was taken in
+        // this boot. What an unclean end has left in the record says nothing of the kind.
         let durable = self.durability == Durability::Strict || !self.announced;
         self.record.leased = true;
         self.write(durable)?;

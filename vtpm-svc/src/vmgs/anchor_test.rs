@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The record of an image's history: who is accepted, what is durable, and what another instance can do in between.
+//! The record of an image's history: who is accepted, what is durable, and what another instance can do in
+//! between.
 #![allow(clippy::panic)]
 
 use super::*;
@@ -128,8 +129,8 @@ fn a_strict_anchor_flushes_what_it_announces_and_what_it_confirms() {
     }
 }
 
-/// Between the lock of one instance and its reading of the record there is no other instance's write: whoever tries in
-/// that moment is refused, and what was written before is what is read.
+/// Between the lock of one instance and its reading of the record there is no other instance's write: whoever
+/// tries in that moment is refused, and what was written before is what is read.
 #[test]
 fn the_record_is_read_under_its_lock() {
     let (_dir, f) = folder();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Somebody who can write the image file, and has neither its key nor its anchor, against each combination of the options
-//! that an operator can give: what is served is what those options name, and an image that had a TPM gets no new one.
+//! Somebody who can write the image file, and has neither its key nor its anchor, against each combination of
+//! the options that an operator can give: what is served is what those options name, and an image that had a
+//! TPM gets no new one.
 
 #![allow(clippy::panic)]
 
@@ -212,7 +213,8 @@ fn only_what_the_options_name_is_served() {
                     Some(5) => {}
                     Some(older) => assert!(rollback, "{what}: state of generation {older}"),
                     None => {
-                        // Another VM's image whose root was taken away: nothing proves whose it is, as both options say.
+                        // Another VM's image whose root was taken away: nothing proves whose it is, as both
+                        // options say.
                         assert!(known(&others).is_some(), "{what}: a state that nobody ever wrote");
                         assert!(rollback && foreign, "{what}: another VM's state");
                     }
@@ -229,7 +231,8 @@ fn only_what_the_options_name_is_served() {
                             Err(_) => v.is_damaged(*id),
                         })
                 });
-                // The first generation of all, which one header of the oldest copy still names, holds nothing.
+                // The first generation of all, which one header of the oldest copy still names, holds
+                // nothing.
                 let first = rollback && list.is_empty();
                 assert!(first || generation.is_some(), "{what}: {list:?}");
             }

@@ -12,7 +12,8 @@ use std::time::Duration;
 const LOCK_TRIES: u32 = 20;
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A random-access file whose writes become durable at [`BlockFile::sync`] and in no particular order before it.
+/// A random-access file whose writes become durable at [`BlockFile::sync`] and in no particular order before
+/// it.
 pub trait BlockFile: Send {
     /// Length in bytes.
     fn len(&self) -> io::Result<u64>;
@@ -53,8 +54,8 @@ impl FsFile {
 
     /// Creates a file of a given length that must not exist yet; nobody but the owner may read it.
     ///
-    /// It is written full of zeros instead of being left sparse: a flush that has no blocks to allocate is spared the
-    /// file system's journal, and later commits cannot run out of disk space.
+    /// It is written full of zeros instead of being left sparse: a flush that has no blocks to allocate is
+    /// spared the file system's journal, and later commits cannot run out of disk space.
     pub fn create(path: &Path, len: u64) -> io::Result<Self> {
         use std::os::unix::fs::OpenOptionsExt;
         let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path)?;
@@ -81,8 +82,9 @@ impl FsFile {
     }
 }
 
-/// Takes a lock that may be held a moment longer than its holder: a process that starts another one shares its open files with it
-/// until that one is the other program, so a lock that was just given up can still be there.
+/// Takes a lock that may be held a moment longer than its holder: a process that starts another one shares
+/// its open files with it until that one is the other program, so a lock that was just given up can still be
+/// there.
 pub(super) fn soon(lock: impl Fn() -> Result<(), TryLockError>) -> Result<(), TryLockError> {
     for _ in 0..LOCK_TRIES {
         match lock() {

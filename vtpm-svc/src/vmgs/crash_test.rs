@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Power loss, simulated: every commit's writes are recorded, then replayed in part and in any order.
 //!
-//! The disk's promise is weak: what was written before a flush is there after it; what was written since the last flush
-//! is there in whole 512-byte sectors, any subset of them, in any order. At every point of a recorded run the image must
-//! open, at the acknowledged state or at the one that was being written.
+//! The disk's promise is weak: what was written before a flush is there after it; what was written since the
+//! last flush is there in whole 512-byte sectors, any subset of them, in any order. At every point of a
+//! recorded run the image must open, at the acknowledged state or at the one that was being written.
 
 use std::io;
 use std::sync::Arc;
@@ -61,7 +61,8 @@ fn key(fill: u8) -> Key {
 fn counter(image: &[u8], keys: &[u8]) -> Result<u64, VmgsError> {
     let mut last = Err(VmgsError::WrongKey);
     for k in keys {
-        // A torn header is a damaged slot: what an anchor would accept as "confirmed or pending" is accepted here.
+        // A torn header is a damaged slot: what an anchor would accept as "confirmed or pending" is accepted
+        // here.
         let accept = Accept { rollback: true, ..Accept::default() };
         last = Vmgs::open(MemFile(image.to_vec()), Some(key(*k)), None, accept);
         if !matches!(last, Err(VmgsError::WrongKey)) {
@@ -233,8 +234,9 @@ fn every_power_loss_during_a_rekey_leaves_one_key_that_opens_everything() {
     replay(start, &trace.lock().expect("trace"), 1, &[8, 7]);
 }
 
-/// Killed between the two headers of a rekey, by this program or by one that has no mark for it: the new key works, the old one
-/// still has a header, which every look says, and the next opener ends it, contents of before included.
+/// Killed between the two headers of a rekey, by this program or by one that has no mark for it: the new key
+/// works, the old one still has a header, which every look says, and the next opener ends it, contents of
+/// before included.
 #[test]
 fn an_interrupted_rekey_is_noticed_and_ended_by_the_next_opener() {
     let (mut v, trace, mut image) = recorded();

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! AES-256-GCM as the guest-state format uses it, and the nonce and key rules that keep it secret.
 //!
-//! Four rules are enforced here so that no caller can break them: a key seals exactly one message ([`seal_once`] draws
-//! the key itself), every nonce is twelve fresh random bytes, neither a key nor a nonce is ever all zero, and a
-//! ciphertext is never all zero (readers of this format take that for a hole in the disk; for a file of one byte it
-//! would happen once in 256 writes). The one key that seals many messages is the datastore key ([`wrap`]): each
-//! commit wraps one 32-byte metadata key under a random 96-bit nonce, so it must be rotated long before 2^32 commits.
+//! Four rules are enforced here so that no caller can break them: a key seals exactly one message
+//! ([`seal_once`] draws the key itself), every nonce is twelve fresh random bytes, neither a key nor a nonce
+//! is ever all zero, and a ciphertext is never all zero (readers of this format take that for a hole in the
+//! disk; for a file of one byte it would happen once in 256 writes). The one key that seals many messages is
+//! the datastore key ([`wrap`]): each commit wraps one 32-byte metadata key under a random 96-bit nonce, so
+//! it must be rotated long before 2^32 commits.
 //!
-//! Keys and nonces come from the operating system. [`Draws`] asks for as many bytes at once as a commit needs, because
-//! a call per nonce costs more than the encryption that uses it; a byte is handed out once and wiped.
+//! Keys and nonces come from the operating system. [`Draws`] asks for as many bytes at once as a commit
+//! needs, because a call per nonce costs more than the encryption that uses it; a byte is handed out once and
+//! wiped.
 
 use aes_gcm::Aes256Gcm;
 use aes_gcm::KeyInit;
@@ -73,7 +75,8 @@ pub fn fill_random(buffer: &mut [u8]) -> Result<(), VmgsError> {
     Ok(())
 }
 
-/// Random bytes of the operating system, fetched some at a time. Belongs to one commit, so no copy of it can outlive a fork.
+/// Random bytes of the operating system, fetched some at a time. Belongs to one commit, so no copy of it can
+/// outlive a fork.
 #[derive(Default)]
 pub struct Draws {
     /// What has not been handed out yet.
@@ -118,8 +121,8 @@ fn encrypt(draws: &mut Draws, key: &Key, plain: &[u8]) -> Result<(Seal, Vec<u8>)
 
 /// Encrypts `plain` under a key that is drawn for this one message.
 ///
-/// An empty message has a tag too. Other readers of this format cannot read such a file back, so the store never makes one;
-/// it only keeps those that another tool has left.
+/// An empty message has a tag too. Other readers of this format cannot read such a file back, so the store
+/// never makes one; it only keeps those that another tool has left.
 pub fn seal_once(draws: &mut Draws, plain: &[u8]) -> Result<(Key, Seal, Vec<u8>), VmgsError> {
     loop {
         let key = Key::random(draws)?;
@@ -169,7 +172,8 @@ pub fn open(key: &[u8; 32], seal: &Seal, data: &[u8]) -> Option<Zeroizing<Vec<u8
 mod tests {
     use super::*;
 
-    /// NIST's "The Galois/Counter Mode of Operation" (McGrew, Viega), test case 14: zero key, zero nonce, one zero block.
+    /// NIST's "The Galois/Counter Mode of Operation" (McGrew, Viega), test case 14: zero key, zero nonce, one
+    /// zero block.
     #[test]
     fn opens_the_published_aes_256_vector() {
         let ct = hex("cea7403d4d606b6e074ec5d3baf39d18");

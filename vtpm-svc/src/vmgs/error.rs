@@ -9,15 +9,11 @@ use super::findings::Refusal;
 
 /// Why a guest-state file was not opened, read or written.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum VmgsError {
     /// The operating system refused a read, a write or a flush.
     #[error("{what}: {source}")]
-    Io {
-        /// What was being done.
-        what: &'static str,
-        /// The operating system's answer.
-        source: io::Error,
-    },
+    Io { what: &'static str, source: io::Error },
     /// The payload holds no header at all.
     #[error("the image is empty (both headers are zero); create it with `vmgs create`")]
     Empty,
@@ -35,20 +31,10 @@ pub enum VmgsError {
     UnsupportedVersion(u32),
     /// Neither header slot holds a valid header.
     #[error("no valid header: slot 0 {slot0}; slot 1 {slot1}")]
-    NoValidHeader {
-        /// Fault of the first slot.
-        slot0: String,
-        /// Fault of the second slot.
-        slot1: String,
-    },
+    NoValidHeader { slot0: String, slot1: String },
     /// Both headers are valid, but neither follows the other.
     #[error("the two headers have sequence numbers {a} and {b}; neither follows the other")]
-    SequenceGap {
-        /// Sequence number in the first slot.
-        a: u32,
-        /// Sequence number in the second slot.
-        b: u32,
-    },
+    SequenceGap { a: u32, b: u32 },
     /// A table entry points outside of the image or claims more bytes than it has blocks.
     #[error("{0}: {1}")]
     OutOfRange(FileId, String),
@@ -80,12 +66,7 @@ pub enum VmgsError {
         "this image belongs to VM {found}, and VM {wanted} was asked for: it is another VM's file. Put the right one \
          here, or name the VM that it belongs to"
     )]
-    OtherVm {
-        /// Of the root.
-        found: String,
-        /// As demanded.
-        wanted: String,
-    },
+    OtherVm { found: String, wanted: String },
     /// The anchor knows this image as an encrypted one.
     #[error(
         "this image is in plain text, and the anchor knows it as an encrypted one: its encryption was stripped, or the \
@@ -139,28 +120,14 @@ pub enum VmgsError {
         "stale image: it is at generation {have}, the anchor {folder} expects {want}. An older copy was put back, or the \
          newest header is damaged. If this is an intended restore, say so with `vmgs restore` or --accept-rollback"
     )]
-    StaleGeneration {
-        /// Generation of the image.
-        have: u64,
-        /// What the anchor knows, in words.
-        want: String,
-        /// Where the anchor is.
-        folder: String,
-    },
+    StaleGeneration { have: u64, want: String, folder: String },
     /// The image is newer than the anchor says, or of another branch.
     #[error(
         "the image is at generation {have}, ahead of the anchor {folder}, which expects {want}: it was used with another \
          anchor meanwhile (root and other users have different ones by default; name the right one with --anchor), or \
          this is another branch of its history. If this copy is the one to go on with, say so with --accept-rollback"
     )]
-    AheadOfAnchor {
-        /// Generation of the image.
-        have: u64,
-        /// What the anchor knows, in words.
-        want: String,
-        /// Where the anchor is.
-        folder: String,
-    },
+    AheadOfAnchor { have: u64, want: String, folder: String },
     /// A second instance, a missing anchor record, or an anchor that cannot be used.
     #[error(transparent)]
     Anchor(#[from] super::anchor::AnchorError),
@@ -169,12 +136,7 @@ pub enum VmgsError {
         "no space: {need} blocks in one piece are needed and the image has {capacity} blocks in all; make a larger copy \
          with `vmgs clone --keep-identity --size`, or remove a file with `vmgs delete`"
     )]
-    NoSpace {
-        /// Blocks that did not fit.
-        need: u32,
-        /// Blocks in the payload.
-        capacity: u32,
-    },
+    NoSpace { need: u32, capacity: u32 },
     /// An earlier write failed; what is on disk is unknown until the image is opened again.
     #[error("an earlier write to the image failed, so nothing more is written; open it again")]
     Poisoned,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Every point at which a disk or a process can end, in every operation that writes an image anew: with the anchor that it
-//! has, the image opens as before or as after, by the next command or by the one that the refusal names.
+//! Every point at which a disk or a process can end, in every operation that writes an image anew: with the
+//! anchor that it has, the image opens as before or as after, by the next command or by the one that the
+//! refusal names.
 
 #![allow(clippy::panic)]
 
@@ -246,7 +247,8 @@ fn at_every_failure_point_an_image_is_as_before_or_as_after() {
                 let opened = open(Some(key(8)), NONE)
                     .or_else(|_| open(case.given.map(key), NONE))
                     .or_else(|_| open(case.given.map(key), case.accept));
-                // A repair that was cut short after its first header is known by its traces, and repaired with the new key.
+                // A repair that was cut short after its first header is known by its traces, and repaired
+                // with the new key.
                 let opened = opened.or_else(|_| open(Some(key(8)), case.accept));
                 let v = opened.unwrap_or_else(|e| panic!("{what}: {e}"));
                 assert!((case.after)(&v), "{what}");
@@ -312,8 +314,8 @@ fn at_every_failure_point_the_old_or_the_new_passphrase_opens_the_image_and_the_
     assert!(both.iter().all(|n| *n > 10), "{both:?}");
 }
 
-/// Bytes of before, wherever a rewrite is cut short: the mark is there until nothing is left, `check` and every other look
-/// name it, and the next opener ends it.
+/// Bytes of before, wherever a rewrite is cut short: the mark is there until nothing is left, `check` and
+/// every other look name it, and the next opener ends it.
 #[test]
 fn a_rewrite_that_is_cut_short_is_named_and_finished_by_the_next_opener() {
     for case in cases().into_iter().filter(|c| c.name != "import") {
@@ -451,8 +453,8 @@ fn a_sequence_that_wraps_is_no_new_image() {
     }
 }
 
-/// An image that is so full that three generations have no room in it, and that anyone can read: the repair that its
-/// refusal names ends, however often it was cut short before.
+/// An image that is so full that three generations have no room in it, and that anyone can read: the repair
+/// that its refusal names ends, however often it was cut short before.
 #[test]
 fn a_repair_that_was_cut_short_is_ended_by_the_same_repair_in_an_image_that_is_nearly_half_full() {
     let (mut ended, mut cut_again) = (0, 0);

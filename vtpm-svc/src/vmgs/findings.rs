@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What can be odd about an image, and which explicit word of an operator each oddity needs.
 //!
-//! Everything is found first and judged afterwards, so that a refusal and a warning name all of it. Three words exist and
-//! none implies another: *adopt* (files that another tool wrote, removed or left in plain text), *rollback* (an image that
-//! is not known to be the newest), *repair* (keys that anyone can read). Without an integrity root, lost or never there,
-//! nothing proves either, so that needs adopt and rollback together: the first copy of an image that was adopted long
-//! ago has no root, and whoever can write its file can give it an id that no anchor knows. A damaged file needs no word: it blocks itself and nothing else.
+//! Everything is found first and judged afterwards, so that a refusal and a warning name all of it. Three
+//! words exist and none implies another: *adopt* (files that another tool wrote, removed or left in plain
+//! text), *rollback* (an image that is not known to be the newest), *repair* (keys that anyone can read).
+//! Without an integrity root, lost or never there, nothing proves either, so that needs adopt and rollback
+//! together: the first copy of an image that was adopted long ago has no root, and whoever can write its file
+//! can give it an id that no anchor knows. A damaged file needs no word: it blocks itself and nothing else.
 
 use super::file_id::FileId;
 use super::mark::uuid_text;
@@ -19,7 +20,8 @@ pub struct Accept {
     pub foreign: bool,
     /// An image with keys that anyone can read: to be repaired.
     pub zero_key: bool,
-    /// The files that the command is about to replace or remove, one bit each: what is odd about them is over then.
+    /// The files that the command is about to replace or remove, one bit each: what is odd about them is over
+    /// then.
     pub replacing: u64,
 }
 
@@ -125,7 +127,8 @@ impl Finding {
             | Self::Planted(_)
             | Self::Changed(_)
             | Self::FooterId { .. } => Needs::Adopt,
-            // The id of an image without a root is nobody's word, so the anchor's silence about it says nothing of its age.
+            // The id of an image without a root is nobody's word, so the anchor's silence about it says
+            // nothing of its age.
             Self::NeverRooted | Self::RootLost(_) => Needs::AdoptAndRollback,
             Self::ZeroKey(_) => Needs::Repair,
             _ => Needs::Nothing,
@@ -134,7 +137,8 @@ impl Finding {
 
     /// Whether the image has to be written anew, with the blocks of every earlier generation overwritten.
     pub fn unsettles(&self, accept: &Accept) -> bool {
-        // The container's id may be the salt of the key that opens the image, so only a change of key writes it.
+        // The container's id may be the salt of the key that opens the image, so only a change of key writes
+        // it.
         self.needs(accept) != Needs::Nothing && !matches!(self, Self::FooterId { .. })
     }
 
@@ -284,7 +288,8 @@ pub fn decide(findings: &[Finding], accept: &Accept) -> Result<(), Refusal> {
     let zero_key = findings.iter().any(|f| matches!(f, Finding::ZeroKey(_)));
     let accepted = |finding: &Finding| match finding.needs(accept) {
         Needs::Nothing => true,
-        // Nothing in an image whose keys anyone knows is anybody's; that it has no root is no news to who repairs it.
+        // Nothing in an image whose keys anyone knows is anybody's; that it has no root is no news to who
+        // repairs it.
         Needs::AdoptAndRollback if *finding == Finding::NeverRooted && zero_key && accept.zero_key => true,
         Needs::Adopt => accept.foreign,
         Needs::AdoptAndRollback => accept.foreign && accept.rollback,

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The bytes of guest-state format version 3: header, file table, extended file table. Pure functions, no I/O.
+//! The bytes of guest-state format version 3: header, file table, extended file table. Pure functions, no
+//! I/O.
 //!
-//! Everything parsed here comes from a file that an attacker may have written. Integers are little-endian; a block is
-//! 4096 bytes; the payload holds two header slots, then tables and files in whole blocks. The file table is neither
-//! encrypted nor authenticated, so [`FileTable::check`] bounds every number in it before anything else looks at it.
+//! Everything parsed here comes from a file that an attacker may have written. Integers are little-endian; a
+//! block is 4096 bytes; the payload holds two header slots, then tables and files in whole blocks. The file
+//! table is neither encrypted nor authenticated, so [`FileTable::check`] bounds every number in it before
+//! anything else looks at it.
 
 use zeroize::Zeroize;
 use zeroize::ZeroizeOnDrop;
+
+use crate::bytes::array;
 
 use super::error::VmgsError;
 use super::file_id::FileId;
@@ -28,11 +32,11 @@ pub const MIN_SIZE: u64 = 1 << 20;
 pub const MAX_SIZE: u64 = 64 << 20;
 /// No file is loaded or written beyond this size, whatever a table says.
 pub const MAX_FILE: u64 = 64 << 20;
-/// All files of an image together have no more bytes than this, which is as much as the largest image that is made here
-/// has room for: what nobody vouches for yet must not cost more than that to read.
+/// All files of an image together have no more bytes than this, which is as much as the largest image that is
+/// made here has room for: what nobody vouches for yet must not cost more than that to read.
 pub const MAX_TOTAL: u64 = 64 << 20;
-/// Marker bit of ours in a header: the image was written anew and not everything of before is overwritten yet. Other tools
-/// leave it alone or drop it; whoever sets it makes an opener overwrite what nothing names.
+/// Marker bit of ours in a header: the image was written anew and not everything of before is overwritten
+/// yet. Other tools leave it alone or drop it; whoever sets it makes an opener overwrite what nothing names.
 pub const SCRUB_PENDING: u16 = 1 << 15;
 /// Attribute bit: the file is encrypted.
 pub const ENCRYPTED: u32 = 1;
@@ -42,19 +46,11 @@ const VERSION: u32 = 0x0003_0000;
 const SIGNATURE: &[u8; 8] = b"GUESTRTS";
 
 fn le32(b: &[u8], at: usize) -> u32 {
-    let mut v = [0; 4];
-    v.copy_from_slice(&b[at..at + 4]);
-    u32::from_le_bytes(v)
+    u32::from_le_bytes(array(b, at))
 }
 
 fn le64(b: &[u8], at: usize) -> u64 {
-    u64::from(le32(b, at)) | u64::from(le32(b, at + 4)) << 32
-}
-
-fn array<const N: usize>(b: &[u8], at: usize) -> [u8; N] {
-    let mut v = [0; N];
-    v.copy_from_slice(&b[at..at + N]);
-    v
+    u64::from_le_bytes(array(b, at))
 }
 
 /// One wrapped copy of the metadata key.
@@ -90,6 +86,7 @@ pub struct Header {
 
 /// What is wrong with the bytes of a header slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum HeaderFault {
     /// The slot is all zero.
     #[error("is empty")]
@@ -104,14 +101,7 @@ pub enum HeaderFault {
     #[error(
         "has checksum {found:#010x} at offset 12, computed {computed:#010x} (its sequence field says {sequence})"
     )]
-    Crc {
-        /// As stored.
-        found: u32,
-        /// As computed.
-        computed: u32,
-        /// The unproven sequence number.
-        sequence: u32,
-    },
+    Crc { found: u32, computed: u32, sequence: u32 },
     /// Offset 20: header size.
     #[error("has size {0} at offset 20, expected 168")]
     Size(u32),
@@ -233,9 +223,9 @@ impl Headers {
 
     /// The other slot is damaged in a way that leaves open which of the two was newer.
     ///
-    /// A torn header write looks like this, and so does an attacker who wants the older generation back; only the
-    /// anchor can tell them apart. Nothing in a damaged slot is believed, its sequence number neither. Only a slot that is
-    /// empty beside a first header is harmless.
+    /// A torn header write looks like this, and so does an attacker who wants the older generation back; only
+    /// the anchor can tell them apart. Nothing in a damaged slot is believed, its sequence number neither.
+    /// Only a slot that is empty beside a first header is harmless.
     pub fn may_be_older(&self) -> bool {
         let Ok(active) = &self.slots[self.active] else { return true };
         match &self.slots[1 - self.active] {
@@ -317,7 +307,8 @@ impl FileTable {
         FileId::files().map(|id| (id, self.entry(id))).filter(|(_, e)| e.exists())
     }
 
-    /// Bounds every entry: inside of the payload, no overlap, sizes that fit, entry 0 equal to the header's word.
+    /// Bounds every entry: inside of the payload, no overlap, sizes that fit, entry 0 equal to the header's
+    /// word.
     pub fn check(&self, header: &Header, capacity: u32) -> Result<(), VmgsError> {
         let own = self.entry(FileId::FILE_TABLE);
         if own.block != header.table_block || own.blocks != 1 {
@@ -478,8 +469,8 @@ mod tests {
         assert!(matches!(Header::parse(&raw), Err(HeaderFault::Crc { sequence: 1, .. })));
     }
 
-    /// The checksum is the CRC-32 of zlib; the value was computed with Python's `zlib.crc32` over the same 168 bytes.
-    /// A sparse image may promise gigabytes that nobody vouches for.
+    /// The checksum is the CRC-32 of zlib; the value was computed with Python's `zlib.crc32` over the same
+    /// 168 bytes. A sparse image may promise gigabytes that nobody vouches for.
     #[test]
     fn all_files_together_have_a_bound() {
         let table = |bytes: u64| {

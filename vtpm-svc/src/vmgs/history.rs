@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who did what to an image, and why: one line of JSON for each event, in a file beside the image's anchor record.
+//! Who did what to an image, and why: one line of JSON for each event, in a file beside the image's anchor
+//! record.
 //!
-//! It is a help for operators, not a proof: whoever can write the folder can write the file. At a mebibyte it becomes
-//! `.log.1`, in the place of the one before, so that it never takes more than two.
+//! It is a help for operators, not a proof: whoever can write the folder can write the file. At a mebibyte it
+//! becomes `.log.1`, in the place of the one before, so that it never takes more than two.
 
 use std::fs::File;
 use std::io;

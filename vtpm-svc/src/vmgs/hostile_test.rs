@@ -61,7 +61,8 @@ fn refusal(image: &[u8]) -> VmgsError {
     open(image).map(|_| ()).expect_err("must be refused")
 }
 
-/// An encrypted image at header sequence 3 (so the active slot is slot 0) with a TPM state and UEFI variables.
+/// An encrypted image at header sequence 3 (so the active slot is slot 0) with a TPM state and UEFI
+/// variables.
 fn image() -> Vec<u8> {
     let mut v = Vmgs::create(blank(), Some(key(7)), WHO, None).expect("create");
     v.commit(&[Change::Put(STATE, SECRET)]).expect("commit");
@@ -374,7 +375,8 @@ fn wrong_missing_and_zero_keys_are_told_apart() {
     assert!(matches!(refusal(&no_slots), VmgsError::WrongKey));
 }
 
-/// Makes the image that writers with the zeroed metadata key made: extended table sealed with key 0 and nonce 0.
+/// Makes the image that writers with the zeroed metadata key made: extended table sealed with key 0 and nonce
+/// 0.
 #[test]
 fn a_zero_metadata_key_is_found_without_any_key() {
     use aes_gcm::KeyInit;
@@ -402,7 +404,8 @@ fn a_foreign_write_is_reported_with_its_ids_and_can_be_adopted() {
     let mut v = open(&before).expect("open");
     v.commit(&[Change::Put(STATE, b"changed by another tool")]).expect("commit");
     let after = v.close().expect("close").0;
-    // Splice: the new image, but with the root of the old one re-sealed in it, is what such a tool leaves behind.
+    // Splice: the new image, but with the root of the old one re-sealed in it, is what such a tool leaves
+    // behind.
     let old_root = open(&before).expect("open").root().clone();
     let foreign = reroot(after, &old_root);
     assert_eq!(refused_for(&foreign), [Finding::Changed(STATE)]);
@@ -553,7 +556,8 @@ fn rollback_fork_and_second_copy_are_refused_by_the_anchor() {
     assert!(matches!(unknown, Err(VmgsError::Anchor(super::anchor::AnchorError::Unknown { .. }))));
 }
 
-/// An image with a TPM, a clock and a root, in use with an anchor; and a copy of it from before its last commit.
+/// An image with a TPM, a clock and a root, in use with an anchor; and a copy of it from before its last
+/// commit.
 fn anchored_pair(folder: &AnchorFolder) -> (Vec<u8>, Vec<u8>) {
     let mut v = Vmgs::create(blank(), Some(key(7)), WHO, Some(folder)).expect("create");
     let all = super::root::FLAG_PROVISIONED | super::root::FLAG_EXPORTED | super::root::FLAG_DISCLOSED;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Reading an image: from raw bytes to proven contents, in steps that each trust only what the one before has proved.
+//! Reading an image: from raw bytes to proven contents, in steps that each trust only what the one before has
+//! proved.
 //!
-//! [`Layout::read`] needs no key: container, headers, file tables. [`unlock`] opens the key slots and the extended table, and
-//! [`read_file`] single files. None of these writes a byte, so a refused image is left as it was found. What the tables
-//! and the root say of each other is [`super::view`]'s.
+//! [`Layout::read`] needs no key: container, headers, file tables. [`unlock`] opens the key slots and the
+//! extended table, and [`read_file`] single files. None of these writes a byte, so a refused image is left as
+//! it was found. What the tables and the root say of each other is [`super::view`]'s.
 
 use zeroize::Zeroizing;
 
@@ -110,8 +111,8 @@ pub fn unique_id<F: BlockFile>(file: &F) -> Result<[u8; 16], VmgsError> {
     Ok(id)
 }
 
-/// The ids that a passphrase for this image may be salted with: the container's own, and during a change of key also the one
-/// that it had before.
+/// The ids that a passphrase for this image may be salted with: the container's own, and during a change of
+/// key also the one that it had before.
 pub fn salts<F: BlockFile>(file: &F) -> Result<Vec<[u8; 16]>, VmgsError> {
     let (footer, _) = read_footer(file)?;
     Ok([unique_id(file)?].into_iter().chain(vhd::earlier_id(&footer)).collect())

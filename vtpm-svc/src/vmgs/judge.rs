@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Whether an image is the newest one: the anchor is asked, an operator may overrule it, and every other copy is burnt.
+//! Whether an image is the newest one: the anchor is asked, an operator may overrule it, and every other copy
+//! is burnt.
 //!
-//! What is judged is the root as it stands in the image, before anything of it is adopted: a tool that does not keep the
-//! root leaves it as it was, so adopting its files says nothing about the image's age.
+//! What is judged is the root as it stands in the image, before anything of it is adopted: a tool that does
+//! not keep the root leaves it as it was, so adopting its files says nothing about the image's age.
 
 use super::anchor::Anchor;
 use super::anchor::Facts;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Images of random layouts, written anew: nothing of an earlier generation is left in the raw file.
 //!
-//! A rewrite moves no bytes, so what is left of earlier stands where it stood. Everything that is live afterwards is fresh
-//! cipher text, so a word that is where it was before is a leftover. Offsets are numbers from the format's description.
+//! A rewrite moves no bytes, so what is left of earlier stands where it stood. Everything that is live
+//! afterwards is fresh cipher text, so a word that is where it was before is a leftover. Offsets are numbers
+//! from the format's description.
 
 use super::block::MemFile;
 use super::crash_test::Rng;
@@ -180,7 +181,8 @@ fn no_byte_of_an_earlier_generation_is_left_after_a_rewrite() {
         assert_nothing_is_left(&before, &after, &what);
         assert_dead(&after, 7, &what);
 
-        // A repair, of the table that counts or of the one before, which is found without any key or not at all.
+        // A repair, of the table that counts or of the one before, which is found without any key or not at
+        // all.
         let mut before = image(&mut rng, true);
         let files = contents(&before, key(7));
         let slot = newest(&before) ^ (n as usize & 1);

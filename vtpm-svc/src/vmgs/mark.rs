@@ -17,27 +17,15 @@ pub struct NotAUuid(String);
 
 /// Sixteen bytes in the usual 8-4-4-4-12 form, first byte first.
 pub fn uuid_text(uuid: &[u8; 16]) -> String {
-    let mut text = String::with_capacity(36);
-    for (n, byte) in uuid.iter().enumerate() {
-        if matches!(n, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
+    let digits = hex::encode(uuid);
+    [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
 }
 
 /// Parses the 8-4-4-4-12 form; dashes may be left out.
 pub fn parse_uuid(text: &str) -> Result<[u8; 16], NotAUuid> {
     let digits: String = text.chars().filter(|c| *c != '-').collect();
-    let bad = || NotAUuid(text.to_owned());
-    if digits.len() != 32 || !digits.is_ascii() {
-        return Err(bad());
-    }
     let mut uuid = [0; 16];
-    for (n, byte) in uuid.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&digits[2 * n..2 * n + 2], 16).map_err(|_| bad())?;
-    }
+    hex::decode_to_slice(digits, &mut uuid).map_err(|_| NotAUuid(text.to_owned()))?;
     Ok(uuid)
 }
 

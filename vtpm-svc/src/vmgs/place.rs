@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where the pieces of a commit go on disk, and how they are sealed for it.
 //!
-//! [`Space`] knows the blocks that no live header names. A commit asks it for one extent that holds everything, so that
-//! what is flushed is one run of sectors and one write; if the free blocks are too scattered, each piece goes where
-//! it fits.
+//! [`Space`] knows the blocks that no live header names. A commit asks it for one extent that holds
+//! everything, so that what is flushed is one run of sectors and one write; if the free blocks are too
+//! scattered, each piece goes where it fits.
 
 use super::crypto;
 use super::crypto::Draws;
@@ -68,7 +68,8 @@ impl Placer {
         Ok((entry, truth))
     }
 
-    /// Places both tables; encrypts the extended one under a metadata key that is drawn here and wrapped at once.
+    /// Places both tables; encrypts the extended one under a metadata key that is drawn here and wrapped at
+    /// once.
     pub(super) fn tables(
         &mut self,
         table: &mut FileTable,
@@ -100,8 +101,8 @@ impl Placer {
         Ok(keys)
     }
 
-    /// What is to be written: neighbours as one run, and every piece in whole blocks, so that what a block held before is
-    /// gone from its rest too.
+    /// What is to be written: neighbours as one run, and every piece in whole blocks, so that what a block
+    /// held before is gone from its rest too.
     pub(super) fn runs(mut self) -> Vec<(u32, Vec<u8>)> {
         self.pieces.sort_by_key(|(block, _)| *block);
         let mut runs: Vec<(u32, Vec<u8>)> = Vec::new();

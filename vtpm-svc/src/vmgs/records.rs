@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The two small files that belong to the platform and not to the TPM: the physical-presence request (file 2) and the
-//! offset of the guest's clock (file 4). Layouts as OpenVMM writes them; all integers little-endian.
+//! The two small files that belong to the platform and not to the TPM: the physical-presence request (file 2)
+//! and the offset of the guest's clock (file 4). Layouts as OpenVMM writes them; all integers little-endian.
 //!
-//! Both come from the guest in the end, so they are parsed as hostile: exact length, known operations, a bounded offset.
+//! Both come from the guest in the end, so they are parsed as hostile: exact length, known operations, a
+//! bounded offset.
+
+use crate::bytes::array;
 
 use super::error::VmgsError;
 use super::file_id::FileId;
@@ -19,12 +22,14 @@ pub struct RecordError {
     pub expected: usize,
 }
 
-/// An operation that the guest's operator can ask for (TCG Physical Presence Interface 1.30, TPM 2.0 operations).
+/// An operation that the guest's operator can ask for (TCG Physical Presence Interface 1.30, TPM 2.0
+/// operations).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     /// 0: nothing; withdraws a request that is pending.
     None,
-    /// 5, 14, 21, 22: `TPM2_Clear` with platform authorisation; storage keys and owner authorisation are gone.
+    /// 5, 14, 21, 22: `TPM2_Clear` with platform authorisation; storage keys and owner authorisation are
+    /// gone.
     Clear,
     /// 23: use exactly these PCR banks from the next start on.
     SetPcrBanks(Banks),
@@ -105,11 +110,7 @@ impl Ppi {
             found: bytes.len(),
             expected: Self::LEN,
         })?;
-        let word = |n: usize| {
-            let mut v = [0; 4];
-            v.copy_from_slice(&record[4 * n..4 * n + 4]);
-            u32::from_le_bytes(v)
-        };
+        let word = |n: usize| u32::from_le_bytes(array(record, 4 * n));
         Ok(Self {
             pending: word(0),
             in_query: word(1),

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Writing an image anew, so that nothing of an earlier generation is left in the file: after a change of key, a repair,
-//! and when something that another tool wrote is adopted.
+//! Writing an image anew, so that nothing of an earlier generation is left in the file: after a change of
+//! key, a repair, and when something that another tool wrote is adopted.
 //!
-//! One commit writes every file, both tables and the root under new keys, its flags included, so that there is no moment at
-//! which the image is neither as before nor as after. A second header for the same generation takes the older one's
-//! place. Then every byte that this generation does not use is overwritten, and all of it is read back. The headers carry
-//! a mark from the commit until all that is done, so whoever opens an image whose rewrite was cut short finishes it. So it
-//! does where another writer left the old key in the older header and no mark. An image that is to be written anew once
-//! more, as one that anyone can read, is finished first.
+//! One commit writes every file, both tables and the root under new keys, its flags included, so that there
+//! is no moment at which the image is neither as before nor as after. A second header for the same generation
+//! takes the older one's place. Then every byte that this generation does not use is overwritten, and all of
+//! it is read back. The headers carry a mark from the commit until all that is done, so whoever opens an
+//! image whose rewrite was cut short finishes it. So it does where another writer left the old key in the
+//! older header and no mark. An image that is to be written anew once more, as one that anyone can read, is
+//! finished first.
 //!
-//! A passphrase is salted with the container's id, and a change of key may give the container another one. The id of before
-//! stands in the footer from before the commit until the mark is gone, so that at each moment the old passphrase or the new
-//! one opens the image.
+//! A passphrase is salted with the container's id, and a change of key may give the container another one.
+//! The id of before stands in the footer from before the commit until the mark is gone, so that at each
+//! moment the old passphrase or the new one opens the image.
 
 use std::ops::Range;
 
@@ -43,10 +44,12 @@ use super::vhd;
 const PIECE: usize = 64 << 10;
 
 impl<F: BlockFile> Vmgs<F> {
-    /// Replaces the datastore key, and with it every key in the image; flags of the root change in the same commit.
+    /// Replaces the datastore key, and with it every key in the image; flags of the root change in the same
+    /// commit.
     ///
-    /// Both header slots then carry only the new key, everything that this generation does not use is overwritten, and the
-    /// old key has been tried on what is left and has failed. The caller must have stored the new key safely *before*.
+    /// Both header slots then carry only the new key, everything that this generation does not use is
+    /// overwritten, and the old key has been tried on what is left and has failed. The caller must have
+    /// stored the new key safely *before*.
     pub fn rekey(&mut self, new: Key, flags: u32) -> Result<Mark, VmgsError> {
         let changes = [Change::Flag(flags)];
         if self.key.as_ref() == Some(&new) {
@@ -68,8 +71,8 @@ impl<F: BlockFile> Vmgs<F> {
         if self.payload > MAX_SIZE {
             return Err(VmgsError::TooLargeToRewrite(self.payload));
         }
-        // Of a rewrite that was cut short the generation before is of no use, and there may be no room for a third one. Only
-        // where the root is lost it may still say whose image this is.
+        // Of a rewrite that was cut short the generation before is of no use, and there may be no room for a
+        // third one. Only where the root is lost it may still say whose image this is.
         if self.cut_short && self.is_rooted() {
             self.finish_rewrite()?;
         }

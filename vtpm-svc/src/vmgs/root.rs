@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The integrity root (file 62): one encrypted block that lists every file of the image with its digest.
 //!
-//! The format itself notices neither a deleted nor an added file, and never an older copy of the whole image. The root
-//! binds the files together and carries the generation number that the [anchor](super::anchor) remembers outside of
-//! the image. Other tools of the format keep unknown files as they are, so an image with a root stays usable by them.
+//! The format itself notices neither a deleted nor an added file, and never an older copy of the whole image.
+//! The root binds the files together and carries the generation number that the [anchor](super::anchor)
+//! remembers outside of the image. Other tools of the format keep unknown files as they are, so an image with
+//! a root stays usable by them.
 
 use std::collections::BTreeMap;
 
 use sha2::Digest;
 use sha2::Sha256;
+
+use crate::bytes::array;
 
 use super::error::VmgsError;
 use super::file_id::FileId;
@@ -68,12 +71,6 @@ pub fn digest(data: &[u8]) -> [u8; 32] {
     Sha256::digest(data).into()
 }
 
-fn take<const N: usize>(b: &[u8], at: usize) -> [u8; N] {
-    let mut v = [0; N];
-    v.copy_from_slice(&b[at..at + N]);
-    v
-}
-
 impl Root {
     /// A root before its first commit.
     pub fn new(image: [u8; 16], vm: [u8; 16]) -> Self {
@@ -89,18 +86,18 @@ impl Root {
         if &bytes[..8] != MAGIC {
             return refuse("no `CVMMROOT` at offset 0".into());
         }
-        let version = u32::from_le_bytes(take(bytes, 8));
+        let version = u32::from_le_bytes(array(bytes, 8));
         if version != 1 {
             return refuse(format!("version {version} at offset 8, expected 1"));
         }
-        let count = u32::from_le_bytes(take(bytes, 88)) as usize;
+        let count = u32::from_le_bytes(array(bytes, 88)) as usize;
         if count > 61 || bytes.len() != FIXED + count * PER_FILE {
             return refuse(format!("{count} entries (offset 88) do not fill {} bytes", bytes.len()));
         }
         let mut files = BTreeMap::new();
         let mut last = 0;
         for raw in bytes[FIXED..].chunks_exact(PER_FILE) {
-            let number = u32::from_le_bytes(take(raw, 0));
+            let number = u32::from_le_bytes(array(raw, 0));
             let id = match FileId::user(number) {
                 Ok(id) if id != FileId::ROOT && number > last => id,
                 _ => return refuse(format!("id {number} after id {last} is out of order or no file")),
@@ -109,23 +106,23 @@ impl Root {
             files.insert(
                 id,
                 Listed {
-                    attributes: u32::from_le_bytes(take(raw, 4)),
-                    valid: u64::from_le_bytes(take(raw, 8)),
-                    digest: take(raw, 16),
+                    attributes: u32::from_le_bytes(array(raw, 4)),
+                    valid: u64::from_le_bytes(array(raw, 8)),
+                    digest: array(raw, 16),
                 },
             );
         }
-        let generation = u64::from_le_bytes(take(bytes, 48));
+        let generation = u64::from_le_bytes(array(bytes, 48));
         if generation > MOST_GENERATIONS {
             return refuse(format!("generation {generation} at offset 48 is none that an image reaches"));
         }
         Ok(Self {
-            flags: u32::from_le_bytes(take(bytes, 12)),
-            image: take(bytes, 16),
-            vm: take(bytes, 32),
+            flags: u32::from_le_bytes(array(bytes, 12)),
+            image: array(bytes, 16),
+            vm: array(bytes, 32),
             generation,
-            keyed: u32::from_le_bytes(take(bytes, 92)),
-            previous: take(bytes, 56),
+            keyed: u32::from_le_bytes(array(bytes, 92)),
+            previous: array(bytes, 56),
             files,
         })
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Sets of blocks, as disjoint ranges: an image may be sparse and claim far more blocks than it has bytes on disk, so
-//! nothing here is as large as what is claimed.
+//! Sets of blocks, as disjoint ranges: an image may be sparse and claim far more blocks than it has bytes on
+//! disk, so nothing here is as large as what is claimed.
 
 use std::ops::Range;
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The store: an open image, and the commit that changes it without ever being in danger.
 //!
-//! A commit writes new copies of the changed files, of both tables and of the root into blocks that *neither* live header
-//! names, flushes, writes one header sector into the slot that is not active, and flushes again. Only then does it
-//! return, so whoever waits for it may acknowledge. Until the header is whole on disk the old generation is untouched;
-//! after that the new one is complete. The blocks of the generation before are free only in the commit after next.
+//! A commit writes new copies of the changed files, of both tables and of the root into blocks that *neither*
+//! live header names, flushes, writes one header sector into the slot that is not active, and flushes again.
+//! Only then does it return, so whoever waits for it may acknowledge. Until the header is whole on disk the
+//! old generation is untouched; after that the new one is complete. The blocks of the generation before are
+//! free only in the commit after next.
 //!
-//! A failed write or flush poisons the store: what reached the disk is unknown, so nothing may be acknowledged until the
-//! image has been opened again.
+//! A failed write or flush poisons the store: what reached the disk is unknown, so nothing may be
+//! acknowledged until the image has been opened again.
 
 use zeroize::Zeroizing;
 
@@ -180,7 +181,8 @@ impl<F: BlockFile> Vmgs<F> {
         Ok(store)
     }
 
-    /// Opens an image, or refuses it without having written anything. A rewrite that was cut short is finished.
+    /// Opens an image, or refuses it without having written anything. A rewrite that was cut short is
+    /// finished.
     pub fn open(
         file: F,
         key: Option<Key>,
@@ -233,7 +235,8 @@ impl<F: BlockFile> Vmgs<F> {
             None => view.findings.push(Finding::NoAnchor),
         }
         let unsettled = view.findings.iter().any(|f| f.unsettles(&accept));
-        // A key that opens nothing, which a table that anyone can read does not need, says nothing of the older header.
+        // A key that opens nothing, which a table that anyone can read does not need, says nothing of the
+        // older header.
         let anyone = view.findings.contains(&Finding::ZeroKey(ZeroKey::Active));
         let cut_short = view.layout.header.markers & SCRUB_PENDING != 0
             || view.findings.iter().any(Finding::is_cut_short) && !anyone;
@@ -339,8 +342,8 @@ impl<F: BlockFile> Vmgs<F> {
         }
     }
 
-    /// Reads a file that its owner can do without: one that is damaged, which was said when the image was opened, counts as
-    /// one that is not there.
+    /// Reads a file that its owner can do without: one that is damaged, which was said when the image was
+    /// opened, counts as one that is not there.
     pub fn read_usable(&self, id: FileId) -> Result<Option<Zeroizing<Vec<u8>>>, VmgsError> {
         match self.read_optional(id) {
             Err(VmgsError::AuthFailed(_) | VmgsError::ZeroCiphertext(_)) => Ok(None),
@@ -350,7 +353,8 @@ impl<F: BlockFile> Vmgs<F> {
 
     /// Applies all changes at once; when it returns they are durable.
     ///
-    /// The first commit after something was adopted also writes every file anew and overwrites what was there before.
+    /// The first commit after something was adopted also writes every file anew and overwrites what was there
+    /// before.
     pub fn commit(&mut self, changes: &[Change<'_>]) -> Result<Mark, VmgsError> {
         if self.unsettled {
             return self.rewrite(changes, None);
@@ -358,9 +362,9 @@ impl<F: BlockFile> Vmgs<F> {
         self.write_generation(Generation { changes, new_key: None, all: false })
     }
 
-    /// Takes a lease for a file that is not in its place yet: what is committed is announced, and confirmed only by
-    /// [`Vmgs::placed`]. Until then the anchor accepts what is in that place as well. The next generation is above all that
-    /// the anchor knows.
+    /// Takes a lease for a file that is not in its place yet: what is committed is announced, and confirmed
+    /// only by [`Vmgs::placed`]. Until then the anchor accepts what is in that place as well. The next
+    /// generation is above all that the anchor knows.
     pub fn lease_unplaced(&mut self, anchor: Box<dyn Anchor>) {
         if let Known::Record(e) = anchor.known() {
             self.root.generation = self.root.generation.max(e.highest);
@@ -457,7 +461,8 @@ impl<F: BlockFile> Vmgs<F> {
             let listed = put(id, &data, &mut table, &mut extended)?;
             root.files.insert(id, listed);
         }
-        // Who puts a TPM's state in or takes it away says that there was a TPM: such an image never gets a new one.
+        // Who puts a TPM's state in or takes it away says that there was a TPM: such an image never gets a
+        // new one.
         if touched(FileId::VTPM_STATE) || touched(FileId::VTPM_STATE_GOOD) {
             root.flags |= FLAG_PROVISIONED;
         }

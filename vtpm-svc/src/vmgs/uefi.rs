@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! UEFI variables as file 1 holds them: records back to back, unaligned, with nothing behind the last.
 //!
-//! A record: type u32 = 0, length u32, attributes u32, time (16 bytes), vendor GUID (16 bytes), bytes of name u16, bytes of
-//! data u16, the name in UTF-16 with its final zero, the data. The contents come from firmware and so from the guest.
+//! A record: type u32 = 0, length u32, attributes u32, time (16 bytes), vendor GUID (16 bytes), bytes of name
+//! u16, bytes of data u16, the name in UTF-16 with its final zero, the data. The contents come from firmware
+//! and so from the guest.
 
 /// Bytes in front of the name.
 const HEADER: usize = 48;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The container: a fixed VHD, that is the payload followed by a 512-byte big-endian footer.
 //!
-//! Layout: Virtual Hard Disk Image Format Specification 1.0, "Hard Disk Footer Format". Nothing in the footer is
-//! authenticated, so the only thing taken from it is the payload's size, and that is checked against the file.
+//! Layout: Virtual Hard Disk Image Format Specification 1.0, "Hard Disk Footer Format". Nothing in the footer
+//! is authenticated, so the only thing taken from it is the payload's size, and that is checked against the
+//! file.
 
 use super::error::VmgsError;
 
@@ -63,8 +64,9 @@ pub fn parse(footer: &[u8; FOOTER], file_len: u64) -> Result<u64, VmgsError> {
     Ok(size)
 }
 
-/// Where, in bytes that the specification reserves, the id stands that the container had before a change of key which is
-/// under way: a passphrase is salted with the id, and until the change is done the old one has to open the image too.
+/// Where, in bytes that the specification reserves, the id stands that the container had before a change of
+/// key which is under way: a passphrase is salted with the id, and until the change is done the old one has
+/// to open the image too.
 const EARLIER: usize = 96;
 const EARLIER_MAGIC: &[u8; 8] = b"CVMMSALT";
 
@@ -109,9 +111,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Checksum of a footer made by qemu-img 7.2 is not needed here: the rule is the specification's own, and the
-    /// sum below was done by hand: cookie 848, features 2, version 1, data offset 8 * 255, creator version 10,
-    /// two sizes 0x40 each, type 2.
+    /// Checksum of a footer made by qemu-img 7.2 is not needed here: the rule is the specification's own, and
+    /// the sum below was done by hand: cookie 848, features 2, version 1, data offset 8 * 255, creator
+    /// version 10, two sizes 0x40 each, type 2.
     #[test]
     fn the_checksum_is_the_ones_complement_of_the_byte_sum() {
         let f = build(0x40_0000, [0; 16]);

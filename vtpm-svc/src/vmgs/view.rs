@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! An image as it is found: unlocked, read in full, compared with itself, and judged by nobody yet.
 //!
-//! Looking needs no permission. A view lists and reads whatever authenticates, even in an image that no service would
-//! serve, and its findings say what is not proved. [`super::store`] builds on it and refuses what was not accepted.
+//! Looking needs no permission. A view lists and reads whatever authenticates, even in an image that no
+//! service would serve, and its findings say what is not proved. [`super::store`] builds on it and refuses
+//! what was not accepted.
 
 use zeroize::Zeroizing;
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The defect of writers that sealed the extended table under an all-zero key: whoever finds such a table anywhere in the
-//! file reads the keys of the image's files in it, with no key at all.
+//! The defect of writers that sealed the extended table under an all-zero key: whoever finds such a table
+//! anywhere in the file reads the keys of the image's files in it, with no key at all.
 //!
-//! One correct write later the active table is sound, but the older header's table, or a block that nobody names any more,
-//! still holds those keys, and files that were not written since still lie under them. So all three places are tried.
+//! One correct write later the active table is sound, but the older header's table, or a block that nobody
+//! names any more, still holds those keys, and files that were not written since still lie under them. So all
+//! three places are tried.
 
 use super::block::BlockFile;
 use super::crypto;
@@ -61,8 +62,9 @@ fn opens<F: BlockFile>(file: &F, table: &FileTable) -> Result<bool, VmgsError> {
     Ok(crypto::open(&[0; 32], &entry.seal, &block).is_some())
 }
 
-/// Whether a block is an extended table under this key stream. There is no tag to try, but the table has 28 zero bytes in
-/// each of its 64 entries and small attributes; a block of anything else does not look like that by accident.
+/// Whether a block is an extended table under this key stream. There is no tag to try, but the table has 28
+/// zero bytes in each of its 64 entries and small attributes; a block of anything else does not look like
+/// that by accident.
 fn is_table(block: &[u8], stream: &[u8]) -> bool {
     let mut used = false;
     for (raw, key) in block.chunks_exact(64).zip(stream.chunks_exact(64)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A second reader of the guest-state format, written from its description (docs/vmgs.md) and sharing no code with the
-//! service: what it can read, other tools of the format can read.
+//! A second reader of the guest-state format, written from its description (docs/vmgs.md) and sharing no code
+//! with the service: what it can read, other tools of the format can read.
 
 use std::collections::BTreeMap;
 

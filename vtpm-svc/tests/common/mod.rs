@@ -59,7 +59,8 @@ impl Site {
         output(&mut c)
     }
 
-    /// Starts the service on the control socket `c` and data socket `d` of this site, and waits until it is there.
+    /// Starts the service on the control socket `c` and data socket `d` of this site, and waits until it is
+    /// there.
     pub fn start(&self, more: &[&str]) -> Service {
         let mut service = self.launch(more);
         service.wait_until_ready(&self.path("log"));
@@ -101,7 +102,8 @@ pub struct Service {
     pub child: Child,
     pub control: PathBuf,
     pub data: PathBuf,
-    /// The connection that showed that it is ready. swtpm serves one control client, so it is used and not closed.
+    /// The connection that showed that it is ready. swtpm serves one control client, so it is used and not
+    /// closed.
     pub first: std::cell::Cell<Option<UnixStream>>,
 }
 

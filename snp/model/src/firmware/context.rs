@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the firmware keeps for one guest, and the launch commands that build it.
 //!
-//! SEV-SNP Firmware ABI 1.58, sections 8.16 `SNP_LAUNCH_START`, 8.17 `SNP_LAUNCH_UPDATE`, 8.18 `SNP_LAUNCH_FINISH` and 8.26
-//! `SNP_GUEST_REQUEST`. The digest is computed here from the bytes that really entered the guest, by code of its own: a
-//! launch that differs from its plan shows in the guest's report.
+//! SEV-SNP Firmware ABI 1.58, sections 8.16 `SNP_LAUNCH_START`, 8.17 `SNP_LAUNCH_UPDATE`, 8.18
+//! `SNP_LAUNCH_FINISH` and 8.26 `SNP_GUEST_REQUEST`. The digest is computed here from the bytes that really
+//! entered the guest, by code of its own: a launch that differs from its plan shows in the guest's report.
 
 use rand_core::CryptoRngCore;
 use sha2::Digest as _;
@@ -34,7 +34,8 @@ mod secrets {
 }
 /// Version of the secrets page.
 const SECRETS_VERSION: u32 = 3;
-/// Processor signature in the secrets page, as in CPUID function 1 EAX: Milan, family 0x19, model 1, stepping 1.
+/// Processor signature in the secrets page, as in CPUID function 1 EAX: Milan, family 0x19, model 1, stepping
+/// 1.
 const SECRETS_FMS: u32 = 0x00a0_0f11;
 
 /// A page of guest memory.
@@ -133,8 +134,8 @@ impl GuestContext {
         self.state == State::Running
     }
 
-    /// `SNP_LAUNCH_UPDATE` of one page. `page` holds the bytes that the host put there, and afterwards those that the guest
-    /// will find. A refused CPUID page holds the values that would be accepted.
+    /// `SNP_LAUNCH_UPDATE` of one page. `page` holds the bytes that the host put there, and afterwards those
+    /// that the guest will find. A refused CPUID page holds the values that would be accepted.
     pub fn update(
         &mut self,
         platform: &Platform,
@@ -190,8 +191,8 @@ impl GuestContext {
     }
 }
 
-/// Section 8.17.2, `PAGE_INFO`: written apart from [`LaunchDigest::extend`], so that predicted and launched digests come
-/// from two pieces of code.
+/// Section 8.17.2, `PAGE_INFO`: written apart from [`LaunchDigest::extend`], so that predicted and launched
+/// digests come from two pieces of code.
 fn extend(digest: LaunchDigest, page_type: PageType, gpa: u64, page: &Page) -> LaunchDigest {
     let contents: [u8; 48] = match page_type {
         PageType::Normal | PageType::Vmsa => Sha384::digest(page).into(),

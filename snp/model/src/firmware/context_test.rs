@@ -38,8 +38,8 @@ fn report_request(sequence: u64) -> Message {
     Message { sequence, message_type: 5, version: 1, vmpck: 0, payload }
 }
 
-/// The guest's side of a message, written from Linux' `struct snp_guest_msg_hdr` and `enc_dec_message` (6.12), apart from
-/// the model's own code for it.
+/// The guest's side of a message, written from Linux' `struct snp_guest_msg_hdr` and `enc_dec_message`
+/// (6.12), apart from the model's own code for it.
 mod driver {
     use aes_gcm::Aes256Gcm;
     use aes_gcm::KeyInit as _;
@@ -120,7 +120,8 @@ fn the_launched_digest_is_the_predicted_one() {
     assert_ne!(guest.digest(), before);
 }
 
-/// AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_start`: unknown bits, bit 17, SMT and ABI version are all POLICY_FAILURE.
+/// AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_start`: unknown bits, bit 17, SMT and ABI version are all
+/// POLICY_FAILURE.
 #[test]
 fn policies_that_the_platform_cannot_honour_are_refused() {
     for (policy, status) in [

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The firmware's check of a CPUID page.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 8.17.2.6 (CPUID page) and the "CPUID policy" of AMD's Processor Programming
-//! References: a guest must not be told of features that its processor does not have or that the firmware withholds from
-//! SNP guests. The page is not measured, so this check is all that stands behind it. A refused page comes back with the
-//! values that the firmware would accept, most of the time.
+//! SEV-SNP Firmware ABI 1.58, section 8.17.2.6 (CPUID page) and the "CPUID policy" of AMD's Processor
+//! Programming References: a guest must not be told of features that its processor does not have or that the
+//! firmware withholds from SNP guests. The page is not measured, so this check is all that stands behind it.
+//! A refused page comes back with the values that the firmware would accept, most of the time.
 //!
 //! AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_update` and `cpuid_lookup.c:sanitize_cpuid_list`, for the page;
 //! module `rules` for the entries.
@@ -24,7 +24,8 @@ pub const ENTRIES: usize = 16;
 /// Length of an entry.
 pub const ENTRY_LEN: usize = 48;
 
-/// Leaves that are looked at (`CPUID_STD_RANGE`, `CPUID_EXT_RANGE`). Others, those of hypervisors among them, may say anything.
+/// Leaves that are looked at (`CPUID_STD_RANGE`, `CPUID_EXT_RANGE`). Others, those of hypervisors among them,
+/// may say anything.
 const RANGES: [std::ops::RangeInclusive<u32>; 2] = [0..=0xffff, 0x8000_0000..=0x8000_ffff];
 
 /// One entry of the page.
@@ -72,8 +73,8 @@ impl Entry {
 
 /// Checks `page`; if it is refused, makes it what comes back and returns false.
 ///
-/// A page with a wrong header comes back as it is. So does the reserved word of an entry, which alone gets a page refused. What
-/// lies behind the last entry is not looked at, and a leaf may be there twice.
+/// A page with a wrong header comes back as it is. So does the reserved word of an entry, which alone gets a
+/// page refused. What lies behind the last entry is not looked at, and a leaf may be there twice.
 pub fn check(page: &mut [u8; PAGE_SIZE as usize], processor: &Processor, c_bit: u8) -> bool {
     let count = le::u32_at(page, 0) as usize;
     if count > MAX_ENTRIES || page[4..ENTRIES].iter().any(|byte| *byte != 0) {

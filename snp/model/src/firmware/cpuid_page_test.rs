@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The check of CPUID pages, rule by rule of AMD's published firmware (AMD-ASPFW, `cpuid_lookup.c` and `cpuid_lookup.h`).
+//! The check of CPUID pages, rule by rule of AMD's published firmware (AMD-ASPFW, `cpuid_lookup.c` and
+//! `cpuid_lookup.h`).
 
 use proptest::prelude::*;
 use snp::attest::tcb::Product;
@@ -193,7 +194,8 @@ fn components_of_the_xsave_area_are_exact() {
     assert_eq!(answer(0xd, 11, [0; 4]), Some([0x10, 0, 1, 0]), "zero is no answer either");
 }
 
-/// `lookup_table` and `*_RESERVED` of leaves 5, 6, 0xB, 0xF, 0x10, 0x80000006, 0x80000019 to 0x8000001E, 0x80000020.
+/// `lookup_table` and `*_RESERVED` of leaves 5, 6, 0xB, 0xF, 0x10, 0x80000006, 0x80000019 to 0x8000001E,
+/// 0x80000020.
 #[test]
 fn reserved_bits_of_describing_leaves_are_refused() {
     for (leaf, index, offered, accepted) in [
@@ -244,7 +246,8 @@ fn leaf_80000008_is_checked_field_by_field() {
     );
 }
 
-/// `FN8000001F_CUSTOM`: the C-bit is strict, bits 11:6 free, at most four VMPLs, the upper half reserved; wrong low bits stay.
+/// `FN8000001F_CUSTOM`: the C-bit is strict, bits 11:6 free, at most four VMPLs, the upper half reserved;
+/// wrong low bits stay.
 #[test]
 fn the_sev_leaf_has_the_platforms_c_bit_and_keeps_wrong_bits() {
     let ebx = |ebx| answer(0x8000_001f, 0, [0x1a, ebx, 9, 9]).map(|[_, ebx, ..]| ebx);
@@ -299,7 +302,8 @@ fn any_entry() -> impl Strategy<Value = Entry> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// But for the two things that the firmware refuses and does not mend: reserved words, and bits 5:0 of the SEV leaf's EBX.
+    /// But for the two things that the firmware refuses and does not mend: reserved words, and bits 5:0 of
+    /// the SEV leaf's EBX.
     #[test]
     fn what_comes_back_is_accepted(
         entries in proptest::collection::vec(any_entry(), 0..64), product in 0usize..3,

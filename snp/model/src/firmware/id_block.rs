@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The firmware's check of an ID block: is this the guest that its owner signed?
 //!
-//! SEV-SNP Firmware ABI 1.58, section 8.18, tables 75 (ID block), 76 (ID authentication), and chapter 10 (keys and signatures:
-//! integers little-endian in 72 bytes). Written apart from [`snp::identity`], which makes such blocks, as the launch digest
-//! is computed apart from its prediction: an error in either shows as a refused launch.
+//! SEV-SNP Firmware ABI 1.58, section 8.18, tables 75 (ID block), 76 (ID authentication), and chapter 10
+//! (keys and signatures: integers little-endian in 72 bytes). Written apart from [`snp::identity`], which
+//! makes such blocks, as the launch digest is computed apart from its prediction: an error in either shows as
+//! a refused launch.
 
 use p384::EncodedPoint;
 use p384::ecdsa::Signature;
@@ -89,7 +90,8 @@ pub fn check(
     digest: LaunchDigest,
     policy: u64,
 ) -> Result<Identity, FwStatus> {
-    // In this order, and without a look at the block's version: AMD-ASPFW, `sev_mcmd.c:snp_mcmd_launch_finish`.
+    // In this order, and without a look at the block's version: AMD-ASPFW,
+    // `sev_mcmd.c:snp_mcmd_launch_finish`.
     if id_block[block::DIGEST] != digest.0 {
         return Err(FwStatus::BAD_MEASUREMENT);
     }

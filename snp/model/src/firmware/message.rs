@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Guest messages: the encrypted envelope between a guest and the firmware.
 //!
-//! SEV-SNP Firmware ABI 1.58, section 8.26 `SNP_GUEST_REQUEST`, tables 99 to 101. The header from byte 0x30 on is
-//! authenticated, the payload encrypted, with AES-256-GCM under one of the guest's four keys (VMPCKs). The sequence number
-//! is the nonce, so one number must never be used for two messages: the firmware takes a request only with the number
-//! after its last one.
+//! SEV-SNP Firmware ABI 1.58, section 8.26 `SNP_GUEST_REQUEST`, tables 99 to 101. The header from byte 0x30
+//! on is authenticated, the payload encrypted, with AES-256-GCM under one of the guest's four keys (VMPCKs).
+//! The sequence number is the nonce, so one number must never be used for two messages: the firmware takes a
+//! request only with the number after its last one.
 
 use aes_gcm::Aes256Gcm;
 use aes_gcm::KeyInit as _;

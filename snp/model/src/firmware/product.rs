@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The processor that the model's firmware stands on, for its check of CPUID pages.
 //!
-//! The firmware of AMD compares a guest's table with masks that are built into it (AMD-ASPFW, `cpuid_lookup.h`, published for
-//! Genoa in 2023). Held against dumps of two Genoa chips and a Bergamo, the mask of a feature register is what the CPUID
-//! instruction of that processor gives, and a few bits more; AMD's Processor Programming References say the same ("CPUID
-//! Policy Enforcement"). So a product is a dump of one of its chips, with the surplus as `allow` lines: what is published for
-//! Genoa, derived for Milan and Turin. Never the table that a KVM offers, in which bits are made up.
+//! The firmware of AMD compares a guest's table with masks that are built into it (AMD-ASPFW,
+//! `cpuid_lookup.h`, published for Genoa in 2023). Held against dumps of two Genoa chips and a Bergamo, the
+//! mask of a feature register is what the CPUID instruction of that processor gives, and a few bits more;
+//! AMD's Processor Programming References say the same ("CPUID Policy Enforcement"). So a product is a dump
+//! of one of its chips, with the surplus as `allow` lines: what is published for Genoa, derived for Milan and
+//! Turin. Never the table that a KVM offers, in which bits are made up.
 
 use snp::attest::tcb::Product;
 use snp::pages::cpuid_entry::CpuidEntry;
@@ -32,8 +33,9 @@ pub struct Processor {
     pub limits: RawCpuid,
     /// Family, model and stepping, as in leaf 1 EAX: a guest may have a lower one.
     pub signature: u32,
-    /// It has COHERENCY_SFW_NO (leaf 0x8000001F, EBX bit 31), and its firmware knows the bit. No chip of which a dump is public
-    /// does; the emulated platform's does, because it has no caches that a guest could evict.
+    /// It has COHERENCY_SFW_NO (leaf 0x8000001F, EBX bit 31), and its firmware knows the bit. No chip of
+    /// which a dump is public does; the emulated platform's does, because it has no caches that a guest could
+    /// evict.
     pub coherent: bool,
 }
 
@@ -62,8 +64,9 @@ impl Processor {
         Ok(Processor { raw, limits, signature, coherent: false })
     }
 
-    /// What KVM on `host` would offer if `host` were this processor: without features of the host that this one lacks. What KVM
-    /// makes up itself (offered, but not in the host's own CPUID) stays, for the firmware to judge.
+    /// What KVM on `host` would offer if `host` were this processor: without features of the host that this
+    /// one lacks. What KVM makes up itself (offered, but not in the host's own CPUID) stays, for the firmware
+    /// to judge.
     pub fn offer(&self, offered: &[CpuidEntry], host: &RawCpuid) -> Vec<CpuidEntry> {
         let components = self.common_components(offered);
         let entries = offered.iter().copied().filter_map(|mut e| {
@@ -95,8 +98,9 @@ impl Processor {
                         e.eax = e.eax & !(0xff << shift) | field << shift;
                     }
                 }
-                // No chip says of its caches more than that they are write-back invalidated and inclusive; a CPU that is itself
-                // emulated may (QEMU's EPYC models: complex indexing), and the firmware would refuse that.
+                // No chip says of its caches more than that they are write-back invalidated and inclusive; a
+                // CPU that is itself emulated may (QEMU's EPYC models: complex indexing), and the firmware
+                // would refuse that.
                 (0x8000_001d, 0..=3) => e.edx &= CACHE_PROPERTIES,
                 (0x8000_0022, _) => {
                     for (shift, mask) in [(0, 0xf), (4, 0x3f)] {
@@ -136,8 +140,8 @@ const HIGHEST_EXTENDED: u32 = 0x8000_0028;
 const CACHE_PROPERTIES: u32 = 0x3;
 /// Components 5, 6 and 7.
 const AVX512_COMPONENTS: u32 = 0xe0;
-/// Features that need a component of XCR0: its number, leaf, sub-leaf, register, bits. AVX-512 with BF16 and VP2INTERSECT, and
-/// protection keys.
+/// Features that need a component of XCR0: its number, leaf, sub-leaf, register, bits. AVX-512 with BF16 and
+/// VP2INTERSECT, and protection keys.
 const COMPONENT_FEATURES: &[(u32, u32, u32, Register, u32)] = &[
     (5, 7, 0, Register::Ebx, 0xdc23_0000),
     (5, 7, 0, Register::Ecx, 0x5842),

@@ -5,8 +5,8 @@ use Register::*;
 
 use super::*;
 
-/// The masks of AMD-ASPFW `cpuid_lookup.h` (`FN*_DEFAULT` of registers under the mask rule, August 2023). OSXSAVE, in the dump
-/// because an operating system ran, is outside of the mask there and never looked at.
+/// The masks of AMD-ASPFW `cpuid_lookup.h` (`FN*_DEFAULT` of registers under the mask rule, August 2023).
+/// OSXSAVE, in the dump because an operating system ran, is outside of the mask there and never looked at.
 #[test]
 fn genoas_dump_and_its_allow_lines_are_the_published_masks() {
     let genoa = Processor::of_product(Product::Genoa).unwrap();
@@ -62,7 +62,8 @@ fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> CpuidEntry
 #[test]
 fn an_offer_has_no_feature_that_the_product_lacks_but_what_kvm_made_up() {
     let genoa = Processor::of_product(Product::Genoa).unwrap();
-    // An Intel host: HLE (7.0 EBX 4) and MOVDIRI (7.0 ECX 27) are not Genoa's; TSC_ADJUST is its own, X2APIC KVM's.
+    // An Intel host: HLE (7.0 EBX 4) and MOVDIRI (7.0 ECX 27) are not Genoa's; TSC_ADJUST is its own, X2APIC
+    // KVM's.
     let host = RawCpuid::parse("1 0 306c3 0 0 0\n7 0 0 13 8000004 0\n").unwrap();
     let offered = [
         leaf(0, 0, [0x1f, 0, 0, 0]),
@@ -116,7 +117,8 @@ fn a_products_own_table_is_offered_as_it_is() {
     }
 }
 
-/// QEMU's EPYC-Rome has 6 there; NVIDIA's nvtrust issue 91 has the same value from a guest's model, and the firmware's answer.
+/// QEMU's EPYC-Rome has 6 there; NVIDIA's nvtrust issue 91 has the same value from a guest's model, and the
+/// firmware's answer.
 #[test]
 fn an_emulated_cpu_s_cache_properties_are_not_taken_for_a_chip_s() {
     let genoa = Processor::of_product(Product::Genoa).unwrap();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What guests ask the firmware for: attestation reports and derived keys.
 //!
-//! SEV-SNP Firmware ABI 1.58, sections 7.2 (`MSG_KEY_REQ`) and 7.3 (`MSG_REPORT_REQ`). A request that is well formed but
-//! not allowed gets a response with a status in it, and uses up its sequence number as any other.
+//! SEV-SNP Firmware ABI 1.58, sections 7.2 (`MSG_KEY_REQ`) and 7.3 (`MSG_REPORT_REQ`). A request that is well
+//! formed but not allowed gets a response with a status in it, and uses up its sequence number as any other.
 
 use sha2::Digest as _;
 use sha2::Sha384;
@@ -32,8 +32,8 @@ const TYPE_KEY_REQUEST: u8 = 3;
 const TYPE_REPORT_REQUEST: u8 = 5;
 
 impl GuestContext {
-    /// `SNP_GUEST_REQUEST`: opens the message in `page`, and answers it. Only an answered message uses up its sequence
-    /// number.
+    /// `SNP_GUEST_REQUEST`: opens the message in `page`, and answers it. Only an answered message uses up its
+    /// sequence number.
     pub fn request(
         &mut self,
         platform: &Platform,
@@ -130,8 +130,8 @@ pub(crate) fn report(guest: &GuestContext, platform: &Platform, vmpck: u8, paylo
     out
 }
 
-/// `MSG_KEY_REQ` to `MSG_KEY_RSP`: status @0, key @0x20. How the key is derived is the firmware's secret, and here the
-/// model's; what it depends on is the specification's.
+/// `MSG_KEY_REQ` to `MSG_KEY_RSP`: status @0, key @0x20. How the key is derived is the firmware's secret, and
+/// here the model's; what it depends on is the specification's.
 pub(crate) fn derived_key(guest: &GuestContext, platform: &Platform, vmpck: u8, payload: &[u8]) -> Vec<u8> {
     const REQUEST_LEN: usize = 32;
     const RESPONSE_LEN: usize = 64;

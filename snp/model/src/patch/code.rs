@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! SNP instructions in code: finding them by their bytes, and replacing each in guest memory by a write to a port.
+//! SNP instructions in code: finding them by their bytes, and replacing each in guest memory by a write to a
+//! port.
 
 use std::io;
 
@@ -80,8 +81,8 @@ impl Ports {
         [0xe6, self.handover, 0x66, 0x90]
     }
 
-    /// What replaces the hook's first instruction, `mov rsi, r15`: `OUT port, AL` and a one-byte NOP. Whoever handles the
-    /// exit does that move.
+    /// What replaces the hook's first instruction, `mov rsi, r15`: `OUT port, AL` and a one-byte NOP. Whoever
+    /// handles the exit does that move.
     pub fn patched_hook(&self) -> [u8; 3] {
         [0xe6, self.hook, 0x90]
     }
@@ -90,7 +91,8 @@ impl Ports {
 /// The decompressor's end, `mov rsi, r15; jmp *rax`: RAX is the kernel's entry point, R15 its `boot_params`.
 pub const HOOK: [u8; 5] = [0x4c, 0x89, 0xfe, 0xff, 0xe0];
 
-/// The no-operation before stage0's jump to the kernel: RAX is the kernel's entry point, RSI its `boot_params`.
+/// The no-operation before stage0's jump to the kernel: RAX is the kernel's entry point, RSI its
+/// `boot_params`.
 pub const HANDOVER: [u8; 4] = [0x0f, 0x1f, 0x40, 0x00];
 
 /// One instruction.
@@ -121,32 +123,17 @@ pub trait CodeMemory {
 
 /// Why code was not patched. Nothing has been written then, unless a write itself failed.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum PatchError {
     /// Other bytes than expected.
     #[error(
         "{what} at guest-physical address {gpa:#x} (offset {offset:#x}) should be {expected:02x?} but is {found:02x?}: \
          the code in memory is not the code that was scanned"
     )]
-    Mismatch {
-        /// The instruction.
-        what: String,
-        /// Its address.
-        gpa: u64,
-        /// Its offset from the load address.
-        offset: u64,
-        /// The bytes that were scanned.
-        expected: Vec<u8>,
-        /// The bytes that are there.
-        found: Vec<u8>,
-    },
+    Mismatch { what: String, gpa: u64, offset: u64, expected: Vec<u8>, found: Vec<u8> },
     /// Guest memory cannot be accessed.
     #[error("guest-physical address {gpa:#x}: {source}")]
-    Memory {
-        /// The address.
-        gpa: u64,
-        /// Why.
-        source: io::Error,
-    },
+    Memory { gpa: u64, source: io::Error },
 }
 
 pub(super) fn read<const N: usize>(memory: &mut impl CodeMemory, gpa: u64) -> Result<[u8; N], PatchError> {
@@ -220,35 +207,25 @@ impl SiteList {
 
 /// Why a kernel cannot run on the emulated platform.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum SiteError {
     /// No instruction of one kind: not a kernel that knows SNP.
     #[error(
         "no {opcode:?} instruction in {place}: the emulated platform needs a kernel that was built with \
          CONFIG_AMD_MEM_ENCRYPT, 6.1 or later"
     )]
-    NoSite {
-        /// The kind.
-        opcode: Opcode,
-        /// Where it was looked for.
-        place: &'static str,
-    },
+    NoSite { opcode: Opcode, place: &'static str },
     /// More than any kernel has.
     #[error(
         "{place} has more than {SITES_MAX} SNP instructions; Linux has about a hundred: this is no kernel"
     )]
-    TooMany {
-        /// Where they are.
-        place: &'static str,
-    },
+    TooMany { place: &'static str },
     /// The decompressor's end is not where it can be found.
     #[error(
         "the decompressor's last instructions (4c 89 fe ff e0) occur {found} times instead of once: \
          the emulated platform does not know this kernel; use its vmlinux"
     )]
-    Hook {
-        /// How often they occur.
-        found: usize,
-    },
+    Hook { found: usize },
     /// The kernel cannot be decompressed.
     #[error(transparent)]
     Decompress(#[from] DecompressError),

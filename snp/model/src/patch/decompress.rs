@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The kernel inside a bzImage, decompressed: zstd, xz, gzip and LZ4 (legacy frames).
 //!
-//! The payload's last four bytes are the decompressed size, little-endian: appended by the kernel's build, or, for gzip, the
-//! format's own trailer. The size is checked against [`MAX_DECOMPRESSED`] and against the payload's own length before anything
-//! is decompressed, and nothing beyond it is ever produced, so a crafted payload cannot take all memory. A memory limit for the
-//! formats' dictionaries does the rest.
+//! The payload's last four bytes are the decompressed size, little-endian: appended by the kernel's build,
+//! or, for gzip, the format's own trailer. The size is checked against [`MAX_DECOMPRESSED`] and against the
+//! payload's own length before anything is decompressed, and nothing beyond it is ever produced, so a crafted
+//! payload cannot take all memory. A memory limit for the formats' dictionaries does the rest.
 
 use std::io::Read;
 
@@ -12,7 +12,8 @@ use snp::image::kernel::BzImage;
 
 /// Largest decompressed kernel in bytes. Debian's are about 60 MiB.
 pub const MAX_DECOMPRESSED: u64 = 512 << 20;
-/// Largest ratio of the decompressed kernel to the compressed one, beside [`ALWAYS`]. Real kernels have 3 (LZ4) to 8 (xz).
+/// Largest ratio of the decompressed kernel to the compressed one, beside [`ALWAYS`]. Real kernels have 3
+/// (LZ4) to 8 (xz).
 const MAX_RATIO: u64 = 12;
 /// A kernel of this size may be compressed as well as it can be: bytes.
 const ALWAYS: u64 = 4 << 20;
@@ -41,18 +42,14 @@ enum Format {
 
 /// Why a payload cannot be decompressed. Offsets are in bytes from the start of the kernel file.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum DecompressError {
     /// No known signature.
     #[error(
         "the compressed kernel at offset {offset:#x} begins with {found:02x?}: \
          not zstd, xz, gzip or LZ4; use a kernel compressed by one of these, or its vmlinux"
     )]
-    UnknownFormat {
-        /// Where the payload begins.
-        offset: usize,
-        /// Its first bytes.
-        found: Vec<u8>,
-    },
+    UnknownFormat { offset: usize, found: Vec<u8> },
     /// A format of the kernel's build that is not supported.
     #[error("the kernel is compressed by {0}; use one compressed by zstd, xz, gzip or LZ4, or its vmlinux")]
     Unsupported(&'static str),
@@ -61,24 +58,13 @@ pub enum DecompressError {
         "the last four bytes of the compressed kernel say that it has {size} bytes, expected at most {limit}, as kernels have \
          that are compressed to this length"
     )]
-    TooLarge {
-        /// Most bytes for the payload's length.
-        limit: u64,
-        /// Its size in bytes.
-        size: u64,
-    },
+    TooLarge { limit: u64, size: u64 },
     /// The stream itself is broken.
     #[error("the compressed kernel at offset {offset:#x} does not decompress: {reason}")]
-    Broken {
-        /// Where the payload begins.
-        offset: usize,
-        /// What the decompressor says.
-        reason: String,
-    },
+    Broken { offset: usize, reason: String },
     /// The stream holds another number of bytes than the file says.
     #[error("the compressed kernel decompresses to {found} bytes, but its last four bytes say {expected}")]
     SizeMismatch {
-        /// As stored behind the stream.
         expected: u64,
         /// As decompressed; at most one more than expected.
         found: u64,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where a kernel, or other code, executes SNP instructions.
 //!
-//! The compiler spreads these instructions over some twenty functions; they are found in sections that hold code only (other
-//! sections contain the same bytes as data), and patched at exactly these places or not at all. A bzImage hides its kernel
-//! compressed. [`annotate`] decompresses it beforehand and finds the *hook* too: the decompressor's last instructions, at which
-//! the kernel proper lies in memory and can be patched.
+//! The compiler spreads these instructions over some twenty functions; they are found in sections that hold
+//! code only (other sections contain the same bytes as data), and patched at exactly these places or not at
+//! all. A bzImage hides its kernel compressed. [`annotate`] decompresses it beforehand and finds the *hook*
+//! too: the decompressor's last instructions, at which the kernel proper lies in memory and can be patched.
 
 use std::ops::Range;
 
@@ -80,9 +80,9 @@ pub fn annotate(kernel: &Kernel) -> Result<Annotations, SiteError> {
     }
 }
 
-/// Finds what has to be patched in images that have no section headers, such as firmware: every place with the bytes of an
-/// instruction. `code` is {guest-physical address, bytes}. Data with the same bytes is taken for code, so give no more than
-/// what is code; one chance match in a gigabyte is to be expected.
+/// Finds what has to be patched in images that have no section headers, such as firmware: every place with
+/// the bytes of an instruction. `code` is {guest-physical address, bytes}. Data with the same bytes is taken
+/// for code, so give no more than what is code; one chance match in a gigabyte is to be expected.
 pub fn annotate_code<'a>(code: impl IntoIterator<Item = (u64, &'a [u8])>) -> Annotations {
     let mut parts: Vec<(u64, &[u8])> = code.into_iter().collect();
     parts.sort_by_key(|(gpa, _)| *gpa);

@@ -19,8 +19,8 @@ use super::code::write;
 pub struct ShimSites {
     /// Its instructions; offsets are guest-physical addresses.
     pub sites: SiteList,
-    /// Guest-physical address of [`HANDOVER`]. The kernel may be patched once it is reached, and not before: until then
-    /// stage0 compares the kernel with its hash.
+    /// Guest-physical address of [`HANDOVER`]. The kernel may be patched once it is reached, and not before:
+    /// until then stage0 compares the kernel with its hash.
     pub handover: u64,
 }
 

@@ -96,7 +96,8 @@ pub(super) fn check(report: &Report, policy: &Policy, chain: &Chain, checks: &mu
     }
 }
 
-/// Firmware reports no newer version than it has committed itself to, and commits itself to none that does not run.
+/// Firmware reports no newer version than it has committed itself to, and commits itself to none that does
+/// not run.
 fn check_order(report: &Report, product: Product, checks: &mut Checks) {
     let tcb = |raw| Tcb::from_raw(raw, product);
     let (reported, committed, current) =

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How a guest asks for what firmware should do to its TPM: the physical-presence methods of the TPM's ACPI device.
+//! How a guest asks for what firmware should do to its TPM: the physical-presence methods of the TPM's ACPI
+//! device.
 //!
-//! TCG PC Client Platform Physical Presence Interface Specification 1.30, section 6: function numbers of `_DSM`, their arguments
-//! and answers. The method only moves numbers between its caller and a few registers; what an operation means is decided behind
-//! them.
+//! TCG PC Client Platform Physical Presence Interface Specification 1.30, section 6: function numbers of
+//! `_DSM`, their arguments and answers. The method only moves numbers between its caller and a few registers;
+//! what an operation means is decided behind them.
 
 use acpi_tables::Aml;
 use acpi_tables::AmlSink;

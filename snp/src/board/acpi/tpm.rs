@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How a guest finds its TPM and the log of what was measured before it ran.
 //!
-//! Table `TPM2` of the TCG ACPI Specification 1.3, and a device `MSFT0101` whose resources Linux' `tpm_crb` compares with
-//! it. The registers lie in the device gap, which no table or memory map describes as memory, so an SNP guest maps them
-//! shared. The event log lies beside the tables in ACPI memory: private, and part of what is measured at launch.
+//! Table `TPM2` of the TCG ACPI Specification 1.3, and a device `MSFT0101` whose resources Linux' `tpm_crb`
+//! compares with it. The registers lie in the device gap, which no table or memory map describes as memory,
+//! so an SNP guest maps them shared. The event log lies beside the tables in ACPI memory: private, and part
+//! of what is measured at launch.
 
 use acpi_tables::Aml;
 use acpi_tables::AmlSink;

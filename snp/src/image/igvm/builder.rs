@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Reading a file's directives, one after another: each is checked and becomes pages, parameters or what KVM could not do.
+//! Reading a file's directives, one after another: each is checked and becomes pages, parameters or what KVM
+//! could not do.
 
 use super::error::IgvmError;
 use super::error::ZeroPages;
@@ -21,7 +22,8 @@ use crate::policy::GuestPolicy;
 
 const PLATFORM_SEV_SNP: u8 = 2;
 
-/// Most bytes of parameters in a file: each area is held in memory, and each of its pages costs a link of the digest's chain.
+/// Most bytes of parameters in a file: each area is held in memory, and each of its pages costs a link of the
+/// digest's chain.
 const PARAMETERS_MAX: u64 = 16 << 20;
 /// Most parameters that a file asks for: there are eleven kinds.
 const DIRECTIVES_MAX: usize = 4096;
@@ -125,7 +127,8 @@ impl Builder<'_> {
             | kind::COMMAND_LINE..=kind::PPTT
             | kind::DEVICE_TREE..=kind::ENVIRONMENT_INFO => self.parameter(header),
             kind::SNP_ID_BLOCK => self.id_block(header),
-            // Parameters that the loader fills in, and other platforms' headers: nothing that an SNP launch measures.
+            // Parameters that the loader fills in, and other platforms' headers: nothing that an SNP launch
+            // measures.
             kind::GUEST_POLICY..=kind::LAST_INIT | kind::PARAMETER_AREA..=kind::LAST_DIRECTIVE => Ok(()),
             _ if header.kind & kind::OPTIONAL != 0 => Ok(()),
             found => Err(IgvmError::Field {
@@ -191,7 +194,8 @@ impl Builder<'_> {
             2 | 3 => (PageType::Cpuid, "CPUID page"),
             other => return Err(header.error(20, "data type of a page", other.into(), "0 to 3")),
         };
-        // Pages one after another, in the guest and in the file, are one record: a 1 GiB file has few of them.
+        // Pages one after another, in the guest and in the file, are one record: a 1 GiB file has few of
+        // them.
         if let Some(last) = self.igvm.records.last_mut()
             && last.name == name
             && last.page_type == page_type

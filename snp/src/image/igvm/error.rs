@@ -7,8 +7,8 @@ use crate::digest::LaunchDigest;
 use crate::identity::KeyError;
 use crate::plan::PlanError;
 
-/// How pages without data enter the guest. The specification says NORMAL pages of zeros, but QEMU and Cloud Hypervisor
-/// load them as type ZERO, so one file has two digests.
+/// How pages without data enter the guest. The specification says NORMAL pages of zeros, but QEMU and Cloud
+/// Hypervisor load them as type ZERO, so one file has two digests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ZeroPages {
     /// As the specification says.
@@ -28,52 +28,27 @@ impl fmt::Display for ZeroPages {
 
 /// Why an IGVM file is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum IgvmError {
     /// A field with a wrong value.
     #[error("offset {offset:#x}: {what} is {found:#x}, expected {expected}")]
-    Field {
-        /// Offset in the file.
-        offset: usize,
-        /// The field.
-        what: &'static str,
-        /// Its value.
-        found: u64,
-        /// What would have been right.
-        expected: String,
-    },
+    Field { offset: usize, what: &'static str, found: u64, expected: String },
     /// The file ends too early.
     #[error("offset {offset:#x}: the file ends in {what}, expected {expected} more bytes")]
-    CutOff {
-        /// Offset in the file.
-        offset: usize,
-        /// What is cut off.
-        what: &'static str,
-        /// Bytes that should be there.
-        expected: usize,
-    },
+    CutOff { offset: usize, what: &'static str, expected: usize },
     /// Made for other platforms.
     #[error("the file has no SUPPORTED_PLATFORM header for SEV-SNP")]
     NotForSnp,
     /// A key or signature in the file's ID block.
     #[error("offset {offset:#x}: the ID block's {what}: {source}")]
-    IdBlock {
-        /// Offset of the directive.
-        offset: usize,
-        /// Which part.
-        what: &'static str,
-        /// What is wrong with it.
-        source: KeyError,
-    },
+    IdBlock { offset: usize, what: &'static str, source: KeyError },
     /// The ID block in the file is for something else than the file.
     #[error(
         "the file's ID block is for digest {block}, but the file has {computed} with pages without data as {zero_pages}{hint}"
     )]
     IdBlockDigest {
-        /// Digest in the block.
         block: LaunchDigest,
-        /// Digest of the directives.
         computed: LaunchDigest,
-        /// The convention used.
         zero_pages: ZeroPages,
         /// Whether the other convention would match.
         hint: &'static str,
@@ -83,12 +58,7 @@ pub enum IgvmError {
     Kvm(String),
     /// Something that the file wants of a machine which this one does not have.
     #[error("offset {offset:#x}: {reason}")]
-    Machine {
-        /// Offset of the directive in the file.
-        offset: usize,
-        /// What is missing, and what to do.
-        reason: String,
-    },
+    Machine { offset: usize, reason: String },
     /// The records as a plan.
     #[error(transparent)]
     Plan(#[from] PlanError),

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What an IGVM file becomes at a launch by KVM: the plan, and parameters that the loader fills in, shared pages, memory.
+//! What an IGVM file becomes at a launch by KVM: the plan, and parameters that the loader fills in, shared
+//! pages, memory.
 //!
-//! Parameter areas enter the guest as UNMEASURED pages, so what is written into them is the host's word and changes no
-//! digest. A parameter that this machine cannot answer is refused by name rather than left zero: the guest could not tell.
+//! Parameter areas enter the guest as UNMEASURED pages, so what is written into them is the host's word and
+//! changes no digest. A parameter that this machine cannot answer is refused by name rather than left zero:
+//! the guest could not tell.
 
 use std::ops::Range;
 
@@ -139,7 +141,8 @@ impl Igvm {
         let plan = LaunchPlan { records: pages.to_vec(), vcpus: vec![state] };
         plan.check()?;
         if !self.shared.is_empty() {
-            // A page is private or shared. One that is both would fail in the middle of the launch, without a reason.
+            // A page is private or shared. One that is both would fail in the middle of the launch, without a
+            // reason.
             let all = plan.records.iter().chain(&self.shared).cloned().collect();
             LaunchPlan { records: all, vcpus: plan.vcpus.clone() }.check()?;
         }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A Linux bzImage: boot protocol 2.12 or later (the first with `xloadflags`), Linux `Documentation/arch/x86/boot.rst`.
+//! A Linux bzImage: boot protocol 2.12 or later (the first with `xloadflags`), Linux
+//! `Documentation/arch/x86/boot.rst`.
 
 use std::ops::Range;
 use std::sync::Arc;

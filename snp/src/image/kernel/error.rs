@@ -6,6 +6,7 @@ pub(super) const SEGMENTS_MAX: usize = 256;
 
 /// Why a file cannot be booted as a kernel. Offsets are in bytes from the start of the file.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum KernelError {
     /// Neither format's signature.
     #[error(
@@ -22,42 +23,20 @@ pub enum KernelError {
     /// The file is shorter than it says.
     #[error("truncated: {what} needs the bytes up to offset {needed:#x}, the file has {found:#x}")]
     Truncated {
-        /// The part that is missing.
         what: &'static str,
         /// Length that the file should have at least.
         needed: u64,
-        /// Length that it has.
         found: u64,
     },
     /// A field has a value that no bootable kernel has.
     #[error("{what} at offset {offset:#x} is {found:#x}, expected {expected}")]
-    Field {
-        /// The field.
-        what: &'static str,
-        /// Where it is.
-        offset: u64,
-        /// Its value.
-        found: u64,
-        /// What it should be.
-        expected: &'static str,
-    },
+    Field { what: &'static str, offset: u64, found: u64, expected: &'static str },
     /// The ELF structure itself does not parse.
     #[error("malformed ELF image: {0}")]
     Elf(String),
     /// A loadable segment that cannot be placed.
     #[error("ELF segment {index}: {file_len:#x} bytes of file, {mem_len:#x} of memory at {gpa:#x}: {why}")]
-    Segment {
-        /// Index in the program header table.
-        index: usize,
-        /// Physical address.
-        gpa: u64,
-        /// Bytes in the file.
-        file_len: u64,
-        /// Bytes in memory.
-        mem_len: u64,
-        /// What is wrong.
-        why: &'static str,
-    },
+    Segment { index: usize, gpa: u64, file_len: u64, mem_len: u64, why: &'static str },
     /// So many that each further one costs time.
     #[error("the ELF image has more than {SEGMENTS_MAX} loadable segments; a kernel has a few")]
     Segments,
@@ -65,25 +44,14 @@ pub enum KernelError {
     #[error(
         "the ELF image's segments have {found:#x} bytes, more than the {file:#x} of the whole file: they overlap"
     )]
-    SegmentBytes {
-        /// Bytes in all of them.
-        found: u64,
-        /// Length of the file.
-        file: u64,
-    },
+    SegmentBytes { found: u64, file: u64 },
     /// Two segments share memory.
     #[error("ELF segments overlap at address {gpa:#x}")]
-    SegmentsOverlap {
-        /// First shared address.
-        gpa: u64,
-    },
+    SegmentsOverlap { gpa: u64 },
     /// An ELF image with nothing to load.
     #[error("ELF image without a loadable segment: not a kernel")]
     NothingToLoad,
     /// The entry point lies outside of all segments.
     #[error("ELF entry point {entry:#x} lies in no loadable segment")]
-    EntryOutside {
-        /// The entry point.
-        entry: u64,
-    },
+    EntryOutside { entry: u64 },
 }

@@ -106,7 +106,8 @@ fn segments(parsed: &ElfBytes<'_, AnyEndian>, file_len: u64) -> Result<Vec<(u64,
     Ok(segments)
 }
 
-/// The physical address of the entry point. Linux gives it as such; images linked otherwise give the virtual one.
+/// The physical address of the entry point. Linux gives it as such; images linked otherwise give the virtual
+/// one.
 fn entry(e_entry: u64, segments: &[(u64, Segment)]) -> Result<u64, KernelError> {
     let inside = |start: u64, len: u64| e_entry.checked_sub(start).is_some_and(|d| d < len);
     if segments.iter().any(|(_, s)| inside(s.gpa, s.mem_len)) {
@@ -116,8 +117,8 @@ fn entry(e_entry: u64, segments: &[(u64, Segment)]) -> Result<u64, KernelError> 
     by_virtual.map(|(vaddr, s)| e_entry - vaddr + s.gpa).ok_or(KernelError::EntryOutside { entry: e_entry })
 }
 
-/// The 32-bit entry address that a note gives. A note that does not parse is as good as none: the 64-bit entry point is
-/// always there.
+/// The 32-bit entry address that a note gives. A note that does not parse is as good as none: the 64-bit
+/// entry point is always there.
 fn pvh_entry(parsed: &ElfBytes<'_, AnyEndian>) -> Option<u32> {
     let all = parsed.segments().into_iter().flatten().filter(|phdr| phdr.p_type == abi::PT_NOTE);
     let notes = all.filter_map(|phdr| parsed.segment_data_as_notes(&phdr).ok()).flatten();

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Process 1 of the outer guest of a nested run: gives jobs from the harness the host's file system and a KVM.
+//! Process 1 of the outer guest of a nested run: gives jobs from the harness the host's file system and a
+//! KVM.
 //!
-//! The host's root comes read-only over 9p and becomes the root here, so ordinary dynamically linked programs run; one
-//! directory named on the kernel command line (`cvmm.share=PATH`) is mounted writable at the same path. Jobs arrive on
-//! a virtio-serial port; when the harness goes away, so does this machine.
+//! The host's root comes read-only over 9p and becomes the root here, so ordinary dynamically linked programs
+//! run; one directory named on the kernel command line (`cvmm.share=PATH`) is mounted writable at the same
+//! path. Jobs arrive on a virtio-serial port; when the harness goes away, so does this machine.
 //!
-//! An emulator without these devices says so on the kernel command line: `cvmm.root=cdrom` is a root made of a CD's directory
-//! `host` and of memory that is written to, and with `cvmm.agent=TTY` jobs arrive on a serial port.
+//! An emulator without these devices says so on the kernel command line: `cvmm.root=cdrom` is a root made of
+//! a CD's directory `host` and of memory that is written to, and with `cvmm.agent=TTY` jobs arrive on a
+//! serial port.
 
 use std::collections::HashMap;
 use std::fs;
@@ -178,7 +180,8 @@ fn serve(port: File, hello: Hello) -> Result<()> {
                         Event::Stdout(bytes) => Message::Stdout(bytes),
                         Event::Stderr(bytes) => Message::Stderr(bytes),
                         Event::Ended(ending, time) => {
-                            // What the job wrote to the share must be on the host before its end is known there.
+                            // What the job wrote to the share must be on the host before its end is known
+                            // there.
                             rustix::fs::sync();
                             Message::Ended(ending, time)
                         }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The whole user space of a guest that cvmm boots: does what the kernel command line asks and ends the machine.
+//! The whole user space of a guest that cvmm boots: does what the kernel command line asks and ends the
+//! machine.
 //!
-//! `cvmm.do=WORD,WORD...` gives the actions in order. What they find goes to the console in lines `cvmm-guest: KEY VALUE`, for
-//! the test outside to read; a failure is `cvmm-guest: error ACTION: REASON`. Actions:
+//! `cvmm.do=WORD,WORD...` gives the actions in order. What they find goes to the console in lines
+//! `cvmm-guest: KEY VALUE`, for the test outside to read; a failure is `cvmm-guest: error ACTION: REASON`.
+//! Actions:
 //!
 //! | word | prints or does |
 //! |---|---|

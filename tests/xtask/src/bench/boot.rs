@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From exec to the first byte that a tiny guest writes, and the monitor's memory at that point, on the native KVM.
+//! From exec to the first byte that a tiny guest writes, and the monitor's memory at that point, on the
+//! native KVM.
 //!
-//! Both monitors get the same file, the same memory and one vCPU, and are run in turn so that a busy machine hits both.
-//! QEMU is given what it needs to be fast: the `microvm` machine without the devices that the guest does not use, and without
-//! ACPI, so that it starts qboot and not SeaBIOS. Its CPU lacks one feature of the host because some software KVMs offer that
-//! feature's MSR and then refuse to set it, which ends QEMU.
+//! Both monitors get the same file, the same memory and one vCPU, and are run in turn so that a busy machine
+//! hits both. QEMU is given what it needs to be fast: the `microvm` machine without the devices that the
+//! guest does not use, and without ACPI, so that it starts qboot and not SeaBIOS. Its CPU lacks one feature
+//! of the host because some software KVMs offer that feature's MSR and then refuse to set it, which ends
+//! QEMU.
 
 use std::fs;
 use std::io::Read;

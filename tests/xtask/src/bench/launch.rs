@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a launch costs: pages that the firmware measures, and the time that stage0 takes in the guest.
 //!
-//! The pages are counted in plans as `cvmm measure --dump` writes them, for the same guest in three ways: behind stage0, behind
-//! Debian's OVMF, and with kernel and initrd measured by the firmware. Their time is a prediction, at the millisecond for each
-//! page that SEVeriFast (ASPLOS 2024) found on hardware; it is not measured here. stage0's time and counts are those of strict
-//! runs of Debian's kernel on the emulated platform, from the first vCPU's start to the kernel's first instruction.
+//! The pages are counted in plans as `cvmm measure --dump` writes them, for the same guest in three ways:
+//! behind stage0, behind Debian's OVMF, and with kernel and initrd measured by the firmware. Their time is a
+//! prediction, at the millisecond for each page that SEVeriFast (ASPLOS 2024) found on hardware; it is not
+//! measured here. stage0's time and counts are those of strict runs of Debian's kernel on the emulated
+//! platform, from the first vCPU's start to the kernel's first instruction.
 
 use std::fs;
 use std::path::Path;

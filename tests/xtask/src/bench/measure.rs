@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Launch digests of firmware images of 4 and 64 MiB, and of 255 vCPU counts in one call, as whole processes.
 //!
-//! The peers are `sev-snp-measure` and the `sev` crate (pure Rust, as a small program of ours). Every run's digest must be
-//! the same, so that nothing fast but wrong is timed. The yardstick is `openssl speed` on 4 KiB blocks, one core.
+//! The peers are `sev-snp-measure` and the `sev` crate (pure Rust, as a small program of ours). Every run's
+//! digest must be the same, so that nothing fast but wrong is timed. The yardstick is `openssl speed` on 4
+//! KiB blocks, one core.
 
 use std::fs;
 use std::path::Path;
@@ -43,7 +44,8 @@ fn firmware(size: usize) -> Vec<u8> {
     let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
     put(0x800, b"ASEV");
     put(0x800 - 4, &words(&[28, 1, 1, 0x80_0000, 0x1000, 1]));
-    // Entries of the table, each {data, length, GUID}: SEV metadata, SEV-ES reset block, and the table's own end.
+    // Entries of the table, each {data, length, GUID}: SEV metadata, SEV-ES reset block, and the table's own
+    // end.
     let metadata_guid = *b"\x66\x65\x88\xdc\x4a\x98\x98\x47\xa7\x5e\x55\x85\xa7\xbf\x67\xcc";
     let reset_guid = *b"\xde\x71\xf7\x00\x7e\x1a\xcb\x4f\x89\x0e\x68\xc7\x7e\x2f\xb4\x4e";
     let footer_guid = *b"\xde\x82\xb5\x96\xb2\x1f\xf7\x45\xba\xea\xa3\x66\xc5\x5a\x08\x2d";

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! vtpm-svc beside stock swtpm: latency of common commands, time from exec to the first answer, resident memory.
+//! vtpm-svc beside stock swtpm: latency of common commands, time from exec to the first answer, resident
+//! memory.
 //!
-//! Both get the same commands over a UNIX socket, in turn, in one run. Durability is not equal: vtpm-svc answers an NV write
-//! after two flushes, swtpm 0.7 writes a file, renames it and never flushes. So NV writes are measured with the state on
-//! disk, where the flushes count, and in memory (`/dev/shm`), where a flush costs nothing and only the work is compared; and
-//! swtpm runs a third time with a preloaded `rename` that flushes file and folder, which is what it would have to do to
-//! promise the same.
+//! Both get the same commands over a UNIX socket, in turn, in one run. Durability is not equal: vtpm-svc
+//! answers an NV write after two flushes, swtpm 0.7 writes a file, renames it and never flushes. So NV writes
+//! are measured with the state on disk, where the flushes count, and in memory (`/dev/shm`), where a flush
+//! costs nothing and only the work is compared; and swtpm runs a third time with a preloaded `rename` that
+//! flushes file and folder, which is what it would have to do to promise the same.
 
 use std::fs;
 use std::io::Read;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Command lines that pages show are command lines that the programs take.
 //!
-//! A line of a shell block goes to clap as it stands. One with an ellipsis, and code within a text, is walked: each subcommand and each
-//! option has to be there.
+//! A line of a shell block goes to clap as it stands. One with an ellipsis, and code within a text, is
+//! walked: each subcommand and each option has to be there.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -38,7 +38,8 @@ impl Programs {
         programs
     }
 
-    /// The program that a simple command calls, with the words from its name on. Words before it that change nothing are left out.
+    /// The program that a simple command calls, with the words from its name on. Words before it that change
+    /// nothing are left out.
     fn called<'a>(&self, words: &'a [String]) -> Option<(&Command, &'a [String])> {
         let mut words = words;
         loop {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The examples in `resources/` are what the programs take, and the sample evidence verifies as the README says.
+//! The examples in `resources/` are what the programs take, and the sample evidence verifies as the README
+//! says.
 
 use std::fs;
 use std::process::Command;
@@ -68,7 +69,8 @@ fn unnamed(policy: &str) -> Vec<String> {
         .filter(|(line, cells)| *line > from && cells.len() == 3)
         .map(|(_, cells)| &cells[0]);
     let rules = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
-    // `[minimum_tcb.milan]`, `platform_info.require`, `any_measurement = true`: the name of the rule comes first.
+    // `[minimum_tcb.milan]`, `platform_info.require`, `any_measurement = true`: the name of the rule comes
+    // first.
     let names = rules.filter(|rule| rule.len() > 3 && !rule.starts_with('.'));
     let names = names.map(|rule| {
         rule.trim_start_matches('[').split(['.', ' ', ']']).next().unwrap_or_default().to_owned()

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the checks need of Markdown: headings, links, code, fenced blocks and rows of tables, each with its line.
+//! What the checks need of Markdown: headings, links, code, fenced blocks and rows of tables, each with its
+//! line.
 
 /// A fenced block.
 #[derive(Clone, Debug, PartialEq, Eq)]

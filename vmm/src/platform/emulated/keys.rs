@@ -17,23 +17,14 @@ use crate::events::Events;
 
 /// Why there are no keys.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum KeysError {
     /// The file.
     #[error("keys of the emulated platform: {path}: {source}")]
-    File {
-        /// Where they should be.
-        path: PathBuf,
-        /// What is wrong.
-        source: io::Error,
-    },
+    File { path: PathBuf, source: io::Error },
     /// Its contents.
     #[error("keys of the emulated platform: {path}: {source}; delete the file to have new keys made")]
-    Chain {
-        /// Where they are.
-        path: PathBuf,
-        /// What is wrong.
-        source: ChainError,
-    },
+    Chain { path: PathBuf, source: ChainError },
 }
 
 /// Where keys are kept unless the user says otherwise: below `$XDG_STATE_HOME`, or `~/.local/state`.
@@ -43,7 +34,8 @@ pub fn default_path() -> PathBuf {
     state.unwrap_or_else(|| home().join(".local/state")).join("cvmm/emulated-platform.pem")
 }
 
-/// Reads the keys at `path`, or makes them. Two processes that do so at the same time end up with the same keys.
+/// Reads the keys at `path`, or makes them. Two processes that do so at the same time end up with the same
+/// keys.
 pub fn load_or_create(path: &Path, events: &Events) -> Result<Chain, KeysError> {
     match fs::read_to_string(path) {
         Ok(text) => parse(path, &text),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Two faults of the monitor that passed every test while the model was kinder than the kernel. The launch code as it was is
-//! repeated here, through the seam, and has to fail.
+//! Two faults of the monitor that passed every test while the model was kinder than the kernel. The launch
+//! code as it was is repeated here, through the seam, and has to fail.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -87,7 +87,8 @@ fn update(vm: &EmulatedVm, gpa: u64, source: &mut [u8]) -> Result<(), SevError> 
     vm.snp_launch_update(&mut args, source)
 }
 
-/// Linux 7.2.13 and 7.3.4, `sev.c:snp_launch_update`. The scratch buffer was a vector of the C library, which begins 16 bytes into a page.
+/// Linux 7.2.13 and 7.3.4, `sev.c:snp_launch_update`. The scratch buffer was a vector of the C library, which
+/// begins 16 bytes into a page.
 #[test]
 fn a_source_that_is_not_page_aligned_launches_nothing() {
     let Some(vm) = launching() else { return };
@@ -128,8 +129,9 @@ fn vcpu_asked_for(id: u32, mp_state: Option<u32>) -> Option<(EmulatedVm, Box<dyn
     Some((vm, ap))
 }
 
-/// Linux 6.12.117, 7.2.13 and 7.3.4, `x86.c:kvm_arch_vcpu_create` and `kvm_arch_vcpu_ioctl_run`. Nobody set the state of the second
-/// vCPU, which KVM creates waiting for an INIT. It must neither start nor go unnoticed.
+/// Linux 6.12.117, 7.2.13 and 7.3.4, `x86.c:kvm_arch_vcpu_create` and `kvm_arch_vcpu_ioctl_run`. Nobody set
+/// the state of the second vCPU, which KVM creates waiting for an INIT. It must neither start nor go
+/// unnoticed.
 #[test]
 fn an_ap_that_waits_for_an_init_is_not_started_by_ap_creation_and_ends_the_run() {
     let Some((vm, mut ap)) = vcpu_asked_for(1, None) else { return };
@@ -154,7 +156,8 @@ fn an_ap_that_waits_for_an_init_is_not_started_by_ap_creation_and_ends_the_run()
     assert!(error.contains("vCPU 1: KVM does not run it") && error.contains("waits for an INIT"), "{error}");
 }
 
-/// As the launch does it now. The first vCPU stands for any: it is the one that software models of KVM can run without an INIT.
+/// As the launch does it now. The first vCPU stands for any: it is the one that software models of KVM can
+/// run without an INIT.
 #[test]
 fn an_ap_that_is_halted_is_started_by_ap_creation() {
     let Some((_vm, mut ap)) = vcpu_asked_for(0, Some(KVM_MP_STATE_HALTED)) else { return };
@@ -164,7 +167,8 @@ fn an_ap_that_is_halted_is_started_by_ap_creation() {
     }
 }
 
-/// Another state that looks as if it could do: KVM waits for a SIPI inside of the kernel, and only a signal ends the call.
+/// Another state that looks as if it could do: KVM waits for a SIPI inside of the kernel, and only a signal
+/// ends the call.
 #[test]
 fn an_ap_that_waits_for_a_sipi_stays_where_it_is() {
     extern "C" fn nothing(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -186,8 +190,9 @@ fn an_ap_that_waits_for_a_sipi_stays_where_it_is() {
     assert_eq!(ran.lock().unwrap().as_deref(), Some("Interrupted"));
 }
 
-/// Linux 6.12.117 and 7.3.4 create a vCPU after LAUNCH_FINISH. Its save area was never given to the firmware, so VMRUN refuses it
-/// (`svm.c:svm_vcpu_run` hands that on as FAIL_ENTRY) until the guest has named one of its own.
+/// Linux 6.12.117 and 7.3.4 create a vCPU after LAUNCH_FINISH. Its save area was never given to the firmware,
+/// so VMRUN refuses it (`svm.c:svm_vcpu_run` hands that on as FAIL_ENTRY) until the guest has named one of
+/// its own.
 #[test]
 fn a_vcpu_that_is_created_after_the_launch_runs_only_from_the_guest_s_own_save_area() {
     let Some((vm, _first)) = vcpu_asked_for(0, None) else { return };

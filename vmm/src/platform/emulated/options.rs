@@ -38,6 +38,7 @@ pub struct EmulatedOptions {
     pub statistics: bool,
     /// The file with the platform's attestation keys; made if it does not exist.
     pub keys: PathBuf,
-    /// The processor that guests are told of and that the firmware checks CPUID pages against; `None` for this host's own.
+    /// The processor that guests are told of and that the firmware checks CPUID pages against; `None` for
+    /// this host's own.
     pub product: Option<Product>,
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The registers that the monitor set on a vCPU, and the VMSA that KVM would make of them.
 //!
-//! Stands for `sev_es_sync_vmsa` (Linux 6.12): what is measured is what was set, not what the plan said. A register that the
-//! monitor forgot shows as KVM's default here, and so as a different digest.
+//! Stands for `sev_es_sync_vmsa` (Linux 6.12): what is measured is what was set, not what the plan said. A
+//! register that the monitor forgot shows as KVM's default here, and so as a different digest.
 
 use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_regs;
@@ -41,7 +41,8 @@ impl Recorded {
         self.sregs = *sregs;
     }
 
-    /// `KVM_GET_SREGS` of a VM with AMD's extensions, whatever the host has: `svm_get_segment` (Linux 6.12.117 and 7.3.4).
+    /// `KVM_GET_SREGS` of a VM with AMD's extensions, whatever the host has: `svm_get_segment` (Linux
+    /// 6.12.117 and 7.3.4).
     pub fn reported_sregs(&self) -> kvm_sregs {
         let mut s = self.sregs;
         for segment in

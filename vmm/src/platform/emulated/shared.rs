@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What an emulated VM and its vCPUs share: the underlying VM, its memory, the model, and how far the guest has come.
+//! What an emulated VM and its vCPUs share: the underlying VM, its memory, the model, and how far the guest
+//! has come.
 
 use std::io;
 use std::sync::Arc;
@@ -60,7 +61,8 @@ pub enum Stage {
     Kernel,
 }
 
-/// What the VM and its vCPUs share. Declared so that the underlying VM goes before the memory that it refers to.
+/// What the VM and its vCPUs share. Declared so that the underlying VM goes before the memory that it refers
+/// to.
 pub struct VmShared {
     pub(super) kvm: KvmVm,
     pub(super) views: Views,
@@ -150,7 +152,8 @@ impl VmShared {
         }
     }
 
-    /// When the guest first runs, after the launch: patches what is in memory. Not part of FINISH, which only measures.
+    /// When the guest first runs, after the launch: patches what is in memory. Not part of FINISH, which only
+    /// measures.
     pub(super) fn begin(&self) -> Result<(), CallError> {
         let mut begun = lock(&self.begun);
         if *begun {
@@ -166,9 +169,9 @@ impl VmShared {
         Ok(())
     }
 
-    /// When the kernel's file is in memory and will run next: at the start, or when stage0 has checked it. Patches it, and
-    /// aliases the views until the kernel proper runs. stage0 itself needs no alias: it lies in the first MiB, and has the
-    /// C-bit in CR3 before it looks beyond.
+    /// When the kernel's file is in memory and will run next: at the start, or when stage0 has checked it.
+    /// Patches it, and aliases the views until the kernel proper runs. stage0 itself needs no alias: it lies
+    /// in the first MiB, and has the C-bit in CR3 before it looks beyond.
     pub(super) fn begin_kernel(&self) -> Result<(), CallError> {
         let Some(annotations) = &self.code.kernel else {
             *lock(&self.stage) = Stage::Kernel;
@@ -243,9 +246,10 @@ pub(super) fn intercept_msrs(kvm: &KvmVm) -> Result<(), CallError> {
         .map_err(CallError::of("KVM_X86_SET_MSR_FILTER"))
 }
 
-/// Keeps KVM from writing into the guest's code. On an Intel CPU VMMCALL, and a VMGEXIT that was not replaced, is an undefined
-/// instruction, over which KVM writes VMCALL: three bytes, and the fourth of a VMGEXIT is then executed on its own
-/// (Linux 6.12, arch/x86/kvm/x86.c, `emulator_fix_hypercall`). Without that quirk the guest gets #UD. An old KVM does not let go of it.
+/// Keeps KVM from writing into the guest's code. On an Intel CPU VMMCALL, and a VMGEXIT that was not
+/// replaced, is an undefined instruction, over which KVM writes VMCALL: three bytes, and the fourth of a
+/// VMGEXIT is then executed on its own (Linux 6.12, arch/x86/kvm/x86.c, `emulator_fix_hypercall`). Without
+/// that quirk the guest gets #UD. An old KVM does not let go of it.
 fn keep_hypercalls(kvm: &KvmVm) -> Result<(), CallError> {
     let quirks = kvm.fd.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
     if quirks & KVM_X86_QUIRK_FIX_HYPERCALL_INSN as i32 == 0 {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What a guest did with its pages, counted up to the kernel's first instruction and over the whole run.
 //!
-//! stage0's share is what a launch costs inside of the guest; with lazy acceptance it must not grow with RAM. Times are those
-//! of an emulated guest and say nothing about SNP hardware.
+//! stage0's share is what a launch costs inside of the guest; with lazy acceptance it must not grow with RAM.
+//! Times are those of an emulated guest and say nothing about SNP hardware.
 
 use std::fs;
 use std::sync::OnceLock;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Strict runs: a page is accessible only in the view, and in the state, in which hardware would let the guest use it.
+//! Strict runs: a page is accessible only in the view, and in the state, in which hardware would let the
+//! guest use it.
 //!
-//! Access is taken away in the monitor's own mappings (`mprotect`), which KVM follows: a forbidden access ends `KVM_RUN` with
-//! EFAULT. It is taken away at once, and given back late: a page that the guest has validated stays closed until something
-//! runs into it, when all that were validated since are opened together. So `PVALIDATE` costs no system call here, and memory
-//! that was validated in order is opened as one piece, whatever its size.
+//! Access is taken away in the monitor's own mappings (`mprotect`), which KVM follows: a forbidden access
+//! ends `KVM_RUN` with EFAULT. It is taken away at once, and given back late: a page that the guest has
+//! validated stays closed until something runs into it, when all that were validated since are opened
+//! together. So `PVALIDATE` costs no system call here, and memory that was validated in order is opened as
+//! one piece, whatever its size.
 //!
 //! | page | shared view | private view |
 //! |---|---|---|
@@ -27,7 +29,8 @@ use super::region::LOW_END;
 use super::region::Region;
 use crate::lock::lock;
 
-/// Pieces that wait to be opened before that is done without a need, so that a guest cannot make the list grow.
+/// Pieces that wait to be opened before that is done without a need, so that a guest cannot make the list
+/// grow.
 const WAITING_MAX: usize = 1024;
 
 /// What waits to be opened.
@@ -38,7 +41,8 @@ pub struct Gate {
     opened: AtomicU64,
 }
 
-/// The parts of `range` below and above the end of the common memory that lie in `region`, as offsets into it.
+/// The parts of `range` below and above the end of the common memory that lie in `region`, as offsets into
+/// it.
 fn parts(region: &Region, range: &Range<u64>) -> [Range<u64>; 2] {
     let all = region.range();
     let (start, end) = (range.start.clamp(all.start, all.end), range.end.clamp(all.start, all.end));
@@ -78,7 +82,8 @@ impl Gate {
                 set(&region.private, &high, false)?;
                 continue;
             }
-            // What was private and validated before stays so, and open. The rest of the high part is closed already.
+            // What was private and validated before stays so, and open. The rest of the high part is closed
+            // already.
             let mut result = Ok(());
             states.for_each_run_in(region.gpa + low.start..region.gpa + low.end, |run, state| {
                 let run = run.start - region.gpa..run.end - region.gpa;
@@ -117,8 +122,8 @@ impl Gate {
         self.opened.load(Ordering::Acquire)
     }
 
-    /// Opens what waits, after something ran into a closed page. `seen` is [`Gate::opened`] before the access. False if
-    /// nothing was opened since: the access is forbidden.
+    /// Opens what waits, after something ran into a closed page. `seen` is [`Gate::opened`] before the
+    /// access. False if nothing was opened since: the access is forbidden.
     pub fn open(&self, regions: &[Region], states: &PageStates, seen: u64) -> io::Result<bool> {
         let mut waiting = self.lock();
         if !waiting.is_empty() {
@@ -135,7 +140,8 @@ impl Gate {
     ) -> io::Result<()> {
         for range in waiting.drain(..) {
             let mut result = Ok(());
-            // A page may have changed again meanwhile. Whoever changes it now waits for the lock, and closes it then.
+            // A page may have changed again meanwhile. Whoever changes it now waits for the lock, and closes
+            // it then.
             states.for_each_run_in(range, |run, state| {
                 for region in regions.iter().filter(|_| state.usable()) {
                     for part in parts(region, &run) {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A vCPU of an emulated SNP guest: runs the guest on KVM, and answers its SNP instructions from the model.
 //!
-//! A patched instruction exits as a port write. While the exit is being handled RIP still points at the OUT, and KVM skips it
-//! at the next `KVM_RUN`; it must not be advanced here. Where RIP itself is to change, the OUT is completed first by a
-//! `KVM_RUN` with `immediate_exit` (Linux `Documentation/virt/kvm/api.rst`, `KVM_RUN`).
+//! A patched instruction exits as a port write. While the exit is being handled RIP still points at the OUT,
+//! and KVM skips it at the next `KVM_RUN`; it must not be advanced here. Where RIP itself is to change, the
+//! OUT is completed first by a `KVM_RUN` with `immediate_exit` (Linux `Documentation/virt/kvm/api.rst`,
+//! `KVM_RUN`).
 
 mod at_exit;
 mod forbidden;
@@ -71,8 +72,8 @@ const PAGE_FAULT: u8 = 14;
 const STATUS_FLAGS: u64 = 0x8d5;
 const CARRY: u64 = 1;
 const MSR_TSC: u32 = 0x10;
-/// Most places that are remembered to hold a replacement. A kernel has fewer than a hundred; a guest that makes more can only
-/// make its own exits slower.
+/// Most places that are remembered to hold a replacement. A kernel has fewer than a hundred; a guest that
+/// makes more can only make its own exits slower.
 const SITES_MAX: usize = 4096;
 /// Pause of a vCPU that has nothing to do any more.
 const WHILE_SEARCHING: Duration = Duration::from_millis(5);
@@ -83,7 +84,8 @@ const WAIT_IN_KERNEL: rustix::thread::Timespec = rustix::thread::Timespec { tv_s
 /// A vCPU.
 pub struct EmulatedVcpu {
     id: u32,
-    /// Before `vm`: the vCPU's descriptor keeps the kernel's VM, and that must not outlive the memory which `vm` holds.
+    /// Before `vm`: the vCPU's descriptor keeps the kernel's VM, and that must not outlive the memory which
+    /// `vm` holds.
     kvm: KvmVcpu,
     vm: Arc<VmShared>,
     model: VcpuModel,
@@ -91,7 +93,8 @@ pub struct EmulatedVcpu {
     wake: Arc<Wake>,
     /// It has been run at least once.
     started: bool,
-    /// Created after LAUNCH_FINISH, and not started by the guest since: it has no save area that hardware would take.
+    /// Created after LAUNCH_FINISH, and not started by the guest since: it has no save area that hardware
+    /// would take.
     unmeasured: bool,
     activity: Activity,
     /// What the monitor was told, and has not answered yet.
@@ -140,15 +143,16 @@ enum Told {
     },
 }
 
-/// What KVM calls a vCPU's `mp_state`, as far as it decides what an AP creation does to it (Linux 6.12.117 to 7.3.4, `x86.c`:
-/// `kvm_arch_vcpu_ioctl_run`, `vcpu_block`; `sev.c:sev_snp_init_protected_guest_state`).
+/// What KVM calls a vCPU's `mp_state`, as far as it decides what an AP creation does to it (Linux 6.12.117 to
+/// 7.3.4, `x86.c`: `kvm_arch_vcpu_ioctl_run`, `vcpu_block`; `sev.c:sev_snp_init_protected_guest_state`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Activity {
     /// It executes.
     Runnable,
     /// HALTED or AP_RESET_HOLD: an AP creation starts it.
     Halted,
-    /// UNINITIALIZED: it waits for an INIT. An AP creation wakes it, KVM_RUN answers EAGAIN, and the creation stays undone.
+    /// UNINITIALIZED: it waits for an INIT. An AP creation wakes it, KVM_RUN answers EAGAIN, and the creation
+    /// stays undone.
     Uninitialised,
     /// INIT_RECEIVED: it waits for a SIPI, and an AP creation leaves it there without an answer.
     InitReceived,
@@ -228,8 +232,9 @@ impl EmulatedVcpu {
         }
     }
 
-    /// Where the port write stands that has exited with RIP at `rip`, if it is the replacement `wanted`; otherwise it is the
-    /// guest's own. Linux exits with RIP on the instruction; a KVM that emulates it may have moved on by its two bytes.
+    /// Where the port write stands that has exited with RIP at `rip`, if it is the replacement `wanted`;
+    /// otherwise it is the guest's own. Linux exits with RIP on the instruction; a KVM that emulates it may
+    /// have moved on by its two bytes.
     fn site(&mut self, rip: u64, wanted: &[u8]) -> Option<u64> {
         [rip, rip.wrapping_sub(2)].into_iter().find(|at| self.is_site(*at, wanted))
     }
@@ -243,7 +248,8 @@ impl EmulatedVcpu {
         let (gpa, c_bit) = self.split(t.physical_address);
         let mut code = [0; 4];
         let Some(code) = code.get_mut(..wanted.len()) else { return false };
-        // With paging off, and while the views are aliased, the private side is what executes without a C-bit too.
+        // With paging off, and while the views are aliased, the private side is what executes without a C-bit
+        // too.
         let views = if c_bit { &[View::Private][..] } else { &[View::Private, View::Shared] };
         let mut reads = |view: &View| self.vm.views.read(gpa, *view, code).is_ok() && code == wanted;
         let found = t.valid != 0 && views.iter().any(&mut reads);
@@ -359,7 +365,8 @@ impl EmulatedVcpu {
 
     /// stage0 is done: the kernel is in place, checked, and not yet patched. RIP needs no change.
     fn handover(&mut self) -> Result<Next, CallError> {
-        // The guest can execute these bytes again, and elsewhere: then they are what they are, a write to a port.
+        // The guest can execute these bytes again, and elsewhere: then they are what they are, a write to a
+        // port.
         if self.id != 0 || self.vm.stage() != Stage::Shim {
             return Ok(Next::Pass);
         }
@@ -372,7 +379,8 @@ impl EmulatedVcpu {
         Ok(Next::Enter)
     }
 
-    /// The decompressor is done: its last two instructions were `mov rsi, r15; jmp *rax`, the first is patched.
+    /// The decompressor is done: its last two instructions were `mov rsi, r15; jmp *rax`, the first is
+    /// patched.
     fn kernel_entry(&mut self) -> Result<Next, CallError> {
         if self.id != 0 || self.vm.stage() != Stage::Decompressor {
             return Ok(Next::Pass);
@@ -393,7 +401,8 @@ impl EmulatedVcpu {
         regs.rip = at.rax;
         self.kvm.set_regs(&regs)?;
         if self.vm.views.end_alias(&self.vm.kvm, &self.vm.model.pages)? {
-            // The table entries carry the C-bit; hardware walks them privately without it in CR3 as well, this VM does not.
+            // The table entries carry the C-bit; hardware walks them privately without it in CR3 as well,
+            // this VM does not.
             let mut sregs = self.kvm.get_sregs()?;
             sregs.cr3 |= self.vm.c_mask();
             self.kvm.set_sregs(&sregs)?;
@@ -468,7 +477,8 @@ impl EmulatedVcpu {
             Some(Told::Mmio { data, .. }) => Reply::Mmio(data),
             // Once the page is shared, the guest's message is in it: with one backing, where it was written.
             Some(Told::PrivateGhcb { .. }) => return self.vmgexit(),
-            // The monitor has found the page in the right state by now: the instruction is executed again, as on hardware.
+            // The monitor has found the page in the right state by now: the instruction is executed again, as
+            // on hardware.
             Some(Told::Fault { again: Some(site), .. }) => {
                 self.go_back(site)?;
                 return Ok(Next::Enter);
@@ -530,7 +540,8 @@ impl EmulatedVcpu {
         }
     }
 
-    /// KVM gave up on an instruction. The monitor cannot read the registers of an SNP guest; those below it can be.
+    /// KVM gave up on an instruction. The monitor cannot read the registers of an SNP guest; those below it
+    /// can be.
     fn not_emulated(&self, suberror: u32) -> CallError {
         let rip = self.kvm.get_regs().map_or_else(|e| e.to_string(), |regs| format!("RIP {:#x}", regs.rip));
         let text =
@@ -579,7 +590,8 @@ impl EmulatedVcpu {
             let seen = self.vm.views.opened();
             let ran = self.kvm.fd.run().map(|_| ());
             if self.vm.views.searching() {
-                // Another vCPU has made a forbidden access, and will say so; what this one found means nothing.
+                // Another vCPU has made a forbidden access, and will say so; what this one found means
+                // nothing.
                 std::thread::sleep(WHILE_SEARCHING);
                 return Ok(Step::Interrupted);
             }
@@ -708,7 +720,8 @@ impl Vcpu for EmulatedVcpu {
     }
 
     fn pre_fault(&mut self, _: u64, len: u64) -> Result<u64, CallError> {
-        // kvm_arch_vcpu_pre_fault_memory: not before LAUNCH_FINISH. Pages of this platform need no assignment.
+        // kvm_arch_vcpu_pre_fault_memory: not before LAUNCH_FINISH. Pages of this platform need no
+        // assignment.
         match self.vm.model.registers_sealed() {
             true => Ok(len),
             false => Err(CallError::errno("KVM_PRE_FAULT_MEMORY", libc::EOPNOTSUPP)),

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The two views of guest memory: the C-bit is an ordinary address bit of the underlying VM.
 //!
-//! Each guest page appears at two guest-physical addresses: `gpa`, the shared view, and `gpa | C`, the private view. With
-//! *single* backing both show the same memory. With *split* backing each has its own, so that an access through the wrong
-//! view finds other data; *strict* ([`super::strict`]) makes it an error at once.
+//! Each guest page appears at two guest-physical addresses: `gpa`, the shared view, and `gpa | C`, the
+//! private view. With *single* backing both show the same memory. With *split* backing each has its own, so
+//! that an access through the wrong view finds other data; *strict* ([`super::strict`]) makes it an error at
+//! once.
 //!
-//! On hardware some accesses are private although no C-bit is in the address, because paging is off, or because page walks
-//! and instruction fetches always are. Split backing has to bend in two places for them:
-//! - the first MiB, where vCPUs start without paging, shows private memory in both views, always, and to the monitor's
-//!   devices as well;
-//! - until the kernel proper runs (the decompressor loads CR3 without the C-bit), the shared view of a page that is private
-//!   shows its private memory too. [`Views::end_alias`] ends that.
+//! On hardware some accesses are private although no C-bit is in the address, because paging is off, or
+//! because page walks and instruction fetches always are. Split backing has to bend in two places for them:
+//! - the first MiB, where vCPUs start without paging, shows private memory in both views, always, and to the
+//!   monitor's devices as well;
+//! - until the kernel proper runs (the decompressor loads CR3 without the C-bit), the shared view of a page
+//!   that is private shows its private memory too. [`Views::end_alias`] ends that.
 
 #![allow(unsafe_code, reason = "memory slots hand the kernel addresses in this process")]
 
@@ -42,8 +43,9 @@ use crate::platform::kvm::KvmVm;
 use crate::platform::mapping::Mapping;
 use crate::platform::memory::MemorySlot;
 
-/// Most memory slots at a time: each change of a page rebuilds them while the views are aliased, and KVM has 32,764. A guest that
-/// alternates shared and private pages needs one for each; Linux' decompressor needs a few.
+/// Most memory slots at a time: each change of a page rebuilds them while the views are aliased, and KVM has
+/// 32,764. A guest that alternates shared and private pages needs one for each; Linux' decompressor needs a
+/// few.
 const SLOTS_MAX: usize = 8192;
 
 /// A memory slot of the underlying VM.
@@ -76,7 +78,8 @@ pub struct Views {
     options: EmulatedOptions,
     c_mask: u64,
     regions: RwLock<Vec<Region>>,
-    /// Memory without a private side, such as a device's buffer: not RAM, and an access with the C-bit is a fault.
+    /// Memory without a private side, such as a device's buffer: not RAM, and an access with the C-bit is a
+    /// fault.
     shared_only: RwLock<Vec<MemorySlot>>,
     slots: Mutex<Slots>,
     gate: Gate,
@@ -168,7 +171,8 @@ impl Views {
         wanted.into_iter().try_for_each(|slot| slots.insert(vm, slot))
     }
 
-    /// Slots of the shared view of one region. `states` is given while private pages show their private memory.
+    /// Slots of the shared view of one region. `states` is given while private pages show their private
+    /// memory.
     fn shared_view(&self, region: &Region, states: Option<&PageStates>) -> Vec<Slot> {
         let mut slots = Vec::new();
         let mut push =
@@ -186,7 +190,8 @@ impl Views {
         slots
     }
 
-    /// From now on private pages show their private memory in the shared view as well, until [`Views::end_alias`].
+    /// From now on private pages show their private memory in the shared view as well, until
+    /// [`Views::end_alias`].
     pub fn begin_alias(&self, vm: &KvmVm, states: &PageStates) -> Result<(), CallError> {
         if self.single() {
             return Ok(());
@@ -214,7 +219,8 @@ impl Views {
         slots.replace(vm, &wanted, |slot| slot.gpa & self.c_mask != 0)
     }
 
-    /// Follows a change of the private attribute: strict runs take access away from the stale side, and an alias is redrawn.
+    /// Follows a change of the private attribute: strict runs take access away from the stale side, and an
+    /// alias is redrawn.
     pub fn attribute_changed(
         &self,
         vm: &KvmVm,
@@ -254,13 +260,14 @@ impl Views {
         self.gate.open(&self.regions(), states, seen).map_err(protecting)
     }
 
-    /// Whether a vCPU looks for the page that it must not touch. What others find in memory then means nothing.
+    /// Whether a vCPU looks for the page that it must not touch. What others find in memory then means
+    /// nothing.
     pub fn searching(&self) -> bool {
         self.searching.load(Ordering::Acquire)
     }
 
-    /// Leaves only pages that the guest may use in the underlying VM, for good: an access to another one shows its address, as
-    /// one to device memory. False if another vCPU has done that.
+    /// Leaves only pages that the guest may use in the underlying VM, for good: an access to another one
+    /// shows its address, as one to device memory. False if another vCPU has done that.
     pub fn show_allowed_only(&self, vm: &KvmVm, states: &PageStates) -> Result<bool, CallError> {
         if self.searching.swap(true, Ordering::AcqRel) {
             return Ok(false);
@@ -339,7 +346,8 @@ impl Views {
 enum Side<'a> {
     /// Through its mapping.
     Mapping(&'a Mapping),
-    /// Through the file behind it, at an offset: firmware and RMP reach private pages that are closed to the guest.
+    /// Through the file behind it, at an offset: firmware and RMP reach private pages that are closed to the
+    /// guest.
     File(&'a OwnedFd, u64),
 }
 
@@ -403,7 +411,8 @@ fn protecting(source: io::Error) -> CallError {
 }
 
 impl Slot {
-    /// Adds a slot that shows `range` of `region` at its address, with the bits `mask` set; it may continue the last one.
+    /// Adds a slot that shows `range` of `region` at its address, with the bits `mask` set; it may continue
+    /// the last one.
     fn push(slots: &mut Vec<Slot>, region: &Region, range: Range<u64>, mapping: &Mapping, mask: u64) {
         if range.is_empty() {
             return;

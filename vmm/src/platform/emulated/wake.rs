@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How one vCPU starts or stops another: an order, and a way to interrupt whatever the other one does.
 //!
-//! Stands for the kick in `sev_snp_ap_creation` (Linux 6.12). A vCPU that waits is woken through an event descriptor; one that
-//! runs is interrupted by the signal that also stops vCPU threads. One signal is enough: it keeps the vCPU from entering the
-//! guest even if it arrives just before ([`crate::platform::kvm::interrupt`]).
+//! Stands for the kick in `sev_snp_ap_creation` (Linux 6.12). A vCPU that waits is woken through an event
+//! descriptor; one that runs is interrupted by the signal that also stops vCPU threads. One signal is enough:
+//! it keeps the vCPU from entering the guest even if it arrives just before
+//! ([`crate::platform::kvm::interrupt`]).
 //!
-//! The descriptor is readable exactly while there is an order: both change under one lock. A descriptor that stayed readable
-//! would make a vCPU that waits spin.
+//! The descriptor is readable exactly while there is an order: both change under one lock. A descriptor that
+//! stayed readable would make a vCPU that waits spin.
 
 #![allow(unsafe_code, reason = "signals a thread by its kernel id")]
 
@@ -121,7 +122,8 @@ mod tests {
         rustix::event::poll(&mut [PollFd::new(&wake.event, PollFlags::IN)], Some(&now)).unwrap() == 1
     }
 
-    /// An order that is given while the target takes it must not leave the descriptor readable: the target would never wait again.
+    /// An order that is given while the target takes it must not leave the descriptor readable: the target
+    /// would never wait again.
     #[test]
     fn the_descriptor_is_readable_only_while_there_is_an_order() {
         let wake = Wake::new().unwrap();

@@ -45,7 +45,8 @@ pub(super) fn sev_attribute(kvm: &Kvm, attr: u32) -> Option<u64> {
         attr: attr.into(),
         addr: std::ptr::from_mut(&mut value) as u64,
     };
-    // SAFETY: the kernel reads `question`, and writes at most the 8 bytes of `value`, which outlives the call.
+    // SAFETY: the kernel reads `question`, and writes at most the 8 bytes of `value`, which outlives the
+    // call.
     let result = unsafe { ioctl_with_ref(kvm, KVM_GET_DEVICE_ATTR(), &question) };
     // Read through a pointer: the compiler has not seen the kernel's write.
     // SAFETY: `value` is a valid, initialised integer.
@@ -102,7 +103,8 @@ impl PlatformStatus {
 pub fn platform_status(sev: &File) -> Result<PlatformStatus, String> {
     let mut raw = [0u8; 32];
     let mut cmd = SevIssueCmd { cmd: SNP_PLATFORM_STATUS, data: raw.as_mut_ptr() as u64, error: 0 };
-    // SAFETY: the kernel reads and writes `cmd`, and writes the 32 bytes of the status to `raw`; both outlive the call.
+    // SAFETY: the kernel reads and writes `cmd`, and writes the 32 bytes of the status to `raw`; both outlive
+    // the call.
     let result = unsafe { ioctl_with_mut_ref(sev, SEV_ISSUE_CMD(), &mut cmd) };
     let error = io::Error::last_os_error();
     if result != 0 {

@@ -2,8 +2,9 @@
 //! Whether this host can launch SNP guests, asked before anything is built.
 //!
 //! Capabilities are those that the launch uses (Linux `Documentation/virt/kvm/api.rst` and
-//! `Documentation/virt/kvm/x86/amd-memory-encryption.rst`). Asking is apart from judging: [`LaunchFacts`] is plain data, and
-//! [`LaunchFacts::findings`] is what both the launch and `cvmm doctor` go by, so neither can be stricter than the other.
+//! `Documentation/virt/kvm/x86/amd-memory-encryption.rst`). Asking is apart from judging: [`LaunchFacts`] is
+//! plain data, and [`LaunchFacts::findings`] is what both the launch and `cvmm doctor` go by, so neither can
+//! be stricter than the other.
 
 use std::fmt;
 use std::fs::File;
@@ -67,7 +68,8 @@ const CAP_MEMORY_ATTRIBUTES: c_ulong = 233;
 const CAP_GUEST_MEMFD: c_ulong = 234;
 const CAP_VM_TYPES: c_ulong = 235;
 
-/// `KVM_X86_SNP_POLICY_BITS` (Linux 6.19) and `KVM_X86_SEV_SNP_REQ_CERTS` (Linux 7.0), not in `kvm-bindings` yet.
+/// `KVM_X86_SNP_POLICY_BITS` (Linux 6.19) and `KVM_X86_SEV_SNP_REQ_CERTS` (Linux 7.0), not in `kvm-bindings`
+/// yet.
 const SNP_POLICY_BITS: u32 = 1;
 const SEV_SNP_REQ_CERTS: u32 = 2;
 
@@ -94,7 +96,8 @@ pub struct Capabilities {
     pub user_space_msr: i32,
     /// `KVM_CAP_X86_MSR_FILTER`.
     pub msr_filter: i32,
-    /// SEV attribute 0: VMSA features that guests may have. `None`: no such attribute, and so no `KVM_SEV_INIT2`.
+    /// SEV attribute 0: VMSA features that guests may have. `None`: no such attribute, and so no
+    /// `KVM_SEV_INIT2`.
     pub vmsa_features: Option<u64>,
     /// SEV attribute 1: policy bits that guests may set.
     pub policy_bits: Option<u64>,
@@ -268,7 +271,8 @@ impl Capabilities {
     }
 }
 
-/// Linux 7.3, `arch/x86/kvm/Kconfig`: KVM_IOAPIC is "I/O APIC, PIC, and PIT emulation", which a kernel can be built without.
+/// Linux 7.3, `arch/x86/kvm/Kconfig`: KVM_IOAPIC is "I/O APIC, PIC, and PIT emulation", which a kernel can be
+/// built without.
 const NO_IOAPIC: &str = "This kernel was built without CONFIG_KVM_IOAPIC, which has the in-kernel I/O APIC, PIC and PIT: use a \
                          kernel that has it";
 
@@ -319,8 +323,8 @@ pub(super) fn check_snp(kvm: &Kvm) -> Result<(), NoSnp> {
     if missing.is_empty() { Ok(()) } else { Err(NoSnp(missing)) }
 }
 
-/// What an SNP VM must be able to do itself: at system scope KVM says what the kernel knows, only the VM says what it can use. The
-/// name of what is missing and KVM's answer.
+/// What an SNP VM must be able to do itself: at system scope KVM says what the kernel knows, only the VM says
+/// what it can use. The name of what is missing and KVM's answer.
 pub(super) fn check_vm(vm: &VmFd) -> Result<(), (&'static str, i32)> {
     for (number, name, bits) in
         [(CAP_GUEST_MEMFD, "KVM_CAP_GUEST_MEMFD", 1), (CAP_MEMORY_ATTRIBUTES, "KVM_CAP_MEMORY_ATTRIBUTES", 8)]

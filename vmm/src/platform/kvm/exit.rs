@@ -13,9 +13,11 @@ use crate::platform::exit::Exit;
 /// `KVM_EXIT_SNP_REQ_CERTS` (Linux 7.0).
 const EXIT_SNP_REQ_CERTS: u32 = 43;
 
-/// Decodes the exit that `run` holds after `KVM_RUN` returned 0 (or, for a memory fault, EFAULT or EHWPOISON).
+/// Decodes the exit that `run` holds after `KVM_RUN` returned 0 (or, for a memory fault, EFAULT or
+/// EHWPOISON).
 ///
-/// `run` must be the start of a vCPU's mapping as `VcpuFd::get_kvm_run` returns it: port data lies behind the structure.
+/// `run` must be the start of a vCPU's mapping as `VcpuFd::get_kvm_run` returns it: port data lies behind the
+/// structure.
 pub fn decode(run: &mut kvm_run) -> Exit<'_> {
     let base: *mut kvm_run = run;
     let u = &mut run.__bindgen_anon_1;
@@ -24,10 +26,11 @@ pub fn decode(run: &mut kvm_run) -> Exit<'_> {
             // SAFETY: exit_reason says that this union member is the valid one.
             let io = unsafe { u.io };
             let len = usize::from(io.size) * io.count as usize;
-            // The data lie behind the structure, so the pointer is made from the address of the mapping, which the kernel gave out.
+            // The data lie behind the structure, so the pointer is made from the address of the mapping,
+            // which the kernel gave out.
             let data = std::ptr::with_exposed_provenance_mut::<u8>(base.addr() + io.data_offset as usize);
-            // SAFETY: the kernel places `len` bytes at `data_offset` within the vCPU's mapping, which starts at `base` and
-            // lives as long as the vCPU, which is mutably borrowed for the life of the result.
+            // SAFETY: the kernel places `len` bytes at `data_offset` within the vCPU's mapping, which starts
+            // at `base` and lives as long as the vCPU, which is mutably borrowed for the life of the result.
             let data = unsafe { std::slice::from_raw_parts_mut(data, len) };
             match u32::from(io.direction) {
                 KVM_EXIT_IO_IN => Exit::IoIn { port: io.port, data },
@@ -54,14 +57,15 @@ pub fn decode(run: &mut kvm_run) -> Exit<'_> {
             Exit::MemoryFault { flags: fault.flags, gpa: fault.gpa, size: fault.size }
         }
         KVM_EXIT_SYSTEM_EVENT => {
-            // SAFETY: exit_reason says that this union member is the valid one; its inner union is all integers.
+            // SAFETY: exit_reason says that this union member is the valid one; its inner union is all
+            // integers.
             let (kind, ndata, data) =
                 unsafe { (u.system_event.type_, u.system_event.ndata, u.system_event.__bindgen_anon_1.data) };
             Exit::SystemEvent { kind, data: if ndata > 0 { data[0] } else { 0 } }
         }
         EXIT_SNP_REQ_CERTS => {
-            // SAFETY: the member of that reason is { u64 gpa, u64 npages, u64 ret }, at the start of the union, which is
-            // larger and 8-byte aligned.
+            // SAFETY: the member of that reason is { u64 gpa, u64 npages, u64 ret }, at the start of the
+            // union, which is larger and 8-byte aligned.
             let certs = unsafe { &mut *std::ptr::from_mut(u).cast::<ReqCerts>() };
             Exit::ReqCerts { gpa: certs.gpa, npages: &mut certs.npages, ret: &mut certs.ret }
         }

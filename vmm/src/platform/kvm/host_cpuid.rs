@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What this host's CPU itself answers to CPUID, and rows of CPUID as text that can be recorded and compared.
 //!
-//! KVM's table has bits that the CPU lacks and lacks bits that it has; the SNP firmware compares a guest's CPUID page with
-//! the CPU (SEV-SNP Firmware ABI 1.58, section 8.17.2.6). So whoever asks why a page was refused needs both.
+//! KVM's table has bits that the CPU lacks and lacks bits that it has; the SNP firmware compares a guest's
+//! CPUID page with the CPU (SEV-SNP Firmware ABI 1.58, section 8.17.2.6). So whoever asks why a page was
+//! refused needs both.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The SEV commands of `KVM_MEMORY_ENCRYPT_OP`, passed through.
 //!
-//! Each function fills in `struct kvm_sev_cmd` (Linux, `arch/x86/include/uapi/asm/kvm.h`) and hands over the caller's
-//! struct; the layouts are asserted in `kvm-bindings` and below.
+//! Each function fills in `struct kvm_sev_cmd` (Linux, `arch/x86/include/uapi/asm/kvm.h`) and hands over the
+//! caller's struct; the layouts are asserted in `kvm-bindings` and below.
 
 use std::os::fd::AsRawFd;
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A vCPU of the host's KVM.
 //!
-//! A vCPU is interrupted by a signal. One that arrives just before `KVM_RUN` would be lost, so its handler sets `immediate_exit`
-//! as well, which keeps that call from entering the guest (Linux `Documentation/virt/kvm/api.rst`, `KVM_RUN`).
+//! A vCPU is interrupted by a signal. One that arrives just before `KVM_RUN` would be lost, so its handler
+//! sets `immediate_exit` as well, which keeps that call from entering the guest (Linux
+//! `Documentation/virt/kvm/api.rst`, `KVM_RUN`).
 
 #![allow(
     unsafe_code,
@@ -36,7 +37,8 @@ use crate::platform::Vcpu;
 use crate::platform::error::CallError;
 use crate::platform::exit::Exit;
 
-/// Offsets of the local vector table's pins in the APIC page, and delivery modes (Intel SDM volume 3, 11.5.1).
+/// Offsets of the local vector table's pins in the APIC page, and delivery modes (Intel SDM volume 3,
+/// 11.5.1).
 const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
 const DELIVERY_EXTINT: u8 = 7;
@@ -68,15 +70,15 @@ thread_local! {
 pub extern "C" fn interrupt(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: a pointer that is not null is into the mapping of the vCPU that this very thread runs; `disarm` takes it away
-        // before the vCPU goes.
+        // SAFETY: a pointer that is not null is into the mapping of the vCPU that this very thread runs;
+        // `disarm` takes it away before the vCPU goes.
         unsafe { flag.write_volatile(1) };
     }
 }
 
 impl KvmVcpu {
-    /// From now on a signal keeps this vCPU from entering the guest, until [`KvmVcpu::disarm`] on the same thread. What the
-    /// signal is about must be looked at after this and before `KVM_RUN`.
+    /// From now on a signal keeps this vCPU from entering the guest, until [`KvmVcpu::disarm`] on the same
+    /// thread. What the signal is about must be looked at after this and before `KVM_RUN`.
     pub(in crate::platform) fn arm(&mut self) {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
     }
@@ -89,16 +91,16 @@ impl KvmVcpu {
 
     /// `KVM_RUN`; the errno if it fails.
     fn enter(&mut self) -> Result<(), i32> {
-        // SAFETY: the descriptor is a vCPU's; the call takes no argument, and writes to the vCPU's own mapping and to memory that
-        // the VM was given as guest memory.
+        // SAFETY: the descriptor is a vCPU's; the call takes no argument, and writes to the vCPU's own
+        // mapping and to memory that the VM was given as guest memory.
         match unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN as _, 0) } {
             0.. => Ok(()),
             _ => Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
         }
     }
 
-    /// XCR0, if the CPU has it. A KVM on a CPU without XSAVE reads no register and refuses to set one (Linux 7.3,
-    /// arch/x86/kvm/x86.c, `kvm_vcpu_ioctl_x86_get_xcrs` and `kvm_vcpu_ioctl_x86_set_xcrs`).
+    /// XCR0, if the CPU has it. A KVM on a CPU without XSAVE reads no register and refuses to set one (Linux
+    /// 7.3, arch/x86/kvm/x86.c, `kvm_vcpu_ioctl_x86_get_xcrs` and `kvm_vcpu_ioctl_x86_set_xcrs`).
     fn xcr0(&self) -> Result<Option<u64>, CallError> {
         let xcrs = self.fd.get_xcrs().map_err(CallError::of("KVM_GET_XCRS"))?;
         let found = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0);
@@ -199,7 +201,8 @@ impl Vcpu for KvmVcpu {
 
     fn pre_fault(&mut self, gpa: u64, len: u64) -> Result<u64, CallError> {
         let mut range = kvm_pre_fault_memory { gpa, size: len, ..Default::default() };
-        // SAFETY: the kernel reads and advances the struct, which outlives the call, and touches only guest memory.
+        // SAFETY: the kernel reads and advances the struct, which outlives the call, and touches only guest
+        // memory.
         match unsafe { ioctl_with_mut_ref(&self.fd, KVM_PRE_FAULT_MEMORY(), &mut range) } {
             0.. => Ok(len - range.size.min(len)),
             _ => Err(CallError { call: "KVM_PRE_FAULT_MEMORY", source: std::io::Error::last_os_error() }),

@@ -28,7 +28,8 @@ use crate::platform::interrupt::MsiRoute;
 use crate::platform::memory::MemorySlot;
 use crate::platform::sev::Snp;
 
-/// Where KVM may keep its internal pages on Intel CPUs: just below the BIOS region, outside of RAM and of devices.
+/// Where KVM may keep its internal pages on Intel CPUs: just below the BIOS region, outside of RAM and of
+/// devices.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
 /// Pins of the two PICs, and of the IOAPIC (`KVM_IOAPIC_NUM_PINS`).
@@ -39,7 +40,8 @@ const IOAPIC_PINS: u32 = 24;
 pub struct KvmVm {
     /// The file descriptor.
     pub fd: VmFd,
-    /// `/dev/sev`, open under one descriptor as long as the VM lives: KVM uses it again for every guest request.
+    /// `/dev/sev`, open under one descriptor as long as the VM lives: KVM uses it again for every guest
+    /// request.
     pub(super) sev: Option<File>,
     kind: VmKind,
     slots: Slots,
@@ -50,7 +52,8 @@ impl KvmVm {
         KvmVm { fd, sev, kind, slots: Slots::default() }
     }
 
-    /// Whether the VM itself can do what an SNP guest needs; otherwise the name of what is missing and KVM's answer.
+    /// Whether the VM itself can do what an SNP guest needs; otherwise the name of what is missing and KVM's
+    /// answer.
     pub fn check_snp(&self) -> Result<(), (&'static str, i32)> {
         check_vm(&self.fd)
     }
@@ -61,11 +64,12 @@ impl KvmVm {
         Ok(KvmVcpu { fd, unseen: false, _slots: Arc::clone(&self.slots) })
     }
 
-    /// `KVM_SET_USER_MEMORY_REGION` of part of a mapping; the emulated platform shows one mapping at several addresses.
+    /// `KVM_SET_USER_MEMORY_REGION` of part of a mapping; the emulated platform shows one mapping at several
+    /// addresses.
     ///
     /// # Safety
-    /// The memory at `host..host + len` must stay mapped until the slot is deleted or the VM is gone, and may be written
-    /// by the guest at any time. `len` 0 deletes the slot.
+    /// The memory at `host..host + len` must stay mapped until the slot is deleted or the VM is gone, and may
+    /// be written by the guest at any time. `len` 0 deletes the slot.
     pub unsafe fn set_slot(&self, slot: u32, gpa: u64, host: u64, len: u64) -> Result<(), CallError> {
         let region = kvm_userspace_memory_region {
             slot,
@@ -79,8 +83,8 @@ impl KvmVm {
     }
 }
 
-/// The pins of the interrupt controllers, as KVM connects them itself (Linux, `arch/x86/kvm/irq_comm.c`, `default_routing`): the first
-/// 16 go to both kinds.
+/// The pins of the interrupt controllers, as KVM connects them itself (Linux, `arch/x86/kvm/irq_comm.c`,
+/// `default_routing`): the first 16 go to both kinds.
 fn pins() -> impl Iterator<Item = kvm_irq_routing_entry> {
     let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
         gsi,
@@ -154,8 +158,9 @@ impl Vm for KvmVm {
     }
 
     fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError> {
-        // Never GUEST_MEMFD_FLAG_MMAP (Linux 6.18): KVM would then serve shared accesses from this memory too, and make their pages
-        // private in the RMP (7.3, `guest_memfd.c:kvm_gmem_bind`, `kvm_gmem_get_pfn`).
+        // Never GUEST_MEMFD_FLAG_MMAP (Linux 6.18): KVM would then serve shared accesses from this memory
+        // too, and make their pages private in the RMP (7.3, `guest_memfd.c:kvm_gmem_bind`,
+        // `kvm_gmem_get_pfn`).
         let args = kvm_create_guest_memfd { size, flags: 0, ..Default::default() };
         let fd = self.fd.create_guest_memfd(args).map_err(CallError::of("KVM_CREATE_GUEST_MEMFD"))?;
         // SAFETY: the kernel has just returned this descriptor to us, and nobody else owns it.

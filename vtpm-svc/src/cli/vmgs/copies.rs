@@ -65,7 +65,8 @@ pub(super) fn create(
     .into())
 }
 
-/// Makes a file under a temporary name and gives it its own only when it is whole, if nobody else has that by then.
+/// Makes a file under a temporary name and gives it its own only when it is whole, if nobody else has that by
+/// then.
 fn make_image(
     path: &Path,
     size: u64,
@@ -161,8 +162,8 @@ pub(super) fn clone(
         changes.push(Change::Flag(if keep { flags | FLAG_EXPORTED } else { flags & FLAG_DISCLOSED }));
         let ready = target.prepare(&changes).map_err(at(to))?;
         if keep {
-            // Before there is a second one, so that no end in between leaves two that do not know of each other; and after
-            // everything that can be refused.
+            // Before there is a second one, so that no end in between leaves two that do not know of each
+            // other; and after everything that can be refused.
             source.commit(&[Change::Flag(FLAG_EXPORTED)]).map_err(at(file))?;
         }
         target.write(ready).map(|_| ()).map_err(at(to))
@@ -240,8 +241,8 @@ fn behind_links(file: &Path) -> Result<PathBuf, CliError> {
 
 /// Puts a backup in the place of an image.
 ///
-/// What is checked is what was copied. The anchor hears of the copy before it has its name and confirms it after, so that
-/// at each moment the file that bears the name is acceptable.
+/// What is checked is what was copied. The anchor hears of the copy before it has its name and confirms it
+/// after, so that at each moment the file that bears the name is acceptable.
 pub(super) fn restore(
     backup: &Path,
     file: &Path,

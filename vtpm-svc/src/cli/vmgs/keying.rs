@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `vmgs rekey` and `repair`: every key of an image becomes another one, and nothing of before is left in the file.
+//! `vmgs rekey` and `repair`: every key of an image becomes another one, and nothing of before is left in the
+//! file.
 
 use std::path::Path;
 
@@ -43,8 +44,8 @@ pub(super) fn rekey(file: &Path, key: &KeyArgs, new_key: &NewKeyArgs, anchor: &A
     .into())
 }
 
-/// Opens an image whose key changes, and gives the new key. If the change was begun before and cut short, the new key is
-/// already the one that opens it, and the same command has to end what it began.
+/// Opens an image whose key changes, and gives the new key. If the change was begun before and cut short, the
+/// new key is already the one that opens it, and the same command has to end what it began.
 fn open_for_new_key(
     file: &Path,
     key: &KeyArgs,
@@ -64,8 +65,8 @@ fn open_for_new_key(
     }
     let raw = FsFile::open(file).map_err(VmgsError::opening).map_err(at(file))?;
     let unlocks = |secret: &Key| image::key_opens(&raw, secret).unwrap_or(false);
-    // Whatever is wrong with the new key, what was asked first was refused for the old one. Not asked for as a new one: who makes
-    // keys would make the next one, for an image that keeps its own.
+    // Whatever is wrong with the new key, what was asked first was refused for the old one. Not asked for as
+    // a new one: who makes keys would make the next one, for an image that keeps its own.
     let Some(secret) = key_of(new, &raw, None, Purpose::Open).ok().filter(unlocks) else { return Err(old) };
     let vmgs = open_with(raw, file, Some(secret.clone()), anchor, accept)?;
     Ok((vmgs, secret))

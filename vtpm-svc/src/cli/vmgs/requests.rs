@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `vmgs ppi` and `vmgs clock`: what an operator asks of the TPM's next start, and the offset of the guest's clock.
+//! `vmgs ppi` and `vmgs clock`: what an operator asks of the TPM's next start, and the offset of the guest's
+//! clock.
 
 use std::path::Path;
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! libtpms, found and called: the only unsafe code of the engine.
 //!
-//! The library is loaded at run time, so that building needs no development package and a host without it gets a
-//! sentence instead of a linker error. Declarations follow `libtpms/tpm_library.h`, `tpm_tis.h` and `tpm_memory.h` of
-//! version 0.9.2; the ABI carries symbol versions and has only grown since.
+//! The library is loaded at run time, so that building needs no development package and a host without it
+//! gets a sentence instead of a linker error. Declarations follow `libtpms/tpm_library.h`, `tpm_tis.h` and
+//! `tpm_memory.h` of version 0.9.2; the ABI carries symbol versions and has only grown since.
 //!
 //! The library keeps its state in globals and is not thread-safe: [`Api`] hands out raw calls, and
-//! [`super::Engine`] (of which there is one per process) makes sure that one thread at a time uses them. The single
-//! exception is the cancel call, which sets a flag and is made to be called from another thread.
+//! [`super::Engine`] (of which there is one per process) makes sure that one thread at a time uses them. The
+//! single exception is the cancel call, which sets a flag and is made to be called from another thread.
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
@@ -17,13 +17,14 @@ use std::ffi::c_uchar;
 use std::ffi::c_uint;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering;
 
 use libloading::Library;
 use zeroize::Zeroize;
 use zeroize::Zeroizing;
+
+use crate::lock::lock;
 
 use super::error::EngineError;
 use super::store::Blob;
@@ -59,9 +60,10 @@ pub(super) struct Host {
 static HOST: Mutex<Option<Host>> = Mutex::new(None);
 static LOCALITY: AtomicU8 = AtomicU8::new(0);
 
-/// The callbacks' side of the engine. Never held over a call into the library, which would call back and wait for it.
+/// The callbacks' side of the engine. Never held over a call into the library, which would call back and wait
+/// for it.
 pub(super) fn host() -> MutexGuard<'static, Option<Host>> {
-    HOST.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&HOST)
 }
 
 /// Sets the locality of the next command.
@@ -102,7 +104,8 @@ unsafe extern "C" fn load(data: *mut *mut c_uchar, length: *mut u32, _tpm: u32, 
     if buffer.is_null() {
         return FAIL;
     }
-    // SAFETY: the buffer was just allocated with at least `bytes.len()` bytes; the out-pointers are libtpms' locals.
+    // SAFETY: the buffer was just allocated with at least `bytes.len()` bytes; the out-pointers are libtpms'
+    // locals.
     unsafe {
         std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer, bytes.len());
         *data = buffer;
@@ -234,7 +237,8 @@ impl Api {
 
     /// Chooses TPM 2.0 and registers the callbacks.
     pub(super) fn prepare(&self) -> Result<(), EngineError> {
-        // On a failure the library would print the whole command, which may carry a secret, to standard error.
+        // On a failure the library would print the whole command, which may carry a secret, to standard
+        // error.
         if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
             // SAFETY: the descriptor is given away for good.
             unsafe { (self.debug_fd)(std::os::fd::IntoRawFd::into_raw_fd(null)) };
@@ -313,8 +317,8 @@ impl Api {
 
     /// Forgets states that were set and not used.
     ///
-    /// Setting a null state would not do: the library takes that for "start without one" and manufactures a new TPM.
-    /// Changing the version and back drops all cached states, and is refused while a TPM runs.
+    /// Setting a null state would not do: the library takes that for "start without one" and manufactures a
+    /// new TPM. Changing the version and back drops all cached states, and is refused while a TPM runs.
     pub(super) fn forget_states(&self) -> Result<(), EngineError> {
         // SAFETY: 0 and 1 are the two values of the enumeration.
         unsafe {

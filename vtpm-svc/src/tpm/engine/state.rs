@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! TPM state in the guest-state file: one framed blob per file, durable before the TPM answers.
 //!
-//! Each blob carries a header with its own length and its engine, because a state that was silently padded or cut, or
-//! that belongs to another engine, has destroyed TPMs of other products. The permanent state that was last read back
-//! and understood is kept a second time, so that an operator has something to go back to.
+//! Each blob carries a header with its own length and its engine, because a state that was silently padded or
+//! cut, or that belongs to another engine, has destroyed TPMs of other products. The permanent state that was
+//! last read back and understood is kept a second time, so that an operator has something to go back to.
 
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
-use std::sync::PoisonError;
 
 use zeroize::Zeroizing;
 
+use crate::bytes::array;
+use crate::lock::lock;
 use crate::vmgs::Change;
 use crate::vmgs::FileId;
 use crate::vmgs::Vmgs;
@@ -31,34 +32,20 @@ const HEADER: usize = 32;
 
 /// Why a stored blob was not used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum FrameError {
     /// Too short or without the magic.
     #[error("{0} bytes that do not begin with the header of a vTPM state")]
     NotAFrame(usize),
     /// A version or an engine that is not ours.
     #[error("version {version}, engine `{engine}` (expected version 1, engine `ltpm`)")]
-    Foreign {
-        /// Version found.
-        version: u32,
-        /// Engine found.
-        engine: String,
-    },
+    Foreign { version: u32, engine: String },
     /// The wrong blob.
     #[error("blob kind {found}, expected {expected}")]
-    Kind {
-        /// As found.
-        found: u32,
-        /// As needed.
-        expected: u32,
-    },
+    Kind { found: u32, expected: u32 },
     /// The length does not match.
     #[error("the header promises {promised} bytes, {present} follow it")]
-    Length {
-        /// Bytes promised.
-        promised: u64,
-        /// Bytes present.
-        present: u64,
-    },
+    Length { promised: u64, present: u64 },
 }
 
 /// Puts the header in front of a blob.
@@ -76,11 +63,7 @@ pub fn frame(blob: Blob, engine_version: u32, data: &[u8]) -> Vec<u8> {
 
 /// Takes the header off and checks every field of it.
 pub fn unframe(blob: Blob, bytes: &[u8]) -> Result<&[u8], FrameError> {
-    let word = |at: usize| {
-        let mut v = [0; 4];
-        v.copy_from_slice(&bytes[at..at + 4]);
-        u32::from_le_bytes(v)
-    };
+    let word = |at: usize| u32::from_le_bytes(array(bytes, at));
     if bytes.len() < HEADER || &bytes[..8] != MAGIC {
         return Err(FrameError::NotAFrame(bytes.len()));
     }
@@ -122,15 +105,16 @@ struct Held {
     understood: Option<Zeroizing<Vec<u8>>>,
     /// The physical-presence record, if the start has changed it.
     ppi: Option<Ppi>,
-    /// The start is to be a fresh one: a stored volatile state is not there, and goes when the start succeeds.
+    /// The start is to be a fresh one: a stored volatile state is not there, and goes when the start
+    /// succeeds.
     fresh: bool,
 }
 
 /// Blobs in a guest-state file.
 ///
-/// Between [`VmgsState::hold`] and [`VmgsState::settle`] the permanent state is kept back, so that powering on is one
-/// commit, whatever the engine stores on the way, and a crash in the making of a TPM leaves none rather than half of one.
-/// Nothing may be answered in between.
+/// Between [`VmgsState::hold`] and [`VmgsState::settle`] the permanent state is kept back, so that powering
+/// on is one commit, whatever the engine stores on the way, and a crash in the making of a TPM leaves none
+/// rather than half of one. Nothing may be answered in between.
 pub struct VmgsState<F> {
     vmgs: SharedVmgs<F>,
     engine_version: u32,
@@ -186,7 +170,7 @@ impl<F: BlockFile> VmgsState<F> {
 
     /// The image.
     pub fn vmgs(&self) -> MutexGuard<'_, Vmgs<F>> {
-        self.vmgs.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.vmgs)
     }
 
     /// The version that is recorded.
@@ -195,7 +179,7 @@ impl<F: BlockFile> VmgsState<F> {
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.held)
     }
 
     /// From now on the permanent state stays in memory.
@@ -224,8 +208,8 @@ impl<F: BlockFile> VmgsState<F> {
         !fresh && has_volatile(&self.vmgs())
     }
 
-    /// The physical-presence request that the image has pending. A TPM that is about to continue where it was, from a
-    /// volatile state, is not restarted, so nothing is due.
+    /// The physical-presence request that the image has pending. A TPM that is about to continue where it
+    /// was, from a volatile state, is not restarted, so nothing is due.
     pub fn pending_ppi(&self) -> Result<Option<Ppi>, VmgsError> {
         if self.continues() {
             return Ok(None);
@@ -270,8 +254,8 @@ impl<F: BlockFile> VmgsState<F> {
         Ok(())
     }
 
-    /// Makes durable what was held, in one commit. The copy of a good state alone is not worth one: it goes along with
-    /// the next store.
+    /// Makes durable what was held, in one commit. The copy of a good state alone is not worth one: it goes
+    /// along with the next store.
     pub fn settle(&self, delete_volatile: bool) -> Result<(), WriteError> {
         let Held { state, understood, ppi, fresh, .. } = std::mem::take(&mut *self.held());
         let ppi = ppi.map(Ppi::to_bytes);

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What every write to the image has to pass: a bound on how often, and a look whether the image is still where it was.
+//! What every write to the image has to pass: a bound on how often, and a look whether the image is still
+//! where it was.
 //!
-//! A guest decides how often its TPM stores, and each store is two flushes of the host's disk. And a file that was replaced by
-//! name (`mv copy image`) takes writes as before, but nobody will ever read them: such a write is refused.
+//! A guest decides how often its TPM stores, and each store is two flushes of the host's disk. And a file
+//! that was replaced by name (`mv copy image`) takes writes as before, but nobody will ever read them: such a
+//! write is refused.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -26,7 +28,8 @@ const BURST_SECONDS: u32 = 10;
 #[derive(Debug, Default)]
 pub struct Upkeep {
     file: Option<OwnedFd>,
-    /// Whether the file had a name when the TPM was first powered on. One that had none is not meant to be found again.
+    /// Whether the file had a name when the TPM was first powered on. One that had none is not meant to be
+    /// found again.
     named: OnceLock<bool>,
     pace: Option<Pace>,
 }

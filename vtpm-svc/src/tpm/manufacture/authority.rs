@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The host's certificate authority: a key and a self-signed certificate in a folder, made once, whole, and checked each time.
+//! The host's certificate authority: a key and a self-signed certificate in a folder, made once, whole, and
+//! checked each time.
 //!
-//! Every certificate stays in its TPM for good, so a key that does not belong to `ca.pem` would do lasting damage without a
-//! word. Making holds a lock on the folder, and both files come into their places complete and on disk. The key is first: what
-//! it needs beside it is made from it alone, so a crash in between, or a lost `ca.pem`, costs nothing. The other way round there
-//! is no way back, and the folder is refused.
+//! Every certificate stays in its TPM for good, so a key that does not belong to `ca.pem` would do lasting
+//! damage without a word. Making holds a lock on the folder, and both files come into their places complete
+//! and on disk. The key is first: what it needs beside it is made from it alone, so a crash in between, or a
+//! lost `ca.pem`, costs nothing. The other way round there is no way back, and the folder is refused.
 
 use std::fs::File;
 use std::io;
@@ -84,11 +85,12 @@ impl Authority {
         Self::of_key(SigningKey::random(&mut rand_core::OsRng))
     }
 
-    /// The authority of a key. Its name comes from the key, so that a certificate that is made again has the same one.
+    /// The authority of a key. Its name comes from the key, so that a certificate that is made again has the
+    /// same one.
     fn of_key(key: SigningKey) -> Result<Self, ManufactureError> {
         let public = public_key(&key)?;
         let id = key_id(&public)?;
-        let mark: String = id.as_bytes()[..4].iter().map(|b| format!("{b:02x}")).collect();
+        let mark = hex::encode(&id.as_bytes()[..4]);
         let name = Name::from_str(&format!("CN=cvmm vTPM CA {mark}"))?;
         let extensions = vec![
             extension(false, &SubjectKeyIdentifier(id))?,
@@ -163,7 +165,7 @@ impl Place {
 
     /// Puts a file in its place: whole, on disk, and only if nothing is there.
     fn put(&self, path: &Path, mode: u32, bytes: &[u8]) -> Result<(), ManufactureError> {
-        let mark: String = random::<8>()?.iter().map(|b| format!("{b:02x}")).collect();
+        let mark = hex::encode(random::<8>()?);
         let temporary = self.folder.join(format!(".new-{mark}"));
         let written = File::options().write(true).create_new(true).mode(mode).open(&temporary);
         let linked = written.and_then(|mut file| {

@@ -8,18 +8,14 @@ use crate::tpm::commands::CommandError;
 
 /// Why a TPM was not made.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ManufactureError {
     /// A command.
     #[error(transparent)]
     Command(#[from] CommandError),
     /// A file of the authority.
     #[error("certificate authority {path}: {problem}")]
-    Authority {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
+    Authority { path: PathBuf, problem: String },
     /// A public area that is not what the template asked for.
     #[error("the TPM returned a public key that does not fit its template")]
     PublicKey,

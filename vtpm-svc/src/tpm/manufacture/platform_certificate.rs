@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The platform certificate: who made the platform that the TPM sits in, as a file that the operator has from there.
+//! The platform certificate: who made the platform that the TPM sits in, as a file that the operator has from
+//! there.
 //!
-//! TCG Platform Certificate Profile 1.1 (an X.509 attribute certificate, RFC 5755, or a public-key certificate). Its
-//! signature is not judged here: the issuer is the platform's maker, whom only a verifier can know. What is checked is that
-//! the file is one certificate in DER and nothing else, and that the engine can hold it.
+//! TCG Platform Certificate Profile 1.1 (an X.509 attribute certificate, RFC 5755, or a public-key
+//! certificate). Its signature is not judged here: the issuer is the platform's maker, whom only a verifier
+//! can know. What is checked is that the file is one certificate in DER and nothing else, and that the engine
+//! can hold it.
 
 use std::io::Read;
 use std::path::Path;
@@ -81,7 +83,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// An attribute certificate laid out by hand after RFC 5755, section 4.1: version 1, a holder, the rest left out.
+    /// An attribute certificate laid out by hand after RFC 5755, section 4.1: version 1, a holder, the rest
+    /// left out.
     const ATTRIBUTE: &[u8] = &[
         0x30, 0x11, // signed
         0x30, 0x09, 0x02, 0x01, 0x01, 0x30, 0x04, 0xa1, 0x02, 0x04, 0x00, // contents

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the firmware accepts in an entry of a CPUID page, leaf by leaf.
 //!
-//! AMD-ASPFW, the firmware that AMD published for Genoa in August 2023: `cpuid_lookup.c` (`lookup_table`, the `*_CUSTOM`
-//! functions, `cpuid_entry_rule_check`, `sanitize_cpuid_entry`) and the constants of `cpuid_lookup.h`. Which features a
-//! processor has is data, see [`Processor`]; the structure here is Genoa's, and taken for the other products as well, with
-//! one addition: a field's value on the processor itself is always accepted.
+//! AMD-ASPFW, the firmware that AMD published for Genoa in August 2023: `cpuid_lookup.c` (`lookup_table`, the
+//! `*_CUSTOM` functions, `cpuid_entry_rule_check`, `sanitize_cpuid_entry`) and the constants of
+//! `cpuid_lookup.h`. Which features a processor has is data, see [`Processor`]; the structure here is
+//! Genoa's, and taken for the other products as well, with one addition: a field's value on the processor
+//! itself is always accepted.
 
 use crate::cpuid::CpuidRegisters;
 use crate::firmware::product::Processor;
@@ -35,7 +36,8 @@ const REGISTERS: [Register; 4] = [Register::Eax, Register::Ebx, Register::Ecx, R
 /// Leaf, first and last sub-leaf, and the rules for EAX, EBX, ECX, EDX.
 type Line = (u32, u32, u32, [Rule; 4]);
 
-/// Leaves without a function of their own. A leaf of the two ranges that is neither here nor in [`corrected`] must be zero.
+/// Leaves without a function of their own. A leaf of the two ranges that is neither here nor in [`corrected`]
+/// must be zero.
 const TABLE: &[Line] = &[
     (0, 0, 0, [AtMost, FREE, FREE, FREE]),
     (2, 0, 0, [FREE, FREE, FREE, FREE]),
@@ -81,8 +83,8 @@ const SIGNATURE_RESERVED: u32 = 0xf000_f000;
 const LEAF1_ECX_FREE: u32 = 1 << 27 | 1 << 31;
 /// Leaf 7, ECX: OSPKE is not looked at.
 const LEAF7_ECX_FREE: u32 = 1 << 4;
-/// Components of XCR0 and what each adds to the size of the compacted area, and the whole size of the standard area up to
-/// its end.
+/// Components of XCR0 and what each adds to the size of the compacted area, and the whole size of the
+/// standard area up to its end.
 const XCR0_SIZES: [(u64, u32, u32); 5] = [
     (1 << 9, 0x8, 0x988),
     (1 << 7, 0x400, 0x980),
@@ -210,8 +212,8 @@ fn corrected(entry: &Entry, processor: &Processor, c_bit: u8) -> CpuidRegisters 
     r
 }
 
-/// A signature that is not above the processor's (`compare_FMS`). The firmware adds base and extended model where processors
-/// join them (`FMS_MODEL`): 0x11 counts as 2, 0xA0 as 10.
+/// A signature that is not above the processor's (`compare_FMS`). The firmware adds base and extended model
+/// where processors join them (`FMS_MODEL`): 0x11 counts as 2, 0xA0 as 10.
 fn signature(asked: u32, processor: u32) -> u32 {
     let parts = |eax: u32| {
         let field = |at: u32, mask: u32| eax >> at & mask;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Registers and addresses at an exit, read as cheaply as KVM offers it: an emulated PVALIDATE is little else.
+//! Registers and addresses at an exit, read as cheaply as KVM offers it: an emulated PVALIDATE is little
+//! else.
 
 use kvm_bindings::kvm_regs;
 use kvm_bindings::kvm_translation;
@@ -25,7 +26,8 @@ impl EmulatedVcpu {
         Ok(())
     }
 
-    /// `KVM_TRANSLATE`. KVM walks the guest's tables itself; in strict runs they may lie in pages that wait to be opened.
+    /// `KVM_TRANSLATE`. KVM walks the guest's tables itself; in strict runs they may lie in pages that wait
+    /// to be opened.
     pub(super) fn translate(&self, address: u64) -> Result<kvm_translation, CallError> {
         let walk = || self.kvm.fd.translate_gva(address).map_err(CallError::of("KVM_TRANSLATE"));
         let seen = self.vm.views.opened();

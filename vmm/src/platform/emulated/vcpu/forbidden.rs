@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What to say of an access that a strict run does not allow: which page, through which view, and from where.
 //!
-//! KVM reports it as EFAULT of `KVM_RUN`, without an address. The instruction has not been executed, so it is tried again with
-//! forbidden pages taken out of the VM's memory slots: KVM then takes the access for one to a device, and exits with its
-//! address. The run is over in any case; the VM is not used again.
+//! KVM reports it as EFAULT of `KVM_RUN`, without an address. The instruction has not been executed, so it is
+//! tried again with forbidden pages taken out of the VM's memory slots: KVM then takes the access for one to
+//! a device, and exits with its address. The run is over in any case; the VM is not used again.
 
 use std::io;
 use std::sync::Arc;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What an AP creation does to a vCPU beside its registers: the reset of an INIT.
 //!
-//! Stands for `kvm_vcpu_reset` with `init_event`, which `vcpu_enter_guest` calls before it loads the guest's VMSA, and for
-//! `kvm_lapic_reset` in it (Linux 6.12.117 and 7.3.4, `x86.c` and `lapic.c`). What the monitor had set in the local APIC is gone
-//! afterwards, and the guest's shared clocks are off; a guest that counted on either would fail on hardware too.
+//! Stands for `kvm_vcpu_reset` with `init_event`, which `vcpu_enter_guest` calls before it loads the guest's
+//! VMSA, and for `kvm_lapic_reset` in it (Linux 6.12.117 and 7.3.4, `x86.c` and `lapic.c`). What the monitor
+//! had set in the local APIC is gone afterwards, and the guest's shared clocks are off; a guest that counted
+//! on either would fail on hardware too.
 
 use kvm_bindings::kvm_debugregs;
 use kvm_bindings::kvm_lapic_state;
@@ -28,10 +29,11 @@ const ERROR_STATUS: usize = 0x280;
 const INTERRUPT_COMMAND: [usize; 2] = [0x300, 0x310];
 const INITIAL_COUNT: usize = 0x380;
 const DIVIDE: usize = 0x3e0;
-/// KVM's own MSRs of a vCPU: system time, asynchronous page faults, stolen time, end of interrupt, and the interrupt of the second.
+/// KVM's own MSRs of a vCPU: system time, asynchronous page faults, stolen time, end of interrupt, and the
+/// interrupt of the second.
 const PARAVIRTUAL_MSRS: [u32; 6] = [0x12, 0x4b56_4d01, 0x4b56_4d02, 0x4b56_4d03, 0x4b56_4d04, 0x4b56_4d06];
-/// MSRs that a save area holds and that a guest's may only hold as zero (`VmsaState::decode`): SYSENTER, STAR to SFMASK, FS and GS are
-/// loaded with the segments, KERNEL_GS_BASE, TSC_AUX, XSS, DEBUGCTL.
+/// MSRs that a save area holds and that a guest's may only hold as zero (`VmsaState::decode`): SYSENTER, STAR
+/// to SFMASK, FS and GS are loaded with the segments, KERNEL_GS_BASE, TSC_AUX, XSS, DEBUGCTL.
 const SAVED_MSRS: [u32; 11] = [
     0x174,
     0x175,

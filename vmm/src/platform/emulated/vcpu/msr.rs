@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Which MSRs a guest may reach through its communication page.
 //!
-//! On hardware KVM carries such a request out as the guest's own instruction (Linux 6.12.117 and 7.3.4: `svm_invoke_exit_handler`, then
-//! `kvm_emulate_rdmsr` and `kvm_emulate_wrmsr` of `x86.c`, not host-initiated). The calls that this platform has, KVM_GET_MSRS and
-//! KVM_SET_MSRS, act as the host: they write what is read-only for a guest, such as the microcode's level. So only those on the lists
-//! below are passed on; others raise #GP, as an MSR that is not there.
+//! On hardware KVM carries such a request out as the guest's own instruction (Linux 6.12.117 and 7.3.4:
+//! `svm_invoke_exit_handler`, then `kvm_emulate_rdmsr` and `kvm_emulate_wrmsr` of `x86.c`, not
+//! host-initiated). The calls that this platform has, KVM_GET_MSRS and KVM_SET_MSRS, act as the host: they
+//! write what is read-only for a guest, such as the microcode's level. So only those on the lists below are
+//! passed on; others raise #GP, as an MSR that is not there.
 //!
-//! The guest's side chooses nothing: `vc_handle_msr` of Linux (`arch/x86/coco/sev`) sends every access that the processor refused to
-//! carry out, but those of the protocol itself and of a secure TSC. So the lists follow from what KVM intercepts:
+//! The guest's side chooses nothing: `vc_handle_msr` of Linux (`arch/x86/coco/sev`) sends every access that
+//! the processor refused to carry out, but those of the protocol itself and of a secure TSC. So the lists
+//! follow from what KVM intercepts:
 //!
-//! - MSRs that a Linux guest reaches for on AMD processors (`arch/x86/kernel`: `tsc.c`, `tsc_sync.c`, `kvm.c`, `kvmclock.c`, `apic/`, `cpu/amd.c`,
-//!   `cpu/mtrr/`, `cpu/mce/`) and that KVM intercepts are here.
-//! - MSRs that an SNP guest has to itself are not: those that `svm.c` (`direct_access_msrs` in 6.12, `svm_recalc_msr_intercepts` in 7.3) and `sev.c`
-//!   (`sev_es_init_vmcb`, `sev_es_recalc_msr_intercepts`) never intercept: STAR to SFMASK, SYSENTER, FS and GS bases, EFER, PAT, SPEC_CTRL, PRED_CMD, DEBUGCTL.
-//!   No access to them becomes a request, and `sev_es_prevent_msr_access` refuses one that a guest makes up: with #GP for a read, and
-//!   for a write KVM_RUN fails with EINVAL (`kvm_emulate_wrmsr`: a negative result is the caller's), here too ([`refused`]).
+//! - MSRs that a Linux guest reaches for on AMD processors (`arch/x86/kernel`: `tsc.c`, `tsc_sync.c`,
+//!   `kvm.c`, `kvmclock.c`, `apic/`, `cpu/amd.c`, `cpu/mtrr/`, `cpu/mce/`) and that KVM intercepts are here.
+//! - MSRs that an SNP guest has to itself are not: those that `svm.c` (`direct_access_msrs` in 6.12,
+//!   `svm_recalc_msr_intercepts` in 7.3) and `sev.c` (`sev_es_init_vmcb`, `sev_es_recalc_msr_intercepts`)
+//!   never intercept: STAR to SFMASK, SYSENTER, FS and GS bases, EFER, PAT, SPEC_CTRL, PRED_CMD, DEBUGCTL. No
+//!   access to them becomes a request, and `sev_es_prevent_msr_access` refuses one that a guest makes up:
+//!   with #GP for a read, and for a write KVM_RUN fails with EINVAL (`kvm_emulate_wrmsr`: a negative result
+//!   is the caller's), here too ([`refused`]).
 //! - TSC_AUX and XSS belong to either group, depending on the processor and the version; they are here.
 
 use std::ops::RangeInclusive;
@@ -76,7 +80,8 @@ pub(super) fn writable(index: u32) -> bool {
 mod tests {
     use super::*;
 
-    /// Read-only by AMD64 Architecture Programmer's Manual volume 2, appendix A: PATCH_LEVEL, MTRRcap, MCG_CAP.
+    /// Read-only by AMD64 Architecture Programmer's Manual volume 2, appendix A: PATCH_LEVEL, MTRRcap,
+    /// MCG_CAP.
     #[test]
     fn what_is_read_only_for_a_guest_cannot_be_written() {
         for index in [0x8b, 0xfe, 0x179, 0x10a] {
@@ -91,8 +96,9 @@ mod tests {
         }
     }
 
-    /// What KVM lets an SNP guest reach without an exit (Linux 6.12.117, `svm.c:direct_access_msrs` where `always`, and what
-    /// `svm_init_vmcb` and `sev_es_init_vmcb` add): STAR, LSTAR, CSTAR, SFMASK, SYSENTER, FS, GS, KERNEL_GS_BASE, EFER, PAT.
+    /// What KVM lets an SNP guest reach without an exit (Linux 6.12.117, `svm.c:direct_access_msrs` where
+    /// `always`, and what `svm_init_vmcb` and `sev_es_init_vmcb` add): STAR, LSTAR, CSTAR, SFMASK, SYSENTER,
+    /// FS, GS, KERNEL_GS_BASE, EFER, PAT.
     #[test]
     fn what_a_guest_has_to_itself_is_not_reached_through_the_page() {
         let own = [0xc000_0081u32, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0x174, 0x175, 0x176, 0xc000_0100];

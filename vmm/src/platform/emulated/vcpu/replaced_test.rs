@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Replaced instructions that a guest executes where, when and as often as it likes, and orders between vCPUs.
+//! Replaced instructions that a guest executes where, when and as often as it likes, and orders between
+//! vCPUs.
 
 use kvm_bindings::kvm_sev_snp_launch_finish;
 use snp_model::vm::ApAction;
@@ -17,7 +18,8 @@ fn launched(code: &[u8], count: u32) -> Option<(EmulatedVm, Vec<EmulatedVcpu>)> 
     let vm = launching()?;
     vm.0.views.write(CODE, View::Private, code).unwrap();
     vm.snp_launch_finish(&mut kvm_sev_snp_launch_finish::default(), None).unwrap();
-    // As `create_vcpu` makes them, but for being launched: registers are read and written below what KVM would refuse.
+    // As `create_vcpu` makes them, but for being launched: registers are read and written below what KVM
+    // would refuse.
     let vcpu = |id| {
         let kvm = vm.0.kvm.new_vcpu(id).unwrap();
         let recorded = Recorded::new(kvm.get_regs().unwrap(), kvm.get_sregs().unwrap());
@@ -69,7 +71,8 @@ fn the_handover_is_known_on_a_kvm_that_has_moved_on() {
     }
 }
 
-/// Afterwards, on another vCPU, or out of order these bytes are what they are: writes to a port, which the monitor's bus answers.
+/// Afterwards, on another vCPU, or out of order these bytes are what they are: writes to a port, which the
+/// monitor's bus answers.
 #[test]
 fn handover_and_hook_are_taken_once_in_order_on_the_first_vcpu() {
     let Some((vm, mut vcpus)) = launched(&[&HANDOVER[..], &HOOK].concat(), 2) else { return };
@@ -86,7 +89,8 @@ fn handover_and_hook_are_taken_once_in_order_on_the_first_vcpu() {
     assert_eq!(vm.0.stage(), Stage::Kernel);
 }
 
-/// The monitor answers when the page is in the right state. Then the instruction is executed again, as on hardware.
+/// The monitor answers when the page is in the right state. Then the instruction is executed again, as on
+/// hardware.
 #[test]
 fn a_fault_of_a_replaced_instruction_is_told_once_and_the_instruction_tried_again() {
     let Some((_vm, mut vcpus)) = launched(&VMGEXIT, 1) else { return };
