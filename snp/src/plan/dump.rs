@@ -3,8 +3,7 @@
 //!
 //! Two streams. One holds JSON lines in launch order, one object each:
 //!
-//! -
-//!   `{"kind":"pages","name":"kernel","type":"normal","page_type":1,"gpa":16777216,"len":4096,"offset":0,"bytes":4000}`:
+//! - `{"kind":"pages","name":"kernel","type":"normal","page_type":1,"gpa":16777216,"len":4096,"offset":0,"bytes":4000}`:
 //!   a run of pages. `len` bytes from guest-physical address `gpa`; their first `bytes` bytes are at `offset`
 //!   of the other stream, the rest is zero. `type` is a name and `page_type` the firmware's number for it.
 //! - `{"kind":"vcpu","index":0,"page_type":2,"gpa":281474976706560,"len":4096,"offset":4000,"bytes":4096}`: a
