@@ -63,8 +63,13 @@ fn platform() -> Option<WithRdrand> {
     monitor::emulated(Backing::Single, None).map(WithRdrand)
 }
 
-/// What somebody does to a file.
-const CHANGES: [(&str, fn(&Path)); 4] = [
+/// What somebody does to a file, and its name.
+type Change = (&'static str, fn(&Path));
+
+/// Names and contents of files.
+type Files = Vec<(&'static str, Vec<u8>)>;
+
+const CHANGES: [Change; 4] = [
     ("cut short", |path| File::options().write(true).open(path).unwrap().set_len(1).unwrap()),
     ("overwritten", |path| {
         let len = std::fs::metadata(path).unwrap().len();
@@ -96,7 +101,7 @@ fn ovmf() -> Vec<u8> {
 }
 
 /// The boots, as JSON in which `@` is the folder, and their files.
-fn boots() -> Vec<(&'static str, Vec<(&'static str, Vec<u8>)>)> {
+fn boots() -> Vec<(&'static str, Files)> {
     let kernel = kernels::small_vmlinux();
     vec![
         (
