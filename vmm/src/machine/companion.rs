@@ -25,6 +25,7 @@ pub trait Companion {
         false
     }
     /// Called for each VM before its launch, the first (`life` 1) included: resets itself, and puts its
-    /// devices on the new machine's buses, its memory into the VM.
+    /// devices on the new machine's buses, its memory into the VM. What it was given out of the machine before
+    /// it lets go of here: it would keep that VM and its memory alive.
     fn attach(&mut self, life: u32, machine: &Machine) -> Result<(), Box<dyn Error + Send + Sync>>;
 }

@@ -125,7 +125,9 @@ impl Transfer<'_> {
 
     /// Reads from `file` at `offset` into guest memory; how many bytes.
     pub fn read_at(&self, file: impl AsFd, offset: u64) -> io::Result<usize> {
-        debug_assert_eq!(self.direction, Direction::ToGuest);
+        if self.direction != Direction::ToGuest {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a transfer from the guest"));
+        }
         let (vectors, count, offset) = self.arguments(offset)?;
         // SAFETY: the vectors are parts of mappings that live as long as the guest's memory; the kernel
         // checks access.

@@ -123,10 +123,14 @@ impl MessageInterrupt {
 
 impl Drop for MessageInterrupt {
     fn drop(&mut self) {
-        // A VM that is gone has no interrupts either.
-        let _ = self.interrupts.vm.unregister_irqfd(&self.event, self.gsi);
-        let _ = self.send(None);
-        lock(&self.interrupts.given).messages.remove(&self.gsi);
+        let mut given = lock(&self.interrupts.given);
+        let sent = given.messages.insert(self.gsi, None).flatten();
+        // A number that KVM still knows is not given out again.
+        let vm = &self.interrupts.vm;
+        let silent = sent.is_none() || vm.set_msi_routes(&given.routes()).is_ok();
+        if vm.unregister_irqfd(&self.event, self.gsi).is_ok() && silent {
+            given.messages.remove(&self.gsi);
+        }
     }
 }
 
@@ -157,8 +161,8 @@ mod tests {
             Wiring::Interrupt(25),
             Wiring::Routes(vec![route(24, 0x30)]),
             Wiring::Routes(vec![route(24, 0x30), route(25, 0x31)]),
-            Wiring::NoInterrupt(24),
             Wiring::Routes(vec![route(25, 0x31)]),
+            Wiring::NoInterrupt(24),
             Wiring::Interrupt(24),
             Wiring::Routes(vec![route(24, 0x32), route(25, 0x31)]),
         ];

@@ -63,6 +63,34 @@ pub enum Wiring {
 }
 
 impl ScriptedVm {
+    /// The last thing that was said of something.
+    fn last<T>(&self, of: impl Fn(&Wiring) -> Option<T>) -> Option<T> {
+        self.wiring.lock().unwrap().iter().rev().find_map(of)
+    }
+
+    fn has_memory(&self, slot: u32) -> bool {
+        let there = self.last(|wiring| match wiring {
+            Wiring::Memory(number, _) if *number == slot => Some(true),
+            Wiring::NoMemory(number) if *number == slot => Some(false),
+            _ => None,
+        });
+        there.unwrap_or(false)
+    }
+
+    fn has_doorbell(&self, gpa: u64) -> bool {
+        let there = self.last(|wiring| match wiring {
+            Wiring::Doorbell(at) if *at == gpa => Some(true),
+            Wiring::NoDoorbell(at) if *at == gpa => Some(false),
+            _ => None,
+        });
+        there.unwrap_or(false)
+    }
+
+    /// As KVM refuses it (Linux, `kvm_main.c:kvm_set_memory_region`, `eventfd.c:kvm_assign_ioeventfd_idx`).
+    fn refuse_unless(&self, possible: bool, errno: i32) -> Result<(), CallError> {
+        if possible { Ok(()) } else { Err(CallError::errno("scripted", errno)) }
+    }
+
     fn note(&self, wiring: Wiring) -> Result<(), CallError> {
         self.wiring.lock().unwrap().push(wiring);
         Ok(())
@@ -86,9 +114,11 @@ impl Vm for ScriptedVm {
         self.note(Wiring::Message(message)).map(|()| true)
     }
     fn register_ioevent(&self, _: &EventFd, gpa: u64) -> Result<(), CallError> {
+        self.refuse_unless(!self.has_doorbell(gpa), libc::EEXIST)?;
         self.note(Wiring::Doorbell(gpa))
     }
     fn unregister_ioevent(&self, _: &EventFd, gpa: u64) -> Result<(), CallError> {
+        self.refuse_unless(self.has_doorbell(gpa), libc::ENOENT)?;
         self.note(Wiring::NoDoorbell(gpa))
     }
     fn create_guest_memfd(&self, size: u64) -> Result<OwnedFd, CallError> {
@@ -97,9 +127,12 @@ impl Vm for ScriptedVm {
         Ok(fd)
     }
     fn set_memory(&self, slot: MemorySlot) -> Result<(), CallError> {
-        self.note(Wiring::Memory(slot.slot, slot.gpa))
+        let number = slot.slot;
+        self.refuse_unless(!self.has_memory(number), libc::EINVAL)?;
+        self.note(Wiring::Memory(number, slot.gpa))
     }
     fn remove_memory(&self, slot: u32) -> Result<(), CallError> {
+        self.refuse_unless(self.has_memory(slot), libc::EINVAL)?;
         self.note(Wiring::NoMemory(slot))
     }
     fn set_memory_attributes(&self, a: kvm_memory_attributes) -> Result<(), CallError> {

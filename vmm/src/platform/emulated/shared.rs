@@ -2,6 +2,7 @@
 //! What an emulated VM and its vCPUs share: the underlying VM, its memory, the model, and how far the guest
 //! has come.
 
+use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -71,6 +72,8 @@ pub struct VmShared {
     pub(super) meter: Meter,
     options: EmulatedOptions,
     code: CodeHints,
+    /// Numbers of memory slots, of RAM and of devices.
+    pub(super) slots: Mutex<HashSet<u32>>,
     members: Mutex<Vec<Member>>,
     begun: Mutex<bool>,
     stage: Mutex<Stage>,
@@ -123,6 +126,7 @@ impl VmShared {
             meter: Meter::default(),
             options,
             code,
+            slots: Mutex::default(),
             members: Mutex::default(),
             begun: Mutex::default(),
             stage: Mutex::default(),

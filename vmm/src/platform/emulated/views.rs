@@ -118,9 +118,6 @@ impl Views {
     pub fn add_shared_only(&self, vm: &KvmVm, slot: MemorySlot) -> Result<(), CallError> {
         let mut slots = lock(&self.slots);
         let mut memory = self.shared_only.write().unwrap_or_else(PoisonError::into_inner);
-        if memory.iter().any(|known| known.slot == slot.slot) {
-            return Err(CallError::errno("KVM_SET_USER_MEMORY_REGION2 (a slot that is there)", libc::EINVAL));
-        }
         slots.insert(vm, Slot::of(&slot))?;
         memory.push(slot);
         Ok(())

@@ -77,7 +77,6 @@ fn memory_that_kvm_refused_is_not_remembered() {
         private: None,
     };
     views.add_shared_only(&vm, memory(1, 0x1000)).unwrap();
-    assert!(views.add_shared_only(&vm, memory(1, 0x3000)).is_err(), "the slot is there");
     assert!(views.add_shared_only(&vm, memory(2, 0x1000)).is_err(), "other memory is there");
     assert!(views.remove_shared_only(&vm, 2).is_err(), "it was never there");
     views.add_shared_only(&vm, memory(2, 0x2000)).unwrap();

@@ -17,6 +17,7 @@ use super::registers::Recorded;
 use super::shared::VmShared;
 use super::vcpu::EmulatedVcpu;
 use super::wake::Wake;
+use crate::lock::lock;
 use crate::platform::ATTRIBUTE_PRIVATE;
 use crate::platform::Vcpu;
 use crate::platform::Vm;
@@ -80,19 +81,30 @@ impl Vm for EmulatedVm {
     }
 
     fn set_memory(&self, slot: MemorySlot) -> Result<(), CallError> {
-        if slot.private.is_none() {
-            return self.0.views.add_shared_only(&self.0.kvm, slot);
+        const CALL: &str = "KVM_SET_USER_MEMORY_REGION2 (a slot that is there)";
+        let mut numbers = lock(&self.0.slots);
+        let number = slot.slot;
+        if numbers.contains(&number) {
+            return Err(CallError::errno(CALL, libc::EINVAL));
         }
         let range = slot.gpa..slot.gpa.saturating_add(slot.shared.len());
-        self.0.views.add(&self.0.kvm, slot)?;
-        match self.0.model.pages.add_ram(range) {
-            true => Ok(()),
-            false => Err(CallError::errno("KVM_SET_USER_MEMORY_REGION2 (too many slots)", libc::EINVAL)),
+        if slot.private.is_none() {
+            self.0.views.add_shared_only(&self.0.kvm, slot)?;
+        } else {
+            self.0.views.add(&self.0.kvm, slot)?;
+            if !self.0.model.pages.add_ram(range) {
+                return Err(CallError::errno("KVM_SET_USER_MEMORY_REGION2 (too many slots)", libc::EINVAL));
+            }
         }
+        numbers.insert(number);
+        Ok(())
     }
 
     fn remove_memory(&self, slot: u32) -> Result<(), CallError> {
-        self.0.views.remove_shared_only(&self.0.kvm, slot)
+        let mut numbers = lock(&self.0.slots);
+        self.0.views.remove_shared_only(&self.0.kvm, slot)?;
+        numbers.remove(&slot);
+        Ok(())
     }
 
     fn set_memory_attributes(&self, attributes: kvm_memory_attributes) -> Result<(), CallError> {
@@ -130,3 +142,7 @@ impl Vm for EmulatedVm {
         self.0.statistics()
     }
 }
+
+#[cfg(test)]
+#[path = "vm_test.rs"]
+mod vm_test;
