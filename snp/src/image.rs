@@ -2,7 +2,7 @@
 //! Image kinds: each turns files into a [`crate::plan::LaunchPlan`] and does nothing else.
 //!
 //! [`direct`] boots a Linux kernel with no firmware in between; `kernel`, `entry`, `bootparams`, `lazy` and
-//! `shim` are its parts. [`ovmf`] launches a firmware file, [`igvm`] a file that is a launch. Where things
+//! `staged` are its parts. [`ovmf`] launches a firmware file, [`igvm`] a file that is a launch. Where things
 //! are is the [`crate::board`]'s.
 
 pub mod bootparams;
@@ -15,6 +15,6 @@ pub mod kernel;
 pub mod lazy;
 pub mod ovmf;
 pub mod regions;
-pub mod shim;
+pub mod staged;
 pub mod vcpu_model;
 pub mod vmm_type;

@@ -7,7 +7,7 @@ use snp::image::direct::DirectImage;
 use snp::image::direct::Validation;
 use snp::image::error::ImageError;
 use snp::image::lazy::Acceptance;
-use snp::image::shim::Shim;
+use snp::image::staged::StagedBoot;
 use snp::plan::PageType;
 use snp_model::patch::CodeMemory;
 use snp_model::patch::Ports;
@@ -20,8 +20,8 @@ use test_support::stage0::kernel;
 const MIB: u64 = 1 << 20;
 const LAZY: Validation = Validation::Stage0(Acceptance::Lazy);
 
-fn shim(image: &DirectImage) -> &Shim {
-    image.shim.as_ref().unwrap()
+fn shim(image: &DirectImage) -> &StagedBoot {
+    image.staged.as_ref().unwrap()
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn an_emulated_platform_can_patch_stage0_and_nothing_else_changes() {
     let launched: std::collections::BTreeMap<u64, u8> =
         pages.flat_map(|r| (r.gpa..).zip(r.contents.as_slice().to_vec())).collect();
     let mut memory = Launched(launched.clone());
-    let sites = snp_model::patch::shim_sites();
+    let sites = snp_model::patch::stage0_sites();
     sites.patch_at_launch(&mut memory, &Ports::default()).unwrap();
     let changed: Vec<u64> =
         launched.iter().filter(|(at, byte)| memory.0[at] != **byte).map(|(at, _)| *at).collect();

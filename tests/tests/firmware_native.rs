@@ -32,9 +32,9 @@ use test_support::identity::id_block;
 use test_support::monitor;
 use vmm::cpuid;
 use vmm::launch;
+use vmm::launch::Assembled;
 use vmm::launch::LaunchError;
 use vmm::launch::LaunchOptions;
-use vmm::launch::Prepared;
 use vmm::launch::Staged;
 use vmm::machine::ram::GuestRam;
 use vmm::platform::Platform;
@@ -99,7 +99,7 @@ impl Bench {
             vcpu.set_cpuid(cpuid).unwrap();
             vcpus.push(vcpu);
         }
-        let prepared = Prepared {
+        let prepared = Assembled {
             vm: vm.as_ref(),
             measured: &snp.measured,
             staged: &snp.staged,

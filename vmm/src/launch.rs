@@ -80,7 +80,7 @@ pub struct Staged {
 }
 
 /// An SNP guest whose VM has its RAM and vCPUs.
-pub struct Prepared<'a> {
+pub struct Assembled<'a> {
     /// The VM, initialised by [`init_snp`].
     pub vm: &'a dyn Vm,
     /// What enters it.
@@ -144,8 +144,8 @@ pub fn init_snp(vm: &dyn Snp, plan: &LaunchPlan) -> Result<(), LaunchError> {
 }
 
 /// Launches `guest`. Returns what the firmware changed in the CPUID page, if that was accepted.
-pub fn launch_snp(guest: Prepared<'_>, options: &LaunchOptions) -> Result<Option<CpuidDiff>, LaunchError> {
-    let Prepared { vm, measured, staged, ram, vcpus, cpuid } = guest;
+pub fn launch_snp(guest: Assembled<'_>, options: &LaunchOptions) -> Result<Option<CpuidDiff>, LaunchError> {
+    let Assembled { vm, measured, staged, ram, vcpus, cpuid } = guest;
     let plan = measured.plan();
     let commands = vm.snp_commands().map_err(call("launching an SNP guest"))?;
     let _no_signals = signals::Blocked::all();

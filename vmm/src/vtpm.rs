@@ -169,7 +169,7 @@ impl Vtpm {
         let page = Mapping::anonymous(tpm_crb::BUFFER_LEN as u64).map_err(host("the buffer page"))?;
         let page = Arc::new(page);
         machine.slots.add(layout::TPM_BUFFER.into(), &page)?;
-        let backend = Box::new(Way(Arc::clone(&self.link), self.sink.clone()));
+        let backend = Box::new(ServiceBackend(Arc::clone(&self.link), self.sink.clone()));
         let cancel = self.canceller().map_err(host("a thread"))?;
         let crb = Crb::new(Arc::new(Page(page)), layout::TPM_BUFFER.into(), backend, cancel);
         let crb = crb.map_err(host("a thread"))?;
@@ -306,9 +306,9 @@ impl Drop for Vtpm {
 }
 
 /// The way to the service, for the device's thread.
-struct Way(Arc<Link>, Events);
+struct ServiceBackend(Arc<Link>, Events);
 
-impl Backend for Way {
+impl Backend for ServiceBackend {
     fn execute(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>, BackendError> {
         lock(&self.0.client).execute(locality, command).map_err(|e| {
             if !self.0.told.swap(true, Ordering::AcqRel) {

@@ -23,8 +23,8 @@ pub use kernel::Annotations;
 pub use kernel::Decompressor;
 pub use kernel::annotate;
 pub use kernel::annotate_code;
-pub use stage0::ShimSites;
-pub use stage0::shim_sites;
+pub use stage0::Stage0Sites;
+pub use stage0::stage0_sites;
 
 /// What the emulated platform has to know about a guest's code beside its pages; nothing by default. Never
 /// measured.

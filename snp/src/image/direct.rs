@@ -19,8 +19,8 @@ use super::kernel::ENTRY_64;
 use super::kernel::Kernel;
 use super::lazy;
 use super::lazy::Acceptance;
-use super::shim;
-use super::shim::Shim;
+use super::staged;
+use super::staged::StagedBoot;
 use crate::board::Board;
 use crate::board::Tpm;
 use crate::board::acpi;
@@ -102,7 +102,7 @@ pub struct DirectImage {
     /// How the kernel is entered.
     pub entry: Entry,
     /// What goes with the plan if stage0 prepares the guest.
-    pub shim: Option<Shim>,
+    pub staged: Option<StagedBoot>,
 }
 
 impl DirectBoot<'_> {
@@ -175,7 +175,7 @@ impl DirectBoot<'_> {
 
         let plan = LaunchPlan { records, vcpus: entry::vcpus(self.vcpus, entry, mode) };
         plan.check()?;
-        Ok(DirectImage { plan, board, ram, entry, shim: None })
+        Ok(DirectImage { plan, board, ram, entry, staged: None })
     }
 
     /// The same contents, but handed over by stage0: it brings its own tables, and launch pages stay launch
@@ -194,8 +194,8 @@ impl DirectBoot<'_> {
         records.retain(|r| {
             r.page_type == PageType::Normal && ![layout::GDT, layout::PAGE_TABLES].contains(&r.gpa)
         });
-        shim::add_zeros(&mut records, &self.kernel.zeros());
-        let layout = shim::Layout {
+        staged::add_zeros(&mut records, &self.kernel.zeros());
+        let layout = staged::Layout {
             contents: records,
             ram: &ram,
             kernel: self.kernel.memory(),
@@ -207,9 +207,9 @@ impl DirectBoot<'_> {
             cpuid,
             accept: lazy.then(|| lazy::accepted(&self.kernel.memory(), initrd, &ram)),
         };
-        let (plan, shim) = layout.build()?;
+        let (plan, staged) = layout.build()?;
         plan.check()?;
-        Ok(DirectImage { plan, board, ram, entry, shim: Some(shim) })
+        Ok(DirectImage { plan, board, ram, entry, staged: Some(staged) })
     }
 
     /// Whether the kernel is to accept most of its memory by itself.

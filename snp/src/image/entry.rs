@@ -149,7 +149,7 @@ fn long_mode(mode: Mode, rip: u64) -> VmsaState {
 /// Registers of vCPUs that start in the shim: 32-bit protected mode with flat segments and paging off, so
 /// that nothing in them depends on the position of the C-bit. The first one starts at `start`, the others
 /// wait at `park`.
-pub fn shim_vcpus(count: u32, start: u64, park: u64) -> Vec<VmsaState> {
+pub fn stage0_vcpus(count: u32, start: u64, park: u64) -> Vec<VmsaState> {
     let mut state = base(Mode::Snp { c_mask: 0 });
     flat(&mut state, CODE32);
     state.gdtr = Segment::default();

@@ -164,7 +164,7 @@ impl Rig {
 
     /// The guest that a plan describes.
     pub fn of_image(image: &DirectImage) -> Rig {
-        let shim = image.shim.as_ref().unwrap();
+        let shim = image.staged.as_ref().unwrap();
         let low = image.ram[0].end;
         let high_len = image.ram.get(1).map_or(0, |range| range.end - range.start);
         let (private, shared) = (Backing::new(low), Backing::new(low));

@@ -48,7 +48,7 @@ enum Command {
     /// Show a block, and its auth page if given, in words
     Show(Show),
     /// Check signatures, and digest and policy if given; exit code 0 only if all is right
-    Check(Check),
+    Check(CheckArgs),
 }
 
 #[derive(clap::Args, Clone, Debug)]
@@ -115,7 +115,7 @@ struct Show {
 }
 
 #[derive(clap::Args, Clone, Debug)]
-struct Check {
+struct CheckArgs {
     /// The block: 96 bytes, or the same in base64
     #[arg(value_name = "BLOCK")]
     block: PathBuf,
@@ -300,7 +300,7 @@ fn show_block(args: &Show) -> Result<u8, Failure> {
     Ok(0)
 }
 
-fn check_block(args: &Check) -> Result<u8, Failure> {
+fn check_block(args: &CheckArgs) -> Result<u8, Failure> {
     let block = read_block(&args.block)?;
     let auth = read_auth(&args.auth)?;
     let launch = args.digest.as_deref().map(digest).transpose()?.unwrap_or(block.launch_digest);

@@ -9,7 +9,7 @@ use snp::board::Board;
 use snp::identity::IdAuth;
 use snp::identity::IdBlock;
 use snp::image::direct::DirectImage;
-use snp::image::shim::Shim;
+use snp::image::staged::StagedBoot;
 use snp::pages::cpuid::CpuidTable;
 use snp::plan::LaunchPlan;
 use snp::policy::GuestPolicy;
@@ -106,11 +106,11 @@ impl LaunchImage {
 
     /// A kernel that is booted directly.
     pub(super) fn of_direct(image: DirectImage, names: Names) -> Self {
-        let shim = image.shim.as_ref();
+        let shim = image.staged.as_ref();
         LaunchImage {
             inputs_page: shim.map(|shim| shim.inputs.clone()),
-            bound: shim.filter(|_| names != Names::None).map_or_else(String::new, Shim::explain),
-            staged: image.shim.map_or_else(Staged::default, |shim| Staged {
+            bound: shim.filter(|_| names != Names::None).map_or_else(String::new, StagedBoot::explain),
+            staged: image.staged.map_or_else(Staged::default, |shim| Staged {
                 bytes: shim.staging,
                 shared: shim.shared,
                 raced: None,

@@ -23,8 +23,8 @@ use vmm_sys_util::signal::SIGRTMIN;
 
 use crate::events::Events;
 use crate::launch;
+use crate::launch::Assembled;
 use crate::launch::LaunchError;
-use crate::launch::Prepared;
 use crate::launch::tamper::Racer;
 use crate::machine::Machine;
 use crate::machine::certs::Certificates;
@@ -132,7 +132,7 @@ pub(crate) fn boot(
     match &guest.load {
         Load::Plain(plan) => launch::load_plain(plan, &ram, &mut vcpus)?,
         Load::Snp(snp) => {
-            let prepared = Prepared {
+            let prepared = Assembled {
                 vm: vm.as_ref(),
                 measured: &snp.measured,
                 staged: &snp.staged,

@@ -16,7 +16,7 @@ use super::code::write;
 
 /// What the emulated platform has to know about stage0, beside its page. Never measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ShimSites {
+pub struct Stage0Sites {
     /// Its instructions; offsets are guest-physical addresses.
     pub sites: SiteList,
     /// Guest-physical address of [`HANDOVER`]. The kernel may be patched once it is reached, and not before:
@@ -24,7 +24,7 @@ pub struct ShimSites {
     pub handover: u64,
 }
 
-impl ShimSites {
+impl Stage0Sites {
     /// Patches stage0 in launched memory: `OUT port, AL` and a two-byte NOP at each place.
     pub fn patch_at_launch(&self, memory: &mut impl CodeMemory, ports: &Ports) -> Result<(), PatchError> {
         let found: [u8; 4] = read(memory, self.handover)?;
@@ -35,12 +35,12 @@ impl ShimSites {
 }
 
 /// Where this build's stage0 is to be patched.
-pub fn shim_sites() -> ShimSites {
+pub fn stage0_sites() -> Stage0Sites {
     let site = |(gpa, kind): &(u64, u32)| Site {
         offset: *gpa,
         opcode: if *kind == 0 { Opcode::Vmgexit } else { Opcode::Pvalidate },
     };
     let mut sites: Vec<Site> = BUILT.sites.iter().map(site).collect();
     sites.sort_by_key(|site| site.offset);
-    ShimSites { sites: SiteList { sites, entry_offset: BUILT.entry }, handover: BUILT.hook }
+    Stage0Sites { sites: SiteList { sites, entry_offset: BUILT.entry }, handover: BUILT.hook }
 }

@@ -11,7 +11,7 @@ use crate::platform::mapping::Mapping;
 pub const LOW_END: u64 = 1 << 20;
 
 /// A region of RAM.
-pub struct Region {
+pub struct BackedRegion {
     /// Where the guest sees it, without the C-bit.
     pub gpa: u64,
     /// What backs its shared view.
@@ -22,7 +22,7 @@ pub struct Region {
     pub memfd: Option<(Arc<OwnedFd>, u64)>,
 }
 
-impl Region {
+impl BackedRegion {
     /// Addresses without the C-bit.
     pub fn range(&self) -> Range<u64> {
         self.gpa..self.gpa + self.shared.len()

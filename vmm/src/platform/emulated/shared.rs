@@ -25,7 +25,7 @@ use snp_model::patch::CodeHints;
 use snp_model::patch::CodeMemory;
 use snp_model::patch::PatchError;
 use snp_model::patch::Ports;
-use snp_model::patch::shim_sites;
+use snp_model::patch::stage0_sites;
 use snp_model::vm::ApAction;
 use snp_model::vm::ApCreation;
 use snp_model::vm::VmConfig;
@@ -44,7 +44,7 @@ use crate::platform::error::CallError;
 use crate::platform::kvm::KvmVm;
 
 /// One vCPU, as the VM knows it.
-struct Member {
+struct KnownVcpu {
     id: u32,
     recorded: Arc<Mutex<Recorded>>,
     wake: Arc<Wake>,
@@ -55,7 +55,7 @@ struct Member {
 pub enum Stage {
     /// Nothing yet, or stage0.
     #[default]
-    Shim,
+    Stage0,
     /// The kernel's decompressor.
     Decompressor,
     /// The kernel proper, or firmware.
@@ -74,7 +74,7 @@ pub struct VmShared {
     code: CodeHints,
     /// Numbers of memory slots, of RAM and of devices.
     pub(super) slots: Mutex<HashSet<u32>>,
-    members: Mutex<Vec<Member>>,
+    members: Mutex<Vec<KnownVcpu>>,
     begun: Mutex<bool>,
     stage: Mutex<Stage>,
 }
@@ -164,7 +164,7 @@ impl VmShared {
             return Ok(());
         }
         if self.code.stage0 {
-            shim_sites().patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
+            stage0_sites().patch_at_launch(&mut Code(&self.views), &self.ports).map_err(patch_failed)?;
         } else {
             self.begin_kernel()?;
         }
@@ -206,7 +206,7 @@ impl VmShared {
     /// From here on the vCPU is measured, and can be given orders.
     pub(super) fn join(&self, id: u32, recorded: &Arc<Mutex<Recorded>>, wake: &Arc<Wake>) {
         let (recorded, wake) = (Arc::clone(recorded), Arc::clone(wake));
-        lock(&self.members).push(Member { id, recorded, wake });
+        lock(&self.members).push(KnownVcpu { id, recorded, wake });
     }
 
     /// The vCPUs' registers, as the launch measures them.

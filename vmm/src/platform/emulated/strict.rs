@@ -25,8 +25,8 @@ use std::sync::atomic::Ordering;
 
 use snp_model::rmp::PageStates;
 
+use super::region::BackedRegion;
 use super::region::LOW_END;
-use super::region::Region;
 use crate::lock::lock;
 
 /// Pieces that wait to be opened before that is done without a need, so that a guest cannot make the list
@@ -43,7 +43,7 @@ pub struct Gate {
 
 /// The parts of `range` below and above the end of the common memory that lie in `region`, as offsets into
 /// it.
-fn parts(region: &Region, range: &Range<u64>) -> [Range<u64>; 2] {
+fn parts(region: &BackedRegion, range: &Range<u64>) -> [Range<u64>; 2] {
     let all = region.range();
     let (start, end) = (range.start.clamp(all.start, all.end), range.end.clamp(all.start, all.end));
     let middle = LOW_END.clamp(start, end.max(start));
@@ -60,7 +60,7 @@ impl Gate {
     }
 
     /// A region that has just been added: all of its pages are shared.
-    pub fn add(&self, region: &Region) -> io::Result<()> {
+    pub fn add(&self, region: &BackedRegion) -> io::Result<()> {
         let [_, high] = parts(region, &region.range());
         set(&region.private, &high, false)
     }
@@ -68,7 +68,7 @@ impl Gate {
     /// The monitor has changed the attribute of `range`.
     pub fn attribute_changed(
         &self,
-        regions: &[Region],
+        regions: &[BackedRegion],
         states: &PageStates,
         range: &Range<u64>,
         private: bool,
@@ -97,7 +97,12 @@ impl Gate {
     }
 
     /// `range` is validated: it may be opened.
-    pub fn validated(&self, regions: &[Region], states: &PageStates, range: Range<u64>) -> io::Result<()> {
+    pub fn validated(
+        &self,
+        regions: &[BackedRegion],
+        states: &PageStates,
+        range: Range<u64>,
+    ) -> io::Result<()> {
         let mut waiting = self.lock();
         match waiting.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
@@ -107,7 +112,7 @@ impl Gate {
     }
 
     /// `range` is no longer validated.
-    pub fn rescinded(&self, regions: &[Region], range: &Range<u64>) -> io::Result<()> {
+    pub fn rescinded(&self, regions: &[BackedRegion], range: &Range<u64>) -> io::Result<()> {
         let _alone = self.lock();
         for region in regions {
             for part in parts(region, range) {
@@ -124,7 +129,7 @@ impl Gate {
 
     /// Opens what waits, after something ran into a closed page. `seen` is [`Gate::opened`] before the
     /// access. False if nothing was opened since: the access is forbidden.
-    pub fn open(&self, regions: &[Region], states: &PageStates, seen: u64) -> io::Result<bool> {
+    pub fn open(&self, regions: &[BackedRegion], states: &PageStates, seen: u64) -> io::Result<bool> {
         let mut waiting = self.lock();
         if !waiting.is_empty() {
             self.open_all(&mut waiting, regions, states)?;
@@ -135,7 +140,7 @@ impl Gate {
     fn open_all(
         &self,
         waiting: &mut Vec<Range<u64>>,
-        regions: &[Region],
+        regions: &[BackedRegion],
         states: &PageStates,
     ) -> io::Result<()> {
         for range in waiting.drain(..) {
@@ -172,14 +177,14 @@ mod tests {
     struct Rig {
         gate: Gate,
         states: PageStates,
-        regions: Vec<Region>,
+        regions: Vec<BackedRegion>,
     }
 
     impl Rig {
         /// All pages private, none validated.
         fn new() -> Rig {
             let mapping = || Arc::new(Mapping::anonymous(RAM.end).unwrap());
-            let region = Region { gpa: RAM.start, shared: mapping(), private: mapping(), memfd: None };
+            let region = BackedRegion { gpa: RAM.start, shared: mapping(), private: mapping(), memfd: None };
             let states = PageStates::new(std::slice::from_ref(&RAM), TwoMib::Accept);
             let rig = Rig { gate: Gate::default(), states, regions: vec![region] };
             rig.gate.add(&rig.regions[0]).unwrap();

@@ -98,7 +98,7 @@ pub struct EmulatedVcpu {
     unmeasured: bool,
     activity: Activity,
     /// What the monitor was told, and has not answered yet.
-    told: Option<Told>,
+    told: Option<PendingExit>,
     /// What follows from the monitor's last answer, if that was worked out before the next run.
     next: Option<Next>,
     /// Instruction pointers at which a replacement was seen, with its port.
@@ -109,7 +109,7 @@ pub struct EmulatedVcpu {
 }
 
 /// An exit that the model made, with room for the monitor's answer.
-enum Told {
+enum PendingExit {
     MapGpaRange {
         range: MapGpaRange,
         ret: u64,
@@ -282,7 +282,7 @@ impl EmulatedVcpu {
             }
             Exit::MmioRead { addr, .. } | Exit::MmioWrite { addr, .. } if addr & self.vm.c_mask() != 0 => {
                 let (gpa, _) = self.split(addr);
-                self.told = Some(Told::Fault { gpa, again: None });
+                self.told = Some(PendingExit::Fault { gpa, again: None });
                 Ok(Next::Tell)
             }
             _ => Ok(Next::Pass),
@@ -321,7 +321,7 @@ impl EmulatedVcpu {
                 Ok(Next::Enter)
             }
             InstructionResult::NestedFault { gpa } => {
-                self.told = Some(Told::Fault { gpa, again: Some(site) });
+                self.told = Some(PendingExit::Fault { gpa, again: Some(site) });
                 Ok(Next::Tell)
             }
             InstructionResult::NotValidated { .. } => Err(invalid(
@@ -333,7 +333,7 @@ impl EmulatedVcpu {
     fn vmgexit(&mut self) -> Result<Next, CallError> {
         let vm = Arc::clone(&self.vm);
         if let Some(gpa) = self.model.private_ghcb(&vm.model) {
-            self.told = Some(Told::PrivateGhcb { gpa });
+            self.told = Some(PendingExit::PrivateGhcb { gpa });
             return Ok(Next::Tell);
         }
         let outcome = self.model.vmgexit(&vm.model, &vm.views);
@@ -367,7 +367,7 @@ impl EmulatedVcpu {
     fn handover(&mut self) -> Result<Next, CallError> {
         // The guest can execute these bytes again, and elsewhere: then they are what they are, a write to a
         // port.
-        if self.id != 0 || self.vm.stage() != Stage::Shim {
+        if self.id != 0 || self.vm.stage() != Stage::Stage0 {
             return Ok(Next::Pass);
         }
         let at = self.kvm.get_regs()?;
@@ -427,23 +427,24 @@ impl EmulatedVcpu {
                 Outcome::RunFails(errno) => return Err(CallError::errno("KVM_RUN", errno.0)),
                 Outcome::MapGpaRange(range) => {
                     vm.meter.page_state_change();
-                    self.told = Some(Told::MapGpaRange { range, ret: u64::MAX });
+                    self.told = Some(PendingExit::MapGpaRange { range, ret: u64::MAX });
                     return Ok(Next::Tell);
                 }
                 Outcome::ReqCerts { gpa, npages } => {
-                    self.told = Some(Told::Certs { gpa, npages, ret: libc::EIO as u64 });
+                    self.told = Some(PendingExit::Certs { gpa, npages, ret: libc::EIO as u64 });
                     return Ok(Next::Tell);
                 }
                 Outcome::Terminate { data0 } => {
-                    self.told = Some(Told::Terminate { data: data0 });
+                    self.told = Some(PendingExit::Terminate { data: data0 });
                     return Ok(Next::Tell);
                 }
                 Outcome::Io { port, direction, data, .. } => {
-                    self.told = Some(Told::Io { port, direction, data });
+                    self.told = Some(PendingExit::Io { port, direction, data });
                     return Ok(Next::Tell);
                 }
                 Outcome::Mmio { gpa, len, direction, data } => {
-                    self.told = Some(Told::Mmio { gpa, len: usize::from(len).min(8), direction, data });
+                    self.told =
+                        Some(PendingExit::Mmio { gpa, len: usize::from(len).min(8), direction, data });
                     return Ok(Next::Tell);
                 }
                 Outcome::ReadMsr { index } => {
@@ -469,22 +470,22 @@ impl EmulatedVcpu {
         let vm = Arc::clone(&self.vm);
         let reply = match self.told.take() {
             None => return Ok(Next::Enter),
-            Some(Told::MapGpaRange { ret, .. }) => Reply::MapGpaRange { ret },
-            Some(Told::Certs { npages, ret, .. }) => {
+            Some(PendingExit::MapGpaRange { ret, .. }) => Reply::MapGpaRange { ret },
+            Some(PendingExit::Certs { npages, ret, .. }) => {
                 Reply::Certs { ret: i32::try_from(ret).unwrap_or(libc::EINVAL), npages }
             }
-            Some(Told::Io { data, .. }) => Reply::Io(data),
-            Some(Told::Mmio { data, .. }) => Reply::Mmio(data),
+            Some(PendingExit::Io { data, .. }) => Reply::Io(data),
+            Some(PendingExit::Mmio { data, .. }) => Reply::Mmio(data),
             // Once the page is shared, the guest's message is in it: with one backing, where it was written.
-            Some(Told::PrivateGhcb { .. }) => return self.vmgexit(),
+            Some(PendingExit::PrivateGhcb { .. }) => return self.vmgexit(),
             // The monitor has found the page in the right state by now: the instruction is executed again, as
             // on hardware.
-            Some(Told::Fault { again: Some(site), .. }) => {
+            Some(PendingExit::Fault { again: Some(site), .. }) => {
                 self.go_back(site)?;
                 return Ok(Next::Enter);
             }
             // A guest that has ended, or that made an access which cannot be answered, stays where it is.
-            Some(told @ (Told::Terminate { .. } | Told::Fault { again: None, .. })) => {
+            Some(told @ (PendingExit::Terminate { .. } | PendingExit::Fault { again: None, .. })) => {
                 self.told = Some(told);
                 return Ok(Next::Tell);
             }
@@ -571,7 +572,7 @@ impl EmulatedVcpu {
         };
         loop {
             match next {
-                Next::Tell => return Ok(Step::Told),
+                Next::Tell => return Ok(Step::PendingExit),
                 Next::Pass => return Ok(Step::Kvm),
                 Next::Enter => {}
             }
@@ -619,7 +620,7 @@ impl EmulatedVcpu {
 }
 
 enum Step {
-    Told,
+    PendingExit,
     Kvm,
     Interrupted,
     Again,
@@ -751,26 +752,32 @@ impl Vcpu for EmulatedVcpu {
                 }
                 Ok(decode(self.kvm.fd.get_kvm_run()))
             }
-            Step::Told => Ok(match &mut self.told {
+            Step::PendingExit => Ok(match &mut self.told {
                 None => Exit::Interrupted,
-                Some(Told::MapGpaRange { range, ret }) => Exit::Hypercall {
+                Some(PendingExit::MapGpaRange { range, ret }) => Exit::Hypercall {
                     nr: HC_MAP_GPA_RANGE,
                     args: [range.gpa, range.pages, range.attributes, 0, 0, 0],
                     ret,
                 },
-                Some(Told::Certs { gpa, npages, ret }) => Exit::ReqCerts { gpa: *gpa, npages, ret },
-                Some(Told::Io { port, direction: Direction::In, data }) => Exit::IoIn { port: *port, data },
-                Some(Told::Io { port, direction: Direction::Out, data }) => Exit::IoOut { port: *port, data },
-                Some(Told::Mmio { gpa, len, direction, data }) => {
+                Some(PendingExit::Certs { gpa, npages, ret }) => Exit::ReqCerts { gpa: *gpa, npages, ret },
+                Some(PendingExit::Io { port, direction: Direction::In, data }) => {
+                    Exit::IoIn { port: *port, data }
+                }
+                Some(PendingExit::Io { port, direction: Direction::Out, data }) => {
+                    Exit::IoOut { port: *port, data }
+                }
+                Some(PendingExit::Mmio { gpa, len, direction, data }) => {
                     let data = &mut data[..*len];
                     match direction {
                         Direction::In => Exit::MmioRead { addr: *gpa, data },
                         Direction::Out => Exit::MmioWrite { addr: *gpa, data },
                     }
                 }
-                Some(Told::Terminate { data }) => Exit::SystemEvent { kind: SEV_TERM, data: *data },
-                Some(Told::PrivateGhcb { gpa }) => Exit::MemoryFault { flags: 0, gpa: *gpa, size: PAGE },
-                Some(Told::Fault { gpa, .. }) => {
+                Some(PendingExit::Terminate { data }) => Exit::SystemEvent { kind: SEV_TERM, data: *data },
+                Some(PendingExit::PrivateGhcb { gpa }) => {
+                    Exit::MemoryFault { flags: 0, gpa: *gpa, size: PAGE }
+                }
+                Some(PendingExit::Fault { gpa, .. }) => {
                     Exit::MemoryFault { flags: FAULT_PRIVATE, gpa: *gpa, size: PAGE }
                 }
             }),

@@ -34,8 +34,8 @@ use snp_model::rmp::PageStates;
 
 use super::options::Backing;
 use super::options::EmulatedOptions;
+use super::region::BackedRegion;
 use super::region::LOW_END;
-use super::region::Region;
 use super::strict::Gate;
 use crate::lock::lock;
 use crate::platform::error::CallError;
@@ -77,7 +77,7 @@ struct Slots {
 pub struct Views {
     options: EmulatedOptions,
     c_mask: u64,
-    regions: RwLock<Vec<Region>>,
+    regions: RwLock<Vec<BackedRegion>>,
     /// Memory without a private side, such as a device's buffer: not RAM, and an access with the C-bit is a
     /// fault.
     shared_only: RwLock<Vec<MemorySlot>>,
@@ -101,7 +101,7 @@ impl Views {
         }
     }
 
-    fn regions(&self) -> RwLockReadGuard<'_, Vec<Region>> {
+    fn regions(&self) -> RwLockReadGuard<'_, Vec<BackedRegion>> {
         self.regions.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -157,7 +157,7 @@ impl Views {
             other => (Arc::clone(&slot.shared), other),
         };
         let private_host = private.host_address();
-        let region = Region { gpa, shared: slot.shared, private, memfd };
+        let region = BackedRegion { gpa, shared: slot.shared, private, memfd };
         if self.options.strict {
             self.gate.add(&region).map_err(protecting)?;
         }
@@ -170,7 +170,7 @@ impl Views {
 
     /// Slots of the shared view of one region. `states` is given while private pages show their private
     /// memory.
-    fn shared_view(&self, region: &Region, states: Option<&PageStates>) -> Vec<Slot> {
+    fn shared_view(&self, region: &BackedRegion, states: Option<&PageStates>) -> Vec<Slot> {
         let mut slots = Vec::new();
         let mut push =
             |range: Range<u64>, mapping: &Mapping| Slot::push(&mut slots, region, range, mapping, 0);
@@ -410,7 +410,7 @@ fn protecting(source: io::Error) -> CallError {
 impl Slot {
     /// Adds a slot that shows `range` of `region` at its address, with the bits `mask` set; it may continue
     /// the last one.
-    fn push(slots: &mut Vec<Slot>, region: &Region, range: Range<u64>, mapping: &Mapping, mask: u64) {
+    fn push(slots: &mut Vec<Slot>, region: &BackedRegion, range: Range<u64>, mapping: &Mapping, mask: u64) {
         if range.is_empty() {
             return;
         }

@@ -80,7 +80,7 @@ fn handover_and_hook_are_taken_once_in_order_on_the_first_vcpu() {
     assert!(matches!(vcpus[1].handover(), Ok(Next::Pass)), "another vCPU");
     at(&mut vcpus[0], CODE + 4);
     assert!(matches!(vcpus[0].kernel_entry(), Ok(Next::Pass)), "before the handover");
-    assert_eq!(vm.0.stage(), Stage::Shim);
+    assert_eq!(vm.0.stage(), Stage::Stage0);
     at(&mut vcpus[0], CODE);
     assert!(matches!(vcpus[0].handover(), Ok(Next::Enter)));
     assert!(matches!(vcpus[0].handover(), Ok(Next::Pass)), "again");
@@ -96,12 +96,12 @@ fn a_fault_of_a_replaced_instruction_is_told_once_and_the_instruction_tried_agai
     let Some((_vm, mut vcpus)) = launched(&VMGEXIT, 1) else { return };
     let vcpu = &mut vcpus[0];
     at(vcpu, CODE + 2);
-    vcpu.told = Some(Told::Fault { gpa: 0x9000, again: Some(CODE) });
+    vcpu.told = Some(PendingExit::Fault { gpa: 0x9000, again: Some(CODE) });
     assert!(matches!(vcpu.answered(), Ok(Next::Enter)));
     assert!(vcpu.told.is_none());
     assert_eq!(vcpu.kvm.get_regs().unwrap().rip, CODE);
     // An access of another kind stays where it is: the monitor ends such a run.
-    vcpu.told = Some(Told::Fault { gpa: 0x9000, again: None });
+    vcpu.told = Some(PendingExit::Fault { gpa: 0x9000, again: None });
     assert!(matches!(vcpu.answered(), Ok(Next::Tell)));
 }
 

@@ -31,7 +31,7 @@ use crate::stage0::reason::Reason;
 
 /// What enters a guest through stage0.
 #[derive(Clone, Debug)]
-pub struct Shim {
+pub struct StagedBoot {
     /// Bytes to be placed in shared memory before the run: guest-physical address and contents. Not measured;
     /// stage0 compares their hashes.
     pub staging: Vec<(u64, Bytes)>,
@@ -44,7 +44,7 @@ pub struct Shim {
     pub names: Vec<String>,
 }
 
-impl Shim {
+impl StagedBoot {
     /// What binds which bytes to the launch digest, for people.
     pub fn explain(&self) -> String {
         let mut text = String::from(
@@ -124,7 +124,7 @@ fn check_lazy(boot_params: &[u8], inputs: Inputs<'_>) -> Result<(), Reason> {
 
 impl Layout<'_> {
     /// The plan, and what goes with it.
-    pub fn build(self) -> Result<(LaunchPlan, Shim), ImageError> {
+    pub fn build(self) -> Result<(LaunchPlan, StagedBoot), ImageError> {
         let contents: Vec<&Record> =
             self.contents.iter().filter(|r| !r.contents.as_slice().is_empty()).collect();
         let low_top = self.ram.first().map_or(0, |r| r.end);
@@ -165,13 +165,13 @@ impl Layout<'_> {
             Record::new(stage0::CPUID, PageType::Cpuid, self.cpuid, "CPUID page"),
             Record::empty(stage0::SECRETS, PAGE_SIZE, PageType::Secrets, "secrets page"),
         ];
-        let shim = Shim {
+        let shim = StagedBoot {
             staging: contents.iter().zip(&places).map(|(r, source)| (*source, r.contents.clone())).collect(),
             shared,
             inputs,
             names: contents.iter().map(|r| r.name.to_string()).collect(),
         };
-        let vcpus = entry::shim_vcpus(self.vcpus, BUILT.entry, BUILT.park);
+        let vcpus = entry::stage0_vcpus(self.vcpus, BUILT.entry, BUILT.park);
         Ok((LaunchPlan { records, vcpus }, shim))
     }
 
