@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Which MSRs a guest may reach through its communication page.
+//! MSRs: those that an SNP guest has beside the underlying VM, and which others it may reach through its communication page.
 //!
 //! On hardware KVM carries such a request out as the guest's own instruction (Linux 6.12.117 and 7.3.4:
 //! `svm_invoke_exit_handler`, then `kvm_emulate_rdmsr` and `kvm_emulate_wrmsr` of `x86.c`, not
@@ -22,6 +22,12 @@
 //! - TSC_AUX and XSS belong to either group, depending on the processor and the version; they are here.
 
 use std::ops::RangeInclusive;
+
+use snp::ghcb::msr::MSR_GHCB;
+use snp::ghcb::msr::MSR_SEV_STATUS;
+use snp_model::vcpu::VcpuModel;
+
+use crate::platform::kvm::MsrAccess;
 
 /// Read and written.
 const BOTH: [RangeInclusive<u32>; 15] = [
@@ -74,6 +80,16 @@ pub(super) fn readable(index: u32) -> bool {
 /// Whether a guest may write it.
 pub(super) fn writable(index: u32) -> bool {
     BOTH.iter().any(|range| range.contains(&index))
+}
+
+/// The two MSRs that an SNP guest has and the underlying VM does not.
+pub(super) fn answer(access: MsrAccess<'_>, model: &mut VcpuModel, sev_status: u64) {
+    match access {
+        MsrAccess::Read { index: MSR_GHCB, data, .. } => *data = model.read_ghcb_msr(),
+        MsrAccess::Read { index: MSR_SEV_STATUS, data, .. } => *data = sev_status,
+        MsrAccess::Write { index: MSR_GHCB, data, .. } => model.write_ghcb_msr(data),
+        MsrAccess::Read { error, .. } | MsrAccess::Write { error, .. } => *error = 1,
+    }
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use super::super::old_launch_test::MEMORY;
 use super::super::old_launch_test::launching;
 use super::super::vm::EmulatedVm;
 use super::*;
+use crate::platform::emulated::shared::Stage;
 use crate::platform::sev::Snp as _;
 
 /// A launched guest of `count` vCPUs, with `code` at [`CODE`]. Of what runs nothing has been told yet.
