@@ -240,7 +240,7 @@ fn a_refused_cpuid_page_is_shown_and_accepted_only_on_request_and_within_the_lis
         "offered",
         "accepted",
         "ECX",
-        "--accept-cpuid launches",
+        "`accept_cpuid` launches",
     ] {
         assert!(error.contains(part), "'{part}' is not in: {error}");
     }

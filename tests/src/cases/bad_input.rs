@@ -64,7 +64,7 @@ pub fn cases() -> Vec<Case> {
         }),
         with_kernel(
             "bad-input/strict-needs-split",
-            &["--snp", "--platform", "emulated", "--strict"],
+            &["--snp", "--platform", "emulated", "--backing", "single", "--strict"],
             &["--strict"],
         ),
         with_kernel("bad-input/emulated-needs-snp", &["--platform", "emulated"], &["--snp"]),
