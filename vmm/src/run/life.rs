@@ -89,7 +89,6 @@ pub(crate) fn boot(
     let no_hints = CodeHints::default();
     let code = snp.map_or(&no_hints, |snp| &snp.code);
     let vm = platform.create_vm(kind, code).map_err(create("creating the VM"))?;
-    vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
     if let Some(snp) = snp {
         let commands = vm.snp_commands().map_err(create("creating the VM"))?;
         launch::init_snp(commands, snp.measured.plan())?;
@@ -107,6 +106,9 @@ pub(crate) fn boot(
     }
     let ram = GuestRam::new(guest.ram.iter().copied()).map_err(MonitorError::Ram)?;
     let memfds = launch::add_memory(vm.as_ref(), &ram, snp.is_some())?;
+    // After the memory: a slot that comes later waits until the kernel has done with the buses that it has
+    // replaced here (an SRCU grace period, one or two timer ticks).
+    vm.create_irqchip().map_err(create("creating the interrupt controllers"))?;
     let mut vcpus = Vec::new();
     for (id, cpuid) in (0u32..).zip(&guest.cpuid) {
         let mut vcpu = vm.create_vcpu(id).map_err(create("creating a vCPU"))?;
