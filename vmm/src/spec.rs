@@ -405,6 +405,10 @@ impl fmt::Display for SpecError {
 
 impl std::error::Error for SpecError {}
 
+/// Why firmware and IGVM files need one memory for both views.
+const PAGING_OFF: &str = "firmware starts with paging off, where every access is private whatever its address says, \
+                          so it needs backing single";
+
 fn wrong<T>(field: &str, problem: impl Into<String>) -> Result<T, SpecError> {
     Err(SpecError { field: field.to_owned(), problem: problem.into() })
 }
@@ -466,6 +470,15 @@ impl VmSpec {
             return wrong("snp.accept", "would have no effect: the launch validates all memory");
         }
         if let PlatformSpec::Emulated(emulated) = &snp.platform {
+            // Before the rules about backing, which --strict brings along: who asks for strict hears of strict.
+            if emulated.strict && !direct {
+                return wrong(
+                    "snp.platform.emulated.strict",
+                    format!(
+                        "does not go with firmware or an IGVM file: it needs backing split, and {PAGING_OFF}"
+                    ),
+                );
+            }
             if emulated.strict && emulated.backing == Backing::Single {
                 return wrong(
                     "snp.platform.emulated.strict",
@@ -475,8 +488,7 @@ impl VmSpec {
             if emulated.backing == Backing::Split && !direct {
                 return wrong(
                     "snp.platform.emulated.backing",
-                    "split does not go with firmware or an IGVM file: firmware starts with paging off, where every access is private \
-                     whatever its address says, so it needs backing single",
+                    format!("split does not go with firmware or an IGVM file: {PAGING_OFF}"),
                 );
             }
         }

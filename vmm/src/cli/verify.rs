@@ -52,7 +52,8 @@ pub struct Args {
     /// The policy, a TOML file
     #[arg(long, value_name = "FILE")]
     policy: PathBuf,
-    /// Allowed launch digests besides the policy's: a file of `cvmm measure --json`; can be repeated
+    /// Launch digests to allow as if the policy named them: a file of `cvmm measure --json`; can be repeated.
+    /// The policy has to be valid without them
     #[arg(long, value_name = "FILE")]
     measurements: Vec<PathBuf>,
     /// What report_data must be, in hex, filled up with zeros to 64 bytes

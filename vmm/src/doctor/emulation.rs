@@ -87,7 +87,7 @@ fn trial(trial: &EmulationTrial) -> Vec<Check> {
             what: "A guest of a few bytes",
             found,
             needed: "a VM with an MSR filter runs a loop and halts",
-            fix: "Use another host, or nested KVM under QEMU's software emulation",
+            fix: "Use another host, or nested KVM under QEMU's software emulation: `cargo xtask l1` in cvmm's repository",
             ok,
         },
     )];
@@ -101,7 +101,7 @@ fn trial(trial: &EmulationTrial) -> Vec<Check> {
             format!("{millions:.1} million instructions each second"),
             "10 million for a Linux kernel that boots in reasonable time",
             "This KVM interprets its guests and may not know every instruction of a Linux kernel: use another host, or nested KVM \
-             under QEMU's software emulation",
+             under QEMU's software emulation: `cargo xtask l1` in cvmm's repository",
         ));
     }
     lines
