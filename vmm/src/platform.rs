@@ -93,7 +93,7 @@ pub trait Vm: Send + Sync {
     /// `KVM_SET_GSI_ROUTING`: the pins of the interrupt controllers as KVM has them at the start, and
     /// `routes`. Replaces what was set before.
     fn set_msi_routes(&self, routes: &[MsiRoute]) -> Result<(), CallError>;
-    /// `KVM_SIGNAL_MSI`; false if the guest masks it or it has no receiver.
+    /// `KVM_SIGNAL_MSI`; false if no local APIC takes it.
     fn signal_msi(&self, message: MsiMessage) -> Result<bool, CallError>;
     /// `KVM_IOEVENTFD`: a write of any length and value to the guest-physical address `gpa`, without the
     /// C-bit, is an event on `fd` and no exit.

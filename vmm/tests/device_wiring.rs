@@ -128,6 +128,20 @@ fn memory_of_a_device_is_there_until_it_is_taken_away() {
     });
 }
 
+/// KVM answers -1 to a message that no local APIC takes (Linux 7.3, `lapic.c:__kvm_irq_delivery_to_apic`),
+/// which is the errno of EPERM and no error.
+#[test]
+fn a_message_without_a_receiver_is_no_error() {
+    each_kind(&power_off(), |platform, guest| {
+        run(platform, guest, |machine| {
+            // Physical destination 200: this guest has one vCPU.
+            let nobody = MsiMessage { address: 0xfee0_0000 | 200 << 12, data: 0x41 };
+            assert!(!machine.vm.signal_msi(nobody)?);
+            Ok(())
+        });
+    });
+}
+
 /// The guest rings, the device answers with a message, and the guest finds its vector in the local APIC's IRR
 /// (AMD64 APM volume 2, 16.6.1): registers 0xf0 (bit 8 enables the APIC) and 0x220 (vectors 32 to 63 are at
 /// 0x210, 64 to 95 at 0x220).

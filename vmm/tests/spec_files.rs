@@ -90,8 +90,13 @@ fn a_file_keeps_every_option_of_a_run() {
     let host_data = "5a".repeat(32);
     let emulated = ["--snp", "--platform", "emulated"];
     let tpm = ["--vtpm", &state, "--vtpm-key-file", &file];
-    let rows: [(&[&str], &[&str]); 21] = [
+    // The first of each kind has no option more: one that were lost would leave the same text.
+    let rows: [(&[&str], &[&str]); 25] = [
         (&[], &[]),
+        (&["--snp"], &[]),
+        (&emulated, &[]),
+        (&["--vtpm"], &[]),
+        (&tpm, &[]),
         (&[], &["--on-reboot", "restart"]),
         (&["--snp"], &["--policy", "0x30001"]),
         (&["--snp"], &["--host-data", &host_data]),
@@ -101,7 +106,7 @@ fn a_file_keeps_every_option_of_a_run() {
         (&["--snp"], &["--certs", &file]),
         (&emulated, &["--backing", "split"]),
         (&emulated, &["--backing", "split", "--strict"]),
-        (&emulated, &["--pvalidate-2m", "accept"]),
+        (&emulated, &["--pvalidate-2m", "refuse"]),
         (&emulated, &["--product", "milan"]),
         (&emulated, &["--emulated-keys", &file]),
         (&emulated, &["--statistics"]),
@@ -119,9 +124,8 @@ fn a_file_keeps_every_option_of_a_run() {
         assert!(made, "{base:?} {options:?}: {text}");
         std::fs::write(&file, &text).unwrap();
         assert_eq!(cvmm(&["spec", "--spec", &file]), (true, text.clone()), "{base:?} {options:?}");
-        texts.insert(text);
+        assert!(texts.insert(text), "{base:?} {options:?}: the file is that of other options");
     }
-    assert_eq!(texts.len(), rows.len(), "each option is in the file");
 }
 
 #[test]

@@ -61,4 +61,44 @@ mod tests {
         assert!(lazy.ends_with("use --accept auto or eager"), "{lazy}");
         assert_eq!(with_options("`objcopy` of `Memory`"), "`objcopy` of `Memory`");
     }
+
+    /// The text of string literals of a library's file that stand between backticks.
+    fn quoted(text: &str) -> impl Iterator<Item = &str> {
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+        lines.flat_map(|line| line.split('`').skip(1).step_by(2))
+    }
+
+    fn files(folder: &std::path::Path, found: &mut Vec<std::path::PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => files(&path, found),
+                false => found.push(path),
+            }
+        }
+    }
+
+    #[test]
+    fn every_field_that_a_library_names_becomes_an_option() {
+        let mut command = crate::cli::command();
+        command.build();
+        let all = std::iter::once(&command).chain(command.get_subcommands());
+        let longs = all.flat_map(|command| command.get_arguments().filter_map(|a| a.get_long()));
+        let options: std::collections::BTreeSet<String> =
+            longs.map(|long| long.replace('-', "_")).chain(["tpm".to_owned()]).collect();
+        let mut read = Vec::new();
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        files(&root.join("src"), &mut read);
+        files(&root.join("../snp/src"), &mut read);
+        let mut named = std::collections::BTreeSet::new();
+        for file in read.iter().filter(|file| !file.starts_with(root.join("src/cli"))) {
+            let text = std::fs::read_to_string(file).unwrap();
+            named.extend(quoted(&text).filter(|word| options.contains(*word)).map(str::to_owned));
+        }
+        assert!(named.len() > 10, "{named:?}");
+        let listed: std::collections::BTreeSet<String> =
+            NAMED.iter().map(|name| (*name).to_owned()).collect();
+        assert_eq!(named, listed);
+    }
 }

@@ -109,28 +109,23 @@ impl fmt::Debug for Held<'_> {
 }
 
 /// The monitor's own record of which pages are private; KVM has no call to ask.
-pub struct PrivateMap {
+struct PrivateMap {
     /// In the order of RAM.
     regions: Vec<Bitmap>,
 }
 
 /// The pages of one region, a bit each, set = private.
 struct Bitmap {
-    gpa: u64,
     pages: u64,
     words: Vec<AtomicU64>,
 }
 
 impl PrivateMap {
     /// A map of `ram` in which every page is private.
-    pub fn all_private(ram: &GuestRam) -> Self {
+    fn all_private(ram: &GuestRam) -> Self {
         let bitmap = |r: &Region| {
             let pages = r.mapping.len() / PAGE;
-            Bitmap {
-                gpa: r.gpa,
-                pages,
-                words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(u64::MAX)).collect(),
-            }
+            Bitmap { pages, words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(u64::MAX)).collect() }
         };
         PrivateMap { regions: ram.regions().iter().map(bitmap).collect() }
     }
@@ -151,12 +146,6 @@ impl PrivateMap {
     fn page(&self, region: usize, page: u64) -> Option<bool> {
         let bitmap = self.regions.get(region).filter(|bitmap| page < bitmap.pages)?;
         Some(bitmap.words.get((page / 64) as usize)?.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
-    }
-
-    /// Whether the page at `gpa` is private; `None` outside of RAM.
-    pub fn is_private(&self, gpa: u64) -> Option<bool> {
-        let (region, bitmap) = self.regions.iter().enumerate().rev().find(|(_, bitmap)| bitmap.gpa <= gpa)?;
-        self.page(region, (gpa - bitmap.gpa) / PAGE)
     }
 }
 

@@ -32,6 +32,7 @@ pub use options::Backing;
 pub use options::EmulatedOptions;
 use options::POLICY_RULES;
 use options::VMSA_FEATURES;
+use shared::VmShared;
 use snp::attest::cert_table::Kind;
 use snp::pages::cpuid::SnpCpuid;
 use snp::pages::cpuid_raw::DumpError;
@@ -135,7 +136,8 @@ impl EmulatedPlatform {
     fn snp_vm(&self, inner: KvmVm, code: &CodeHints) -> Result<vm::EmulatedVm, CallError> {
         let firmware = Arc::clone(&self.firmware);
         let faults = std::mem::take(&mut *lock(&self.faults));
-        vm::EmulatedVm::new(inner, self.options.clone(), firmware, code.clone(), faults)
+        let shared = VmShared::new(inner, self.options.clone(), firmware, code.clone(), faults)?;
+        Ok(vm::EmulatedVm(Arc::new(shared)))
     }
 
     /// For tests: what goes wrong in the next SNP VM, and only in that. No option of the program leads here.

@@ -7,12 +7,8 @@ use std::sync::Mutex;
 
 use kvm_bindings::kvm_memory_attributes;
 use rustix::fs::MemfdFlags;
-use snp_model::faults::Faults;
-use snp_model::firmware::Platform as Firmware;
-use snp_model::patch::CodeHints;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::options::EmulatedOptions;
 use super::registers::Recorded;
 use super::shared::VmShared;
 use super::vcpu::EmulatedVcpu;
@@ -24,24 +20,11 @@ use crate::platform::Vm;
 use crate::platform::error::CallError;
 use crate::platform::interrupt::MsiMessage;
 use crate::platform::interrupt::MsiRoute;
-use crate::platform::kvm::KvmVm;
 use crate::platform::memory::MemorySlot;
 use crate::platform::sev::Snp;
 
-/// The VM.
+/// The VM; its state is what its vCPUs share.
 pub struct EmulatedVm(pub(super) Arc<VmShared>);
-
-impl EmulatedVm {
-    pub(super) fn new(
-        kvm: KvmVm,
-        options: EmulatedOptions,
-        firmware: Arc<Firmware>,
-        code: CodeHints,
-        faults: Faults,
-    ) -> Result<Self, CallError> {
-        VmShared::new(kvm, options, firmware, code, faults).map(|shared| EmulatedVm(Arc::new(shared)))
-    }
-}
 
 impl Vm for EmulatedVm {
     fn create_irqchip(&self) -> Result<(), CallError> {
