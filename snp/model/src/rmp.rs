@@ -24,7 +24,7 @@ use snp::plan::PAGE_SIZE;
 /// 4 KiB pages of a 2 MiB page.
 pub const PAGES_2M: u64 = 512;
 /// Memory slots that KVM takes on x86: `KVM_USER_MEM_SLOTS`, that is `SHRT_MAX` without the three that KVM
-/// keeps for itself (Linux 6.1, `include/linux/kvm_host.h`, `arch/x86/include/asm/kvm_host.h`).
+/// keeps for itself (Linux 6.1 and 7.3, `include/linux/kvm_host.h`, `arch/x86/include/asm/kvm_host.h`).
 pub const MAX_SLOTS: usize = 32_764;
 /// Slots for which there is room from the start; each further part has room for twice as many as the one
 /// before.
