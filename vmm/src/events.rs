@@ -65,19 +65,24 @@ impl Events {
         Events::to(Nobody)
     }
 
+    /// Hands on what happened.
+    pub fn tell(&self, event: Event) {
+        self.0.event(event);
+    }
+
     /// Says that something happened.
     pub fn note(&self, text: impl fmt::Display) {
-        self.0.event(Event::Note(text.to_string()));
+        self.tell(Event::Note(text.to_string()));
     }
 
     /// Says that something is wrong, and that the monitor goes on.
     pub fn warn(&self, text: impl fmt::Display) {
-        self.0.event(Event::Warning(text.to_string()));
+        self.tell(Event::Warning(text.to_string()));
     }
 
     /// Says how far the guest has come.
     pub fn state(&self, state: State) {
-        self.0.event(Event::State(state));
+        self.tell(Event::State(state));
     }
 }
 

@@ -43,6 +43,7 @@ pub use image::Target;
 pub use image::sha256;
 
 use crate::cpuid;
+use crate::events;
 use crate::events::Events;
 use crate::launch::LaunchOptions;
 use crate::platform::Platform;
@@ -99,7 +100,7 @@ pub struct Ready {
     /// What the PCRs of its TPM begin with; empty without a TPM.
     pub events: Vec<Event>,
     /// What the user should know.
-    pub notes: Vec<String>,
+    pub notes: Vec<events::Event>,
 }
 
 /// The platform that the guest runs on.
@@ -206,7 +207,8 @@ fn snp_guest(
     check_features(&image.plan, platform)?;
     let mut measured = Measured::of(std::mem::take(&mut image.plan)).map_err(PrepareError::host)?;
     let digest = measured.digest();
-    image.notes.push(format!("launch digest {digest} ({} pages)", measured.plan().launch_pages()));
+    let pages = measured.plan().launch_pages();
+    image.notes.push(events::Event::Note(format!("launch digest {digest} ({pages} pages)")));
     let identity = identity::identity(snp, &mut image, &measured, policy, events)?;
     let options = LaunchOptions {
         policy,
@@ -249,7 +251,7 @@ fn code_hints(files: &BootFiles<'_>, image: &mut LaunchImage) -> Result<CodeHint
         }
     };
     if !matches!(files, BootFiles::Direct(..)) {
-        image.notes.push(firmware::replaced(&kernel));
+        image.notes.push(events::Event::Note(firmware::replaced(&kernel)));
     }
     Ok(CodeHints { kernel: Some(kernel), stage0: image.inputs_page.is_some() })
 }

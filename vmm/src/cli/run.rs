@@ -160,7 +160,7 @@ pub fn main(args: &Args) -> Result<u8, Failure> {
     let platform = prepare::platform(&spec, &events)?;
     let ready = prepare::prepare(&spec, &files, platform.as_ref(), &events)?;
     drop(files);
-    ready.notes.iter().for_each(|note| events.note(note));
+    ready.notes.into_iter().for_each(|note| events.tell(note));
     let mut host = Host {
         interactive: true,
         restart: match spec.on_reset {

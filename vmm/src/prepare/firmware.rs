@@ -28,6 +28,7 @@ use super::error::read;
 use super::image::LaunchImage;
 use super::image::Names;
 use super::image::Target;
+use crate::events::Event;
 use crate::events::Events;
 use crate::launch::Staged;
 use crate::spec::FirmwareSpec;
@@ -148,20 +149,20 @@ pub(super) fn firmware(
     for record in plan.records.iter_mut().filter(|r| r.page_type == PageType::Cpuid) {
         record.contents = page.clone();
     }
-    let mut notes = vec![format!(
-        "the firmware's digest is that of `cvmm measure --firmware … --vcpu-model {signature:#x} --cpus {}`",
-        spec.cpus
-    )];
-    notes.push(
-        "warning: `firmware`: this machine has no fw_cfg, no PCI host bridge and no variable store, which OVMF needs to get beyond its \
-         first phase: it is launched and measured, but will not boot a system"
-            .into(),
-    );
-    if files.kernel.is_some() {
-        notes.push(
-            "warning: `kernel` with `firmware`: its hashes are measured, but without fw_cfg the firmware cannot fetch it"
+    let mut notes = vec![
+        Event::Note(format!(
+            "the firmware's digest is that of `cvmm measure --firmware … --vcpu-model {signature:#x} --cpus {}`",
+            spec.cpus
+        )),
+        Event::Warning(
+            "`firmware`: this machine has no fw_cfg, no PCI host bridge and no variable store, which OVMF needs to get \
+             beyond its first phase: it is launched and measured, but will not boot a system"
                 .into(),
-        );
+        ),
+    ];
+    if files.kernel.is_some() {
+        let text = "`kernel` with `firmware`: its hashes are measured, but without fw_cfg the firmware cannot fetch it";
+        notes.push(Event::Warning(text.into()));
     }
     let board = Board::new(spec.memory, spec.cpus);
     let ram = regions(&board, plan.records.iter(), 1 << target.c_bit)
@@ -193,12 +194,14 @@ pub(super) fn igvm(
         cpuid: table.page().map_err(PrepareError::host)?.to_vec().into(),
     };
     let loaded = igvm.launch(&facts).map_err(PrepareError::file(IGVM, path))?;
-    let mut notes = vec![format!("pages without data are {}; choose with `zero_pages`", igvm.zero_pages)];
+    let zero_pages = igvm.zero_pages;
+    let mut notes =
+        vec![Event::Note(format!("pages without data are {zero_pages}; choose with `zero_pages`"))];
     if loaded.plan.vcpus.iter().any(|vcpu| vcpu.cr0 & PAGING != 0) {
         let c_bit = target.c_bit;
-        notes.push(format!(
+        notes.push(Event::Note(format!(
             "the file starts with paging on, so its page tables hold the C-bit where its maker put it; here it is bit {c_bit}"
-        ));
+        )));
     }
     Ok(LaunchImage {
         staged: Staged {

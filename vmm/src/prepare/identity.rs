@@ -19,6 +19,7 @@ use snp::policy::GuestPolicy;
 use super::error::PrepareError;
 use super::error::read;
 use super::image::LaunchImage;
+use crate::events::Event;
 use crate::events::Events;
 use crate::spec::IdBlockSpec;
 use crate::spec::SnpSpec;
@@ -68,16 +69,15 @@ pub(super) fn identity(
                      or take the block out of the file",
                 ));
             }
-            image
-                .notes
-                .push("`id_block` says the same as the ID block in the IGVM file; its keys are used".into());
+            let text = "`id_block` says the same as the ID block in the IGVM file; its keys are used";
+            image.notes.push(Event::Note(text.into()));
         }
         return Ok(Some(identity));
     }
     if let Some((block, auth)) = &image.identity {
         auth.check(block, measured.digest(), policy)
             .map_err(|e| PrepareError::Request(format!("the ID block in the IGVM file: {}", told(&e))))?;
-        image.notes.push("the launch uses the ID block in the IGVM file".into());
+        image.notes.push(Event::Note("the launch uses the ID block in the IGVM file".into()));
     }
     Ok(image.identity.clone())
 }

@@ -16,6 +16,7 @@ use snp::policy::GuestPolicy;
 use snp::stage0::InputsPage;
 use vtpm_svc::measured::Event;
 
+use crate::events;
 use crate::launch::Staged;
 
 /// For what an image is put together.
@@ -83,7 +84,7 @@ pub struct LaunchImage {
     /// What the digest depends on, with the names that `cvmm measure` records.
     pub inputs: Vec<(&'static str, String)>,
     /// What the user should know.
-    pub notes: Vec<String>,
+    pub notes: Vec<events::Event>,
 }
 
 impl LaunchImage {
